@@ -1,0 +1,2 @@
+//! The longbit command.
+fn main() {}

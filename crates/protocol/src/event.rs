@@ -1,0 +1,239 @@
+//! What an engine answers, one JSON line an event.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+use crate::{Capabilities, Estimate};
+
+/// One line of an engine's standard output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// Answer to `Capabilities`.
+    Capabilities(Box<Capabilities>),
+    /// Answer to `Estimate`.
+    Estimates {
+        /// One for each entry of the request.
+        estimates: Vec<Estimate>,
+    },
+    /// Measured read bandwidth (answer to `Probe`, and once a thread count and round of a measurement).
+    Probe(Probe),
+    /// Something long goes on; for progress display only.
+    Phase {
+        /// What, e.g. `filling the cache`.
+        what: String,
+        /// Units done.
+        done: u64,
+        /// Units in all.
+        total: u64,
+    },
+    /// The model stands and the cache is filled; samples follow.
+    Ready(Box<Ready>),
+    /// Quality of one cell.
+    Quality(Box<Quality>),
+    /// One timed repetition.
+    Sample(Box<Sample>),
+    /// A cell that cannot be measured; the others go on.
+    Failed(Outcome),
+    /// Every cell of the job was answered.
+    End,
+    /// The whole request failed.
+    Fatal {
+        /// `oom` when memory ran out, otherwise `error`.
+        status: Status,
+        /// What, where, and how to mend it.
+        error: String,
+    },
+}
+
+/// How a cell ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Measured.
+    Ok,
+    /// Not run: the plan predicted that it cannot fit.
+    Skipped,
+    /// Ran past its time limit.
+    Timeout,
+    /// Ran out of memory.
+    Oom,
+    /// Its output disagrees with the reference.
+    VerifyFailed,
+    /// Too noisy by the rule fixed beforehand.
+    Unstable,
+    /// Anything else; the reason is beside it.
+    Error,
+}
+
+impl Status {
+    /// The word used in records, e.g. `verify_failed`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Skipped => "skipped",
+            Status::Timeout => "timeout",
+            Status::Oom => "oom",
+            Status::VerifyFailed => "verify_failed",
+            Status::Unstable => "unstable",
+            Status::Error => "error",
+        }
+    }
+}
+
+/// A cell's end, when it is not a full set of samples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The cell.
+    pub cell: String,
+    /// How it ended.
+    pub status: Status,
+    /// The reason.
+    pub error: String,
+}
+
+/// What stood when the samples began.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ready {
+    /// Engine name.
+    pub engine: String,
+    /// Engine version.
+    pub engine_version: String,
+    /// Instruction set in use.
+    pub isa: String,
+    /// SHA-256 that identifies the model (file, or preset, head and seed).
+    pub model_sha256: String,
+    /// Weights and head read by one decode step.
+    pub weight_bytes_per_token: u64,
+    /// Bytes of the filled cache (rows only, at `context` tokens).
+    pub kv_bytes_stored: u64,
+    /// How the cache was filled.
+    pub fill: Fill,
+    /// SHA-256 of the bytes of the filled cache; the same seed gives the same on every machine.
+    pub fill_sha256: String,
+    /// Time to build or load the model.
+    pub build_ns: u64,
+    /// Time to fill the cache.
+    pub fill_ns: u64,
+    /// Bytes of anonymous huge pages in use, where the system says.
+    #[serde(default)]
+    pub huge_page_bytes: Option<u64>,
+    /// Statistics of the workload, by name (see the workload's documentation).
+    #[serde(default)]
+    pub workload_stats: BTreeMap<String, f64>,
+}
+
+/// How a cache was filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fill {
+    /// By a workload generator.
+    #[default]
+    Synthetic,
+    /// By running the prompt through the model.
+    Prefill,
+}
+
+/// Measured read bandwidth.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Threads that read.
+    pub threads: usize,
+    /// 10^9 bytes a second.
+    pub gb_s: f64,
+    /// Round of the measurement that it accompanies.
+    #[serde(default)]
+    pub round: u32,
+}
+
+/// Attention output against exact f32 attention on the same queries, keys and values.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quality {
+    /// The cell.
+    pub cell: String,
+    /// Decode steps compared.
+    pub steps: u32,
+    /// Outputs compared: steps x layers x query heads.
+    pub outputs: u64,
+    /// Relative L2 error of an output, median over outputs.
+    pub rel_l2_p50: f64,
+    /// 95th percentile.
+    pub rel_l2_p95: f64,
+    /// Largest.
+    pub rel_l2_max: f64,
+    /// Cosine of an output with the exact one, mean over outputs.
+    pub cosine_mean: f64,
+    /// Smallest.
+    pub cosine_min: f64,
+    /// Median relative L2 error by head type of the workload.
+    #[serde(default)]
+    pub rel_l2_by_head: BTreeMap<String, f64>,
+    /// Share of needle outputs whose readout names the planted value, where the workload plants any.
+    #[serde(default)]
+    pub needle_accuracy: Option<f64>,
+    /// Agreement of the most likely token with the reference, where logits are real.
+    #[serde(default)]
+    pub top1_agreement: Option<f64>,
+    /// Kullback-Leibler divergence (nats) of the next-token distribution, where logits are real.
+    #[serde(default)]
+    pub kl_nats: Option<f64>,
+}
+
+/// Bytes and rows that the attention of a decode step really read, counted by the engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes of cached keys and values.
+    pub kv_bytes: u64,
+    /// Bytes of indexes and summaries.
+    pub index_bytes: u64,
+    /// Cached tokens attended exactly, summed over layers and KV heads.
+    pub rows: u64,
+}
+
+/// One timed repetition of a cell.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The cell.
+    pub cell: String,
+    /// Repetition, from 0.
+    pub rep: u32,
+    /// Round of the cohort.
+    pub round: u32,
+    /// Place in the round.
+    pub slot: u32,
+    /// Start, RFC 3339 UTC.
+    pub t0: String,
+    /// Wall time of each token.
+    pub tok_ns: Vec<u64>,
+    /// User time of the process during the repetition.
+    pub user_ns: u64,
+    /// System time of the process.
+    pub sys_ns: u64,
+    /// Voluntary context switches.
+    pub nvcsw: u64,
+    /// Involuntary context switches.
+    pub nivcsw: u64,
+    /// Minor page faults.
+    pub minflt: u64,
+    /// Major page faults.
+    pub majflt: u64,
+    /// Peak resident bytes of the process so far.
+    pub rss_peak_bytes: u64,
+    /// Share of CPU time stolen by the host during the repetition, percent; none where the system does not say.
+    #[serde(default)]
+    pub steal_pct: Option<f64>,
+    /// Time throttled by the control group.
+    #[serde(default)]
+    pub throttled_us: Option<u64>,
+    /// Pressure-stall share of the window, percent.
+    #[serde(default)]
+    pub psi_cpu_pct: Option<f64>,
+    /// Lowest and highest clock of a CPU, kHz.
+    #[serde(default)]
+    pub khz: Option<(u64, u64)>,
+    /// Attention traffic, summed over the timed tokens.
+    pub traffic: Traffic,
+    /// Bytes of method state at the end of the repetition.
+    #[serde(default)]
+    pub index_bytes: u64,
+}

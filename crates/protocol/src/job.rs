@@ -1,0 +1,152 @@
+//! What the runner asks of an engine.
+
+use serde::{Deserialize, Serialize};
+
+/// One request, one engine process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// List presets, KV dtypes, methods and workloads. Answer: one [`crate::Event::Capabilities`].
+    Capabilities,
+    /// Predict bytes for each entry. Answer: one [`crate::Event::Estimates`], same order.
+    Estimate {
+        /// The configurations to predict.
+        entries: Vec<EstimateRequest>,
+    },
+    /// Measure read bandwidth. Answer: one [`crate::Event::Probe`] a thread count.
+    Probe {
+        /// Thread counts to measure, in order.
+        threads: Vec<usize>,
+        /// Size of the buffer that is read; larger than the last-level cache to mean anything.
+        bytes: u64,
+    },
+    /// Measure a cohort of cells. Answer: the events of [`crate::Event`] from `Ready` to `End`.
+    Measure(Box<Job>),
+}
+
+/// Which model an engine builds or loads.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// Name of a preset (exact published shapes, seeded synthetic ternary weights), or empty when `path` is given.
+    #[serde(default)]
+    pub preset: String,
+    /// A checkpoint directory, or empty for a preset.
+    #[serde(default)]
+    pub path: String,
+    /// Number format of the output head, e.g. `bf16` or `int8`.
+    pub head: String,
+    /// Seed of the synthetic weights.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// A cohort: the cells that share model, context, KV dtype and workload, so that one cache fill serves them all and
+/// their repetitions interleave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Job {
+    /// Must equal [`crate::PROTOCOL`].
+    pub protocol: u32,
+    /// The model all cells run.
+    pub model: ModelSpec,
+    /// Tokens in the KV cache when a decode step is timed.
+    pub context: usize,
+    /// KV dtype of all cells, e.g. `bf16`.
+    pub kv_dtype: String,
+    /// Where queries, keys and values come from, e.g. `mix` or `gaussian:…`.
+    pub workload: String,
+    /// Seed of the workload and of the order of cells in a round.
+    pub seed: u64,
+    /// The cells, in the order of the plan.
+    pub cells: Vec<CellJob>,
+    /// How they are measured.
+    pub measure: Measure,
+    /// Caps that the engine sets on itself first.
+    pub limits: Limits,
+}
+
+/// One cell of a cohort.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CellJob {
+    /// The cell's identity (hash of its canonical configuration), echoed in every event about it.
+    pub id: String,
+    /// Threads of the decode team.
+    pub threads: usize,
+    /// Method with its parameters, e.g. `window:sinks=4,window=1024`.
+    pub method: String,
+    /// Repetitions that an earlier run already recorded; the engine goes on with this one.
+    #[serde(default)]
+    pub first_rep: u32,
+    /// Quality was recorded by an earlier run and is not measured again.
+    #[serde(default)]
+    pub quality_done: bool,
+}
+
+/// How a cell is measured. Fixed before the first sample.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measure {
+    /// Repetitions a cell, interleaved over the cohort.
+    pub reps: u32,
+    /// Timed tokens a repetition; afterwards the cache is rewound to `context`.
+    pub gen_tokens: u32,
+    /// Untimed tokens before them.
+    pub warmup_tokens: u32,
+    /// Decode steps whose attention output is compared with exact attention; 0 measures no quality.
+    pub quality_steps: u32,
+    /// Pin thread i of a team to the i-th allowed CPU.
+    pub pin: bool,
+    /// Buffer of the read-bandwidth probe that accompanies each round.
+    pub probe_bytes: u64,
+}
+
+/// Caps on an engine process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Address space (bytes) that the process may map.
+    #[serde(default)]
+    pub address_space_bytes: Option<u64>,
+}
+
+/// A configuration whose bytes are to be predicted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EstimateRequest {
+    /// The model.
+    pub model: ModelSpec,
+    /// Cached tokens.
+    pub context: usize,
+    /// Tokens decoded beyond `context` before the cache is rewound.
+    pub headroom: usize,
+    /// KV dtype.
+    pub kv_dtype: String,
+    /// Method with parameters.
+    pub method: String,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// Predicted bytes of a configuration, or why it cannot be.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Weights, head and tables.
+    pub weight_bytes: u64,
+    /// The KV cache at `context + headroom`.
+    pub cache_bytes: u64,
+    /// State of the method beside the cache.
+    pub index_bytes: u64,
+    /// Everything else the process touches.
+    pub scratch_bytes: u64,
+    /// Weights and head read by one decode step.
+    pub weight_bytes_per_token: u64,
+    /// Cache and index read by one decode step.
+    pub kv_bytes_per_token: u64,
+    /// Bytes that filling the cache computes and writes (to predict its time).
+    pub fill_bytes: u64,
+    /// Set when the configuration is impossible; the numbers are then zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
