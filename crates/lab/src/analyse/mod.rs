@@ -1,0 +1,1 @@
+//! Statistics of samples, and the summary of a cell.

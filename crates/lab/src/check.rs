@@ -1,0 +1,1 @@
+//! Verdicts of one result against another.

@@ -1,0 +1,1 @@
+//! Engines: programs that answer a job.

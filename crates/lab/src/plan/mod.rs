@@ -1,0 +1,194 @@
+//! What is going to be measured: the cells of an experiment with their predicted cost, as stored in `plan.json`.
+
+use std::collections::BTreeMap;
+
+use longbit_protocol::{Measure, ModelSpec};
+use serde::{Deserialize, Serialize};
+
+/// Version of `plan.json` and of the lines of `samples.jsonl`.
+pub const SCHEMA: u32 = 1;
+
+/// An expanded experiment. Written before the first sample and never changed afterwards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The experiment in words.
+    pub experiment: ExperimentMeta,
+    /// 16 hexadecimal digits over everything that decides what is measured.
+    pub plan_hash: String,
+    /// Commit of the binary, or `unknown`.
+    pub git_sha: String,
+    /// The work tree differed from that commit; none where git was not there.
+    pub git_dirty: Option<bool>,
+    /// Stamp, commit and machine, e.g. `20260131T120000Z-0123456-89abcdef`.
+    pub run_id: String,
+    /// When the plan was made, RFC 3339 UTC.
+    pub created_utc: String,
+    /// See [`longbit_protocol::Machine::machine_id`].
+    pub machine_id: String,
+    /// See [`longbit_protocol::Machine::machine_class`].
+    pub machine_class: String,
+    /// Engine name.
+    pub engine: String,
+    /// Engine version.
+    pub engine_version: String,
+    /// How each cell is measured.
+    pub measure: Measure,
+    /// Below this many timed tokens the p99 columns stay empty.
+    pub min_samples_p99: u32,
+    /// A cell whose second half of repetitions differs from the first by more (percent) is not steady.
+    pub max_drift_pct: f64,
+    /// Thresholds of `check`.
+    pub gate: Gate,
+    /// Limits on the error of the cells.
+    pub verify: Option<VerifySpec>,
+    /// Caps of the run.
+    pub limits: RunLimits,
+    /// The cells, in stable order.
+    pub cells: Vec<PlannedCell>,
+    /// Indices into `cells`: those that share model, context, KV dtype and workload. Skipped cells are in none.
+    pub cohorts: Vec<Vec<usize>>,
+}
+
+/// The experiment in words.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ExperimentMeta {
+    /// Folder below `experiments/`, or `main`.
+    pub group: String,
+    /// Name, lower-case letters, digits and `-`.
+    pub name: String,
+    /// The question that it answers.
+    pub question: String,
+    /// What to expect and what would refute it.
+    pub analysis: String,
+    /// SHA-256 of the file.
+    pub file_sha256: String,
+}
+
+impl ExperimentMeta {
+    /// `group/name`.
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.group, self.name)
+    }
+}
+
+/// Thresholds beyond which `check` calls a change a regression.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gate {
+    /// Median time per token, percent.
+    pub tpot_p50_pct: f64,
+    /// 99th percentile of the time per token, percent.
+    pub tpot_p99_pct: f64,
+    /// KV bytes read per token, percent (exact: 0).
+    pub kv_bytes_pct: f64,
+    /// Median relative L2 error, absolute.
+    pub rel_l2_abs: f64,
+    /// Mean cosine, absolute.
+    pub cosine_abs: f64,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Gate {
+            tpot_p50_pct: 5.0,
+            tpot_p99_pct: 15.0,
+            kv_bytes_pct: 0.0,
+            rel_l2_abs: 0.0005,
+            cosine_abs: 0.001,
+        }
+    }
+}
+
+/// Limits on the error against exact attention.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VerifySpec {
+    /// Smallest allowed `Quality::cosine_min`.
+    pub cosine_min: Option<f64>,
+    /// Largest allowed `Quality::rel_l2_max`.
+    pub rel_l2_max: Option<f64>,
+    /// What a violation does.
+    pub on_fail: OnFail,
+    /// Methods (bare names) that it applies to; empty means all.
+    pub methods: Vec<String>,
+}
+
+/// What a violated [`VerifySpec`] does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFail {
+    /// The cell is measured, and its row says `verify_failed`.
+    #[default]
+    Mark,
+    /// The run stops after the cohort.
+    Stop,
+}
+
+/// Caps of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunLimits {
+    /// Seconds without a sample, a quality record or progress after which a worker is killed.
+    pub cell_timeout_s: f64,
+    /// Largest allowed predicted resident memory of a worker, bytes.
+    pub max_rss_bytes: u64,
+}
+
+/// One point of a sweep.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedCell {
+    /// 16 hexadecimal digits of the canonical configuration.
+    pub id: String,
+    /// For people: `group/experiment/context=8192/threads=2/kv=bf16/method=window:sinks=4,window=1024`.
+    pub name: String,
+    /// The model.
+    pub model: ModelSpec,
+    /// Cached tokens when a step is timed.
+    pub context: usize,
+    /// Threads of the decode team.
+    pub threads: usize,
+    /// KV dtype.
+    pub kv_dtype: String,
+    /// Attention method, bare name.
+    pub method: String,
+    /// All its parameters, defaults filled in.
+    pub method_params: BTreeMap<String, String>,
+    /// Workload with its parameters.
+    pub workload: String,
+    /// Seed of the workload.
+    pub seed: u64,
+    /// Predicted cost.
+    pub predicted: Predicted,
+    /// Set when the cell is not run: the reason, with the number.
+    pub skip: Option<String>,
+}
+
+/// Predicted cost of a cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Predicted {
+    /// Resident memory of the worker, bytes.
+    pub rss_bytes: u64,
+    /// The KV cache, bytes.
+    pub kv_bytes_stored: u64,
+    /// Weights and head read by a decode step, bytes.
+    pub weight_bytes_per_token: u64,
+    /// Cache and index read by a decode step, bytes.
+    pub kv_bytes_per_token: u64,
+    /// Seconds of measurement, with the cell's share of building the model and filling the cache.
+    pub seconds: f64,
+}
+
+impl PlannedCell {
+    /// Method with its parameters as the engine takes it, e.g. `window:sinks=4,window=1024`.
+    pub fn method_string(&self) -> String {
+        method_string(&self.method, &self.method_params)
+    }
+}
+
+/// `name:key=value,key=value`, or the bare name without parameters.
+pub fn method_string(name: &str, params: &BTreeMap<String, String>) -> String {
+    if params.is_empty() {
+        return name.to_owned();
+    }
+    let params: Vec<String> = params.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    format!("{name}:{}", params.join(","))
+}

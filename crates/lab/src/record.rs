@@ -1,0 +1,1 @@
+//! One row of `cells.csv`, and the table of columns.

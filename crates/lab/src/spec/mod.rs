@@ -1,0 +1,1 @@
+//! Experiment files: TOML, checked against what an engine offers.

@@ -1,0 +1,1 @@
+//! The views that need no results: `list`, `plan`, `machine`, `verify`.
