@@ -1,0 +1,124 @@
+//! Caps and head room: the address-space limit of a worker process, and the memory that is open to it.
+
+use crate::cgroup;
+use crate::error::SysError;
+
+/// Memory that this process could still use; a source that the platform lacks is `None`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct OpenMemory {
+    /// `MemAvailable` of `/proc/meminfo`: what the machine can give without swapping.
+    pub available_bytes: Option<u64>,
+    /// The tightest memory limit of the control group and its ancestors; `None` also when there is no limit.
+    pub cgroup_limit_bytes: Option<u64>,
+    /// What that control group uses now, file cache included.
+    pub cgroup_used_bytes: Option<u64>,
+}
+
+impl OpenMemory {
+    /// The smaller of what the machine and the control group leave; `None` when neither is known. File cache counts as
+    /// used in the group although it could be dropped, so the figure is on the safe side.
+    pub fn usable(&self) -> Option<u64> {
+        let group =
+            self.cgroup_limit_bytes.map(|limit| limit - self.cgroup_used_bytes.unwrap_or(0).min(limit));
+        match (self.available_bytes, group) {
+            (Some(machine), Some(group)) => Some(machine.min(group)),
+            (machine, group) => machine.or(group),
+        }
+    }
+}
+
+/// The memory open to this process now.
+pub fn open_memory() -> OpenMemory {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok();
+    // Version 2, then version 1: a host has one of them for memory.
+    let pick = |limit: &str, used: &str| {
+        let limits = cgroup::texts("memory", limit);
+        let used = cgroup::texts("memory", used);
+        tightest(&limits, &used)
+    };
+    let group = pick("memory.max", "memory.current")
+        .or_else(|| pick("memory.limit_in_bytes", "memory.usage_in_bytes"));
+    OpenMemory {
+        available_bytes: meminfo.and_then(|text| kib_field(&text, "MemAvailable:")),
+        cgroup_limit_bytes: group.map(|(limit, _)| limit),
+        cgroup_used_bytes: group.and_then(|(_, used)| used),
+    }
+}
+
+/// The limit that leaves least, with the use in the same group; a group at level `i` has entry `i` in both lists.
+fn tightest(limits: &[String], used: &[String]) -> Option<(u64, Option<u64>)> {
+    limits
+        .iter()
+        .enumerate()
+        .filter_map(|(i, text)| Some((limit_value(text)?, used.get(i).and_then(|u| u.trim().parse().ok()))))
+        .min_by_key(|&(limit, used): &(u64, Option<u64>)| limit.saturating_sub(used.unwrap_or(0)))
+}
+
+/// A limit in bytes; `None` for `max` (version 2) and for the page-rounded maximum that version 1 writes for no limit.
+fn limit_value(text: &str) -> Option<u64> {
+    text.trim().parse::<u64>().ok().filter(|&bytes| bytes < 1 << 60)
+}
+
+/// The value of a `Name:  123 kB` line in bytes.
+pub(crate) fn kib_field(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Limits the address space of this process to `bytes` (`RLIMIT_AS`, the soft limit), so that a too large request fails
+/// with an error instead of calling the out-of-memory killer. It cannot exceed the hard limit.
+///
+/// # Errors
+/// [`SysError::Limit`] when it is refused, [`SysError::Unsupported`] outside Linux.
+#[cfg(target_os = "linux")]
+pub fn set_address_space_limit(bytes: u64) -> Result<(), SysError> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::As).maximum;
+    setrlimit(Resource::As, Rlimit { current: Some(bytes), maximum })
+        .map_err(|error| SysError::Limit { bytes, source: error.into() })
+}
+
+/// Limits the address space of this process: not available on this platform.
+///
+/// # Errors
+/// [`SysError::Unsupported`], always.
+#[cfg(not(target_os = "linux"))]
+pub fn set_address_space_limit(_bytes: u64) -> Result<(), SysError> {
+    Err(SysError::Unsupported { what: "an address-space limit" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMINFO: &str =
+        "MemTotal:        4014048 kB\nMemFree:          123456 kB\nMemAvailable:    2000000 kB\n";
+
+    #[test]
+    fn meminfo_lines_are_read_in_bytes() {
+        assert_eq!(kib_field(MEMINFO, "MemAvailable:"), Some(2_000_000 * 1024));
+        assert_eq!(kib_field(MEMINFO, "SwapFree:"), None);
+        assert_eq!(kib_field("MemAvailable: many kB\n", "MemAvailable:"), None);
+        assert_eq!(kib_field("MemAvailable: 12\n", "MemAvailable:"), None);
+        assert_eq!(kib_field("MemAvailable: 18446744073709551615 kB\n", "MemAvailable:"), None);
+    }
+
+    #[test]
+    fn the_group_that_leaves_least_counts() {
+        let texts = |list: &[&str]| list.iter().map(|s| format!("{s}\n")).collect::<Vec<_>>();
+        let found = tightest(&texts(&["max", "1000", "900"]), &texts(&["5", "10", "20"]));
+        assert_eq!(found, Some((900, Some(20))));
+        assert_eq!(tightest(&texts(&["max", "9223372036854771712"]), &[]), None);
+    }
+
+    #[test]
+    fn usable_is_the_smaller_of_both_and_never_negative() {
+        let memory = |a, l, u| OpenMemory { available_bytes: a, cgroup_limit_bytes: l, cgroup_used_bytes: u };
+        assert_eq!(memory(Some(100), Some(50), Some(20)).usable(), Some(30));
+        assert_eq!(memory(Some(10), Some(50), Some(20)).usable(), Some(10));
+        assert_eq!(memory(None, Some(50), Some(70)).usable(), Some(0));
+        assert_eq!(memory(Some(7), None, None).usable(), Some(7));
+        assert_eq!(memory(None, None, None).usable(), None);
+    }
+}
