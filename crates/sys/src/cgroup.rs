@@ -30,13 +30,10 @@ pub(crate) fn directories(proc_self_cgroup: &str, controller: &str) -> Vec<PathB
     all
 }
 
-/// The texts of `file` in the directories that have it, own group first.
-pub(crate) fn texts(controller: &str, file: &str) -> Vec<String> {
-    let Ok(own) = std::fs::read_to_string("/proc/self/cgroup") else { return Vec::new() };
-    directories(&own, controller)
-        .into_iter()
-        .filter_map(|dir| std::fs::read_to_string(dir.join(file)).ok())
-        .collect()
+/// The groups of this process that `controller` may limit, own group first; empty where there are none.
+pub(crate) fn groups(controller: &str) -> Vec<PathBuf> {
+    std::fs::read_to_string("/proc/self/cgroup")
+        .map_or_else(|_| Vec::new(), |own| directories(&own, controller))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use crate::cgroup;
 use crate::limits::kib_field;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Counters of this process, all threads together, since it started.
@@ -136,7 +137,7 @@ impl HostFacts {
         Self {
             steal_jiffies: jiffies.map(|(steal, _)| steal),
             total_jiffies: jiffies.map(|(_, total)| total),
-            throttled_us: cgroup::texts("cpu", "cpu.stat").iter().find_map(|text| parse_throttled(text)),
+            throttled_us: throttled_us(),
             psi_cpu_some_us: read("/proc/pressure/cpu").and_then(|text| parse_psi(&text)),
             min_khz: khz.iter().min().copied(),
             max_khz: khz.iter().max().copied(),
@@ -147,6 +148,12 @@ impl HostFacts {
     pub fn khz(&self) -> Option<(u64, u64)> {
         self.min_khz.zip(self.max_khz)
     }
+}
+
+/// From the nearest group that has a quota.
+fn throttled_us() -> Option<u64> {
+    let text = |group: &PathBuf| std::fs::read_to_string(group.join("cpu.stat")).ok();
+    cgroup::groups("cpu").iter().filter_map(text).find_map(|text| parse_throttled(&text))
 }
 
 fn frequencies() -> Vec<u64> {

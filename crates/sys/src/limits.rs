@@ -2,6 +2,7 @@
 
 use crate::cgroup;
 use crate::error::SysError;
+use std::path::Path;
 
 /// Memory that this process could still use; a source that the platform lacks is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -30,11 +31,11 @@ impl OpenMemory {
 /// The memory open to this process now.
 pub fn open_memory() -> OpenMemory {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok();
+    let groups = cgroup::groups("memory");
+    let read = |group: &Path, file: &str| std::fs::read_to_string(group.join(file)).ok();
     // Version 2, then version 1: a host has one of them for memory.
     let pick = |limit: &str, used: &str| {
-        let limits = cgroup::texts("memory", limit);
-        let used = cgroup::texts("memory", used);
-        tightest(&limits, &used)
+        tightest(groups.iter().filter_map(|group| Some((read(group, limit)?, read(group, used)))))
     };
     let group = pick("memory.max", "memory.current")
         .or_else(|| pick("memory.limit_in_bytes", "memory.usage_in_bytes"));
@@ -45,12 +46,12 @@ pub fn open_memory() -> OpenMemory {
     }
 }
 
-/// The limit that leaves least, with the use in the same group; a group at level `i` has entry `i` in both lists.
-fn tightest(limits: &[String], used: &[String]) -> Option<(u64, Option<u64>)> {
-    limits
-        .iter()
-        .enumerate()
-        .filter_map(|(i, text)| Some((limit_value(text)?, used.get(i).and_then(|u| u.trim().parse().ok()))))
+/// The limit that leaves least of a chain of groups, with the use in its group, from the texts of both files.
+fn tightest(groups: impl Iterator<Item = (String, Option<String>)>) -> Option<(u64, Option<u64>)> {
+    groups
+        .filter_map(|(limit, used)| {
+            Some((limit_value(&limit)?, used.and_then(|text| text.trim().parse().ok())))
+        })
         .min_by_key(|&(limit, used): &(u64, Option<u64>)| limit.saturating_sub(used.unwrap_or(0)))
 }
 
@@ -106,10 +107,16 @@ mod tests {
 
     #[test]
     fn the_group_that_leaves_least_counts() {
-        let texts = |list: &[&str]| list.iter().map(|s| format!("{s}\n")).collect::<Vec<_>>();
-        let found = tightest(&texts(&["max", "1000", "900"]), &texts(&["5", "10", "20"]));
+        let chain = |list: &[(&str, Option<&str>)]| {
+            let own = |text: &str| format!("{text}\n");
+            tightest(
+                list.iter().map(|&(limit, used)| (own(limit), used.map(own))).collect::<Vec<_>>().into_iter(),
+            )
+        };
+        let found = chain(&[("max", Some("5")), ("1000", Some("10")), ("900", Some("20"))]);
         assert_eq!(found, Some((900, Some(20))));
-        assert_eq!(tightest(&texts(&["max", "9223372036854771712"]), &[]), None);
+        assert_eq!(chain(&[("1000", Some("950")), ("900", None)]), Some((1000, Some(950))));
+        assert_eq!(chain(&[("max", None), ("9223372036854771712", Some("7"))]), None);
     }
 
     #[test]

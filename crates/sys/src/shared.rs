@@ -254,7 +254,7 @@ impl<T: Copy> Shared<T> {
             }
         }
         let before = self.whole.0.fetch_add(ONE_WRITE, Ordering::Acquire);
-        if before % ONE_WRITE != 0 {
+        if before & (ONE_WRITE - 1) != 0 {
             self.whole.0.fetch_sub(ONE_WRITE, Ordering::Release);
             self.release_writers(stripes.clone());
             self.conflict("write", Some(stripes.start));
