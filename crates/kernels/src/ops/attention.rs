@@ -1,0 +1,310 @@
+//! The two halves of attention over stored rows: scores of a group of query heads, and the weighted sum of values.
+//!
+//! The heads of a group are processed together, so that a row is read and widened once for up to four of them; rows
+//! are taken in blocks that stay in the first-level cache while the rest of the work on them is done.
+
+use crate::Kernels;
+use crate::vector::{Element, F32x16, LANES};
+
+/// Rows per block: 64 rows of 128 bfloat16 are 16 KiB.
+const ROW_BLOCK: usize = 64;
+
+/// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`.
+///
+/// # Safety
+/// `q` is readable for `G * d` elements, `rows` for `N * d`, and `out` is writable at those places.
+#[inline(always)]
+unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize>(
+    q: *const f32,
+    rows: *const E,
+    d: usize,
+    out: *mut f32,
+    stride: usize,
+) {
+    let mut acc = [[V::splat(0.0); N]; G];
+    // SAFETY: j + 32 <= d, j + 16 <= d or j + tail == d in the three parts, and the caller vouches for d elements of
+    // each query and row, and for the places in out.
+    unsafe {
+        let mut j = 0;
+        while j + 2 * LANES <= d {
+            let mut x = [(V::splat(0.0), V::splat(0.0)); N];
+            for r in 0..N {
+                x[r] = E::load2::<V>(rows.add(r * d + j));
+            }
+            for h in 0..G {
+                let q0 = V::load(q.add(h * d + j));
+                for r in 0..N {
+                    acc[h][r] = x[r].0.mul_add(q0, acc[h][r]);
+                }
+            }
+            for h in 0..G {
+                let q1 = V::load(q.add(h * d + j + LANES));
+                for r in 0..N {
+                    acc[h][r] = x[r].1.mul_add(q1, acc[h][r]);
+                }
+            }
+            j += 2 * LANES;
+        }
+        if j + LANES <= d {
+            for r in 0..N {
+                let x = E::load::<V>(rows.add(r * d + j));
+                for h in 0..G {
+                    acc[h][r] = x.mul_add(V::load(q.add(h * d + j)), acc[h][r]);
+                }
+            }
+            j += LANES;
+        }
+        if j < d {
+            for r in 0..N {
+                let x = E::load_n::<V>(rows.add(r * d + j), d - j);
+                for h in 0..G {
+                    acc[h][r] = x.mul_add(f32::load_n(q.add(h * d + j), d - j), acc[h][r]);
+                }
+            }
+        }
+        let mut flat = [V::splat(0.0); 16];
+        for h in 0..G {
+            for r in 0..N {
+                flat[h * N + r] = acc[h][r];
+            }
+        }
+        let mut sums = [0.0; 16];
+        if V::WIDE && G * N > 8 {
+            sums = V::sum16(flat);
+        } else {
+            for i in 0..(G * N).div_ceil(4) {
+                let four = V::sum4([flat[4 * i], flat[4 * i + 1], flat[4 * i + 2], flat[4 * i + 3]]);
+                sums[4 * i..4 * i + 4].copy_from_slice(&four);
+            }
+        }
+        for h in 0..G {
+            std::ptr::copy_nonoverlapping(sums.as_ptr().add(h * N), out.add(h * stride), N);
+        }
+    }
+}
+
+/// Scores of `G` heads against `n` rows, `N` rows at a time.
+///
+/// # Safety
+/// As [`score_tile`], for `n` rows.
+#[inline(always)]
+pub(crate) unsafe fn score_rows<V: F32x16, E: Element, const G: usize, const N: usize>(
+    q: *const f32,
+    rows: *const E,
+    n: usize,
+    d: usize,
+    out: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: t + N <= n, or t < n; the caller vouches for n rows.
+    unsafe {
+        let mut t = 0;
+        while t + N <= n {
+            score_tile::<V, E, G, N>(q, rows.add(t * d), d, out.add(t), stride);
+            t += N;
+        }
+        while t < n {
+            score_tile::<V, E, G, 1>(q, rows.add(t * d), d, out.add(t), stride);
+            t += 1;
+        }
+    }
+}
+
+#[inline(always)]
+fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mut [f32]) {
+    let (g, n) = (queries.len() / d, rows.len() / d);
+    assert!(queries.len() >= g * d && rows.len() >= n * d && out.len() >= g * n);
+    for t in (0..n).step_by(ROW_BLOCK) {
+        let block = ROW_BLOCK.min(n - t);
+        let mut h = 0;
+        while h < g {
+            // SAFETY: h < g, t + block <= n, and the lengths were checked above.
+            unsafe {
+                let q = queries.as_ptr().add(h * d);
+                let rows = rows.as_ptr().add(t * d);
+                let out = out.as_mut_ptr().add(h * n + t);
+                match (g - h, V::WIDE) {
+                    (1, true) => score_rows::<V, E, 1, 8>(q, rows, block, d, out, n),
+                    (1, false) => score_rows::<V, E, 1, 4>(q, rows, block, d, out, n),
+                    (2, true) => score_rows::<V, E, 2, 4>(q, rows, block, d, out, n),
+                    (2, false) => score_rows::<V, E, 2, 2>(q, rows, block, d, out, n),
+                    (3, true) => score_rows::<V, E, 3, 4>(q, rows, block, d, out, n),
+                    (3, false) => score_rows::<V, E, 3, 1>(q, rows, block, d, out, n),
+                    (_, true) => score_rows::<V, E, 4, 4>(q, rows, block, d, out, n),
+                    (_, false) => score_rows::<V, E, 4, 1>(q, rows, block, d, out, n),
+                }
+            }
+            h += 4;
+        }
+    }
+}
+
+/// Adds `n` weighted rows to `G` accumulators, over `C * 16` columns.
+///
+/// # Safety
+/// `weights` is readable at `h * stride + t` for `t < n`; rows and accumulators have those columns at a pitch of `d`.
+#[inline(always)]
+unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>(
+    weights: *const f32,
+    stride: usize,
+    rows: *const E,
+    n: usize,
+    d: usize,
+    out: *mut f32,
+) {
+    let mut acc = [[V::splat(0.0); C]; G];
+    // SAFETY: the caller vouches for every place.
+    unsafe {
+        for h in 0..G {
+            for c in 0..C {
+                acc[h][c] = V::load(out.add(h * d + c * LANES));
+            }
+        }
+        for t in 0..n {
+            let row = rows.add(t * d);
+            let mut x = [V::splat(0.0); C];
+            let mut c = 0;
+            while c + 2 <= C {
+                (x[c], x[c + 1]) = E::load2::<V>(row.add(c * LANES));
+                c += 2;
+            }
+            if c < C {
+                x[c] = E::load::<V>(row.add(c * LANES));
+            }
+            for h in 0..G {
+                let w = V::splat(*weights.add(h * stride + t));
+                for c in 0..C {
+                    acc[h][c] = w.mul_add(x[c], acc[h][c]);
+                }
+            }
+        }
+        for h in 0..G {
+            for c in 0..C {
+                acc[h][c].store(out.add(h * d + c * LANES));
+            }
+        }
+    }
+}
+
+/// [`accumulate_tile`] over all columns of `G` heads.
+///
+/// # Safety
+/// `weights` is readable at `h * stride + t` for `t < n`, `rows` for `n * d`, `out` is writable for `G * d` elements.
+#[inline(always)]
+unsafe fn accumulate_heads<V: F32x16, E: Element, const G: usize>(
+    weights: *const f32,
+    stride: usize,
+    rows: *const E,
+    n: usize,
+    d: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the columns j.. of each part end at or before d; the caller vouches for the rest.
+    unsafe {
+        let mut j = 0;
+        while V::WIDE && j + 4 * LANES <= d {
+            accumulate_tile::<V, E, G, 4>(weights, stride, rows.add(j), n, d, out.add(j));
+            j += 4 * LANES;
+        }
+        while j + LANES <= d {
+            accumulate_tile::<V, E, G, 1>(weights, stride, rows.add(j), n, d, out.add(j));
+            j += LANES;
+        }
+        if j < d {
+            for h in 0..G {
+                let out = std::slice::from_raw_parts_mut(out.add(h * d + j), d - j);
+                let mut acc = crate::vector::load_tail::<V>(out, 0.0);
+                for t in 0..n {
+                    let x = E::load_n::<V>(rows.add(t * d + j), d - j);
+                    acc = V::splat(*weights.add(h * stride + t)).mul_add(x, acc);
+                }
+                crate::vector::store_tail(acc, out);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn accumulate<V: F32x16, E: Element>(weights: &[f32], rows: &[E], d: usize, acc: &mut [f32]) {
+    let (g, n) = (acc.len() / d, rows.len() / d);
+    assert!(weights.len() >= g * n && rows.len() >= n * d && acc.len() >= g * d);
+    for t in (0..n).step_by(ROW_BLOCK) {
+        let block = ROW_BLOCK.min(n - t);
+        let mut h = 0;
+        while h < g {
+            // SAFETY: h < g, t + block <= n, and the lengths were checked above.
+            unsafe {
+                let weights = weights.as_ptr().add(h * n + t);
+                let rows = rows.as_ptr().add(t * d);
+                let out = acc.as_mut_ptr().add(h * d);
+                match g - h {
+                    1 => accumulate_heads::<V, E, 1>(weights, n, rows, block, d, out),
+                    2 => accumulate_heads::<V, E, 2>(weights, n, rows, block, d, out),
+                    3 => accumulate_heads::<V, E, 3>(weights, n, rows, block, d, out),
+                    _ => accumulate_heads::<V, E, 4>(weights, n, rows, block, d, out),
+                }
+            }
+            h += 4;
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn scores_f32<V: F32x16>(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) {
+    scores::<V, f32>(queries, rows, d, out);
+}
+
+#[inline(always)]
+pub(crate) fn scores_bf16<V: F32x16>(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) {
+    scores::<V, u16>(queries, rows, d, out);
+}
+
+#[inline(always)]
+pub(crate) fn accumulate_f32<V: F32x16>(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) {
+    accumulate::<V, f32>(weights, rows, d, acc);
+}
+
+#[inline(always)]
+pub(crate) fn accumulate_bf16<V: F32x16>(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) {
+    accumulate::<V, u16>(weights, rows, d, acc);
+}
+
+/// Checks `heads` `[g][d]`, `rows` `[n][d]` and `pairs` `[g][n]`.
+fn check(op: &str, heads: usize, rows: usize, d: usize, pairs: usize) {
+    assert!(d > 0, "{op}: a head dimension of 0");
+    assert!(heads.is_multiple_of(d), "{op}: {heads} values of heads of dimension {d}");
+    assert!(rows.is_multiple_of(d), "{op}: {rows} values of rows of dimension {d}");
+    assert_eq!(pairs, heads / d * (rows / d), "{op}: the (head, row) pairs");
+}
+
+impl Kernels {
+    /// Plain dot products of `g` query heads with `n` rows: `queries` `[g][d]`, `rows` `[n][d]`, `out` `[g][n]`. Each in
+    /// the 16-lane semantics. The caller has scaled the queries. Any `g`; four at a time share the reading of a row.
+    pub fn scores_f32(&self, queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) {
+        check("scores_f32", queries.len(), rows.len(), d, out.len());
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.scores_f32)(queries, rows, d, out) }
+    }
+
+    /// [`Kernels::scores_f32`] for rows of bfloat16 bits.
+    pub fn scores_bf16(&self, queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) {
+        check("scores_bf16", queries.len(), rows.len(), d, out.len());
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.scores_bf16)(queries, rows, d, out) }
+    }
+
+    /// Adds weighted rows: `acc[h][j] = fma(weights[h][t], rows[t][j], acc[h][j])` for ascending `t`. `weights`
+    /// `[g][n]`, `rows` `[n][d]`, `acc` `[g][d]`, which is added to.
+    pub fn accumulate_f32(&self, weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) {
+        check("accumulate_f32", acc.len(), rows.len(), d, weights.len());
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.accumulate_f32)(weights, rows, d, acc) }
+    }
+
+    /// [`Kernels::accumulate_f32`] for rows of bfloat16 bits.
+    pub fn accumulate_bf16(&self, weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) {
+        check("accumulate_bf16", acc.len(), rows.len(), d, weights.len());
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.accumulate_bf16)(weights, rows, d, acc) }
+    }
+}

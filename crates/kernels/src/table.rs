@@ -1,0 +1,158 @@
+//! One table of function pointers per instruction set, and how one is chosen.
+//!
+//! The public methods of [`Kernels`] live beside the operations, in `ops` and [`crate::ternary`]: they check shapes and
+//! call through the table.
+
+use crate::isa::{ISA_VARIABLE, Isa, IsaError};
+use crate::ternary::TernaryTable;
+use crate::vector::S16;
+
+/// The kernels of one instruction set. There is one static table per set; all give identical bits.
+pub struct Kernels {
+    isa: Isa,
+    pub(crate) float: &'static FloatTable,
+    pub(crate) ternary: &'static TernaryTable,
+}
+
+/// Lists every float operation once, as `name(arguments) -> result = file::function`, for the macros below.
+macro_rules! for_each_float_op {
+    ($callback:ident $($context:tt)*) => {
+        $callback! { ($($context)*)
+            dot(a: &[f32], b: &[f32]) -> f32 = reduce::dot;
+            max(x: &[f32]) -> f32 = reduce::max;
+            exp_sum(x: &mut [f32], shift: f32) -> f32 = exp::exp_sum;
+            silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = exp::silu_mul;
+            rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> () = norm::rmsnorm;
+            rope(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) -> () = elementwise::rope;
+            relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = elementwise::relu2_mul;
+            add_assign(x: &mut [f32], y: &[f32]) -> () = elementwise::add_assign;
+            scale(x: &mut [f32], f: f32) -> () = elementwise::scale;
+            scale_add(acc: &mut [f32], f: f32, other: &[f32], g: f32) -> () = elementwise::scale_add;
+            f32_to_bf16(x: &[f32], out: &mut [u16]) -> () = convert::f32_to_bf16;
+            bf16_to_f32(x: &[u16], out: &mut [f32]) -> () = convert::bf16_to_f32;
+            quantize_activations(x: &[f32], codes: &mut [i8]) -> crate::Quantized
+                = quantize::quantize_activations;
+            quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()
+                = quantize::quantize_rows_int8;
+            scores_f32(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) -> () = attention::scores_f32;
+            scores_bf16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) -> () = attention::scores_bf16;
+            accumulate_f32(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) -> ()
+                = attention::accumulate_f32;
+            accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) -> ()
+                = attention::accumulate_bf16;
+            head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
+            head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;
+        }
+    };
+}
+
+macro_rules! define_table {
+    (() $($name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $file:ident::$body:ident;)*) => {
+        /// The float operations of one instruction set. Calling an entry requires a processor that has the set.
+        pub(crate) struct FloatTable {
+            $(pub(crate) $name: unsafe fn($($ty),*) -> $ret,)*
+        }
+    };
+}
+for_each_float_op!(define_table);
+
+/// Compiles every operation for one vector type under the given attribute (`[target_feature(...)]` or `[inline]`).
+macro_rules! stamp_table {
+    (($vector:ty, $attribute:tt)
+     $($name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $file:ident::$body:ident;)*) => {
+        $(
+            # $attribute
+            fn $name($($arg: $ty),*) -> $ret {
+                crate::ops::$file::$body::<$vector>($($arg),*)
+            }
+        )*
+        pub(crate) static TABLE: crate::table::FloatTable = crate::table::FloatTable { $($name,)* };
+    };
+}
+
+mod scalar {
+    use super::S16;
+    for_each_float_op!(stamp_table S16, [inline]);
+}
+
+static SCALAR: Kernels =
+    Kernels { isa: Isa::Scalar, float: &scalar::TABLE, ternary: &crate::ternary::scalar::TABLE };
+
+impl Kernels {
+    /// The table of an instruction set, or `None` where this processor or this build lacks it.
+    pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
+        match isa {
+            Isa::Scalar => Some(&SCALAR),
+            _ => None,
+        }
+    }
+
+    /// The table that `LONGBIT_ISA` names, or the best one when the variable is unset or empty.
+    ///
+    /// # Errors
+    /// The variable names no instruction set, or one that cannot run here; the error lists those that can.
+    pub fn from_env() -> Result<&'static Kernels, IsaError> {
+        match std::env::var_os(ISA_VARIABLE) {
+            None => Ok(Kernels::best()),
+            Some(value) if value.is_empty() => Ok(Kernels::best()),
+            Some(value) => Kernels::named(&value.to_string_lossy(), ISA_VARIABLE),
+        }
+    }
+
+    /// The table of a named instruction set; `from` says in the error where the name came from.
+    ///
+    /// # Errors
+    /// As [`Kernels::from_env`].
+    pub fn named(name: &str, from: &str) -> Result<&'static Kernels, IsaError> {
+        let Ok(isa) = name.parse::<Isa>() else {
+            return Err(IsaError::Unknown {
+                from: from.into(),
+                value: name.into(),
+                available: Isa::available(),
+            });
+        };
+        Kernels::for_isa(isa).ok_or_else(|| IsaError::Unavailable {
+            from: from.into(),
+            isa,
+            available: Isa::available(),
+        })
+    }
+
+    /// The fastest table that this processor can run.
+    pub fn best() -> &'static Kernels {
+        Isa::available().into_iter().rev().find_map(Kernels::for_isa).unwrap_or(&SCALAR)
+    }
+
+    /// The instruction set of this table.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernels").field("isa", &self.isa).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_available_set_has_its_table() {
+        for isa in Isa::available() {
+            assert_eq!(Kernels::for_isa(isa).map(Kernels::isa), Some(isa));
+        }
+        assert_eq!(Some(&Kernels::best().isa()), Isa::available().last());
+    }
+
+    #[test]
+    fn a_set_that_cannot_run_here_is_refused_by_name() {
+        let error = Kernels::named("neon", ISA_VARIABLE).unwrap_err();
+        assert!(error.to_string().starts_with("LONGBIT_ISA: neon cannot run here"), "{error}");
+        let error = Kernels::named("fast", ISA_VARIABLE).unwrap_err();
+        assert!(matches!(error, IsaError::Unknown { ref value, .. } if value == "fast"), "{error}");
+        assert_eq!(Kernels::named("scalar", ISA_VARIABLE).unwrap().isa(), Isa::Scalar);
+    }
+}

@@ -1,0 +1,180 @@
+//! Sixteen `f32` lanes, as the float operations see them: one trait, one implementation per register width.
+//!
+//! # Contract
+//! The methods of an implementation may be *called* only where its instruction set is enabled: from an
+//! `#[inline(always)]` body that a `#[target_feature]` entry of the same table instantiates (`table::stamp_table`). The
+//! trait is private to the crate, and the tables are handed out against a detection token, which makes that sound.
+//! Bodies must not put lane arithmetic into closures: those are compiled without the features of their caller.
+
+mod scalar;
+
+pub(crate) use scalar::S16;
+
+/// How many lanes a reduction has, on every instruction set.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen `f32` lanes. See the module for who may call its methods.
+pub(crate) trait F32x16: Copy {
+    /// Whether all sixteen lanes are one register and there are 32 of them: tiles may be larger.
+    const WIDE: bool;
+
+    /// All lanes `x`.
+    fn splat(x: f32) -> Self;
+
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load(p: *const f32) -> Self;
+
+    /// # Safety
+    /// `p` is writable for 16 elements.
+    unsafe fn store(self, p: *mut f32);
+
+    fn add(self, o: Self) -> Self;
+    fn sub(self, o: Self) -> Self;
+    fn mul(self, o: Self) -> Self;
+    fn div(self, o: Self) -> Self;
+    /// `self * b + c`, rounded once.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    fn abs(self) -> Self;
+    /// `-self`.
+    fn neg(self) -> Self;
+    /// `if self > o { self } else { o }` in each lane: a NaN in `self` gives `o`, a NaN in `o` gives NaN.
+    fn max(self, o: Self) -> Self;
+    /// `if self < o { self } else { o }` in each lane.
+    fn min(self, o: Self) -> Self;
+    /// The bits of each lane shifted left by 23: makes a power of two of a biased exponent.
+    fn shl23(self) -> Self;
+    /// Zero in the lanes where `x < bound`, `self` elsewhere (also where `x` is NaN).
+    fn zero_where_less(self, x: Self, bound: Self) -> Self;
+
+    /// Sums each of four vectors by the fixed tree.
+    fn sum4(v: [Self; 4]) -> [f32; 4];
+
+    /// Sums each of sixteen vectors by the fixed tree.
+    #[inline(always)]
+    fn sum16(v: [Self; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        for i in 0..4 {
+            let four = Self::sum4([v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]]);
+            out[4 * i..4 * i + 4].copy_from_slice(&four);
+        }
+        out
+    }
+
+    /// Sums the lanes by the fixed tree.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        Self::sum4([self; 4])[0]
+    }
+
+    /// Widens 16 bfloat16.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load_bf16(p: *const u16) -> Self;
+
+    /// Widens 32 bfloat16.
+    ///
+    /// # Safety
+    /// `p` is readable for 32 elements.
+    #[inline(always)]
+    unsafe fn load2_bf16(p: *const u16) -> (Self, Self) {
+        // SAFETY: the caller gives 32 readable elements.
+        unsafe { (Self::load_bf16(p), Self::load_bf16(p.add(LANES))) }
+    }
+
+    /// Converts 16 signed bytes.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load_i8(p: *const i8) -> Self;
+}
+
+/// A number that rows are stored in, widened to `f32` lanes as it is read.
+pub(crate) trait Element: Copy + Default {
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load<V: F32x16>(p: *const Self) -> V;
+
+    /// # Safety
+    /// `p` is readable for 32 elements.
+    #[inline(always)]
+    unsafe fn load2<V: F32x16>(p: *const Self) -> (V, V) {
+        // SAFETY: the caller gives 32 readable elements.
+        unsafe { (Self::load(p), Self::load(p.add(LANES))) }
+    }
+
+    /// The first `n < 16` elements, and `+0.0` in the other lanes.
+    ///
+    /// # Safety
+    /// `p` is readable for `n` elements.
+    #[inline(always)]
+    unsafe fn load_n<V: F32x16>(p: *const Self, n: usize) -> V {
+        let mut padded = [Self::default(); LANES];
+        // SAFETY: the caller gives `n` readable elements; `min` keeps the copy inside `padded`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n.min(LANES));
+            Self::load(padded.as_ptr())
+        }
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<V: F32x16>(p: *const f32) -> V {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load(p) }
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn load<V: F32x16>(p: *const u16) -> V {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load_bf16(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load2<V: F32x16>(p: *const u16) -> (V, V) {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load2_bf16(p) }
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn load<V: F32x16>(p: *const i8) -> V {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load_i8(p) }
+    }
+}
+
+/// Loads 16 elements of a whole chunk.
+#[inline(always)]
+pub(crate) fn load<V: F32x16>(x: &[f32; LANES]) -> V {
+    // SAFETY: an array of 16 elements is readable for 16 elements.
+    unsafe { V::load(x.as_ptr()) }
+}
+
+/// Stores 16 elements over a whole chunk.
+#[inline(always)]
+pub(crate) fn store<V: F32x16>(v: V, x: &mut [f32; LANES]) {
+    // SAFETY: an array of 16 elements is writable for 16 elements.
+    unsafe { v.store(x.as_mut_ptr()) }
+}
+
+/// A tail of fewer than 16 elements, padded with `pad`.
+#[inline(always)]
+pub(crate) fn load_tail<V: F32x16>(x: &[f32], pad: f32) -> V {
+    let mut padded = [pad; LANES];
+    padded[..x.len()].copy_from_slice(x);
+    load(&padded)
+}
+
+/// Stores the first lanes over a tail of fewer than 16 elements.
+#[inline(always)]
+pub(crate) fn store_tail<V: F32x16>(v: V, x: &mut [f32]) {
+    let mut whole = [0.0; LANES];
+    store(v, &mut whole);
+    x.copy_from_slice(&whole[..x.len()]);
+}

@@ -1,0 +1,121 @@
+//! The sixteen lanes as an array: plain Rust for every machine.
+
+use super::{F32x16, LANES};
+
+/// Sixteen lanes in an array.
+#[derive(Clone, Copy)]
+pub(crate) struct S16([f32; LANES]);
+
+macro_rules! lanewise {
+    ($lane:ident, $value:expr) => {{
+        let mut out = [0.0f32; LANES];
+        for $lane in 0..LANES {
+            out[$lane] = $value;
+        }
+        S16(out)
+    }};
+}
+
+impl F32x16 for S16 {
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(x: f32) -> S16 {
+        S16([x; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        S16(unsafe { p.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the caller gives 16 writable elements.
+        unsafe { p.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn add(self, o: S16) -> S16 {
+        lanewise!(i, self.0[i] + o.0[i])
+    }
+
+    #[inline(always)]
+    fn sub(self, o: S16) -> S16 {
+        lanewise!(i, self.0[i] - o.0[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, o: S16) -> S16 {
+        lanewise!(i, self.0[i] * o.0[i])
+    }
+
+    #[inline(always)]
+    fn div(self, o: S16) -> S16 {
+        lanewise!(i, self.0[i] / o.0[i])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: S16, c: S16) -> S16 {
+        lanewise!(i, self.0[i].mul_add(b.0[i], c.0[i]))
+    }
+
+    #[inline(always)]
+    fn abs(self) -> S16 {
+        lanewise!(i, self.0[i].abs())
+    }
+
+    #[inline(always)]
+    fn neg(self) -> S16 {
+        lanewise!(i, -self.0[i])
+    }
+
+    #[inline(always)]
+    fn max(self, o: S16) -> S16 {
+        lanewise!(i, if self.0[i] > o.0[i] { self.0[i] } else { o.0[i] })
+    }
+
+    #[inline(always)]
+    fn min(self, o: S16) -> S16 {
+        lanewise!(i, if self.0[i] < o.0[i] { self.0[i] } else { o.0[i] })
+    }
+
+    #[inline(always)]
+    fn shl23(self) -> S16 {
+        lanewise!(i, f32::from_bits(self.0[i].to_bits() << 23))
+    }
+
+    #[inline(always)]
+    fn zero_where_less(self, x: S16, bound: S16) -> S16 {
+        lanewise!(i, if x.0[i] < bound.0[i] { 0.0 } else { self.0[i] })
+    }
+
+    #[inline(always)]
+    fn sum4(v: [S16; 4]) -> [f32; 4] {
+        let mut out = [0.0; 4];
+        for (o, mut lanes) in out.iter_mut().zip(v) {
+            for half in [8, 4, 2, 1] {
+                for i in 0..half {
+                    lanes.0[i] += lanes.0[i + half];
+                }
+            }
+            *o = lanes.0[0];
+        }
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        let x = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        lanewise!(i, f32::from_bits(u32::from(x[i]) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        let x = unsafe { p.cast::<[i8; LANES]>().read_unaligned() };
+        lanewise!(i, f32::from(x[i]))
+    }
+}
