@@ -18,7 +18,10 @@
 //! - `ops`: the float operations, each written once over `vector::F32x16` and compiled per instruction set.
 //! - [`oracle`]: the obvious scalar code that every table is compared with, bit for bit.
 
-#![allow(unsafe_code)] // The one crate besides `longbit-sys` that may: intrinsics live here and nowhere else.
+#![allow(unsafe_code)]
+// The one crate besides `longbit-sys` that may: intrinsics live here and nowhere else.
+// Lane loops index several arrays by one constant-bounded index: that is what unrolls into registers.
+#![allow(clippy::needless_range_loop)]
 
 pub mod isa;
 mod ops;

@@ -6,6 +6,12 @@
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
 use crate::vector::S16;
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    isa::token,
+    ternary::{avx2 as ternary_avx2, avx512 as ternary_avx512, vnni as ternary_vnni},
+    vector::{A16, Z16},
+};
 
 /// The kernels of one instruction set. There is one static table per set; all give identical bits.
 pub struct Kernels {
@@ -75,6 +81,26 @@ mod scalar {
     for_each_float_op!(stamp_table S16, [inline]);
 }
 
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::A16;
+    for_each_float_op!(stamp_table A16, [target_feature(enable = "avx2,fma,f16c")]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::Z16;
+    for_each_float_op!(stamp_table Z16, [target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]);
+}
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels = Kernels { isa: Isa::Avx2, float: &avx2::TABLE, ternary: &ternary_avx2::TABLE };
+#[cfg(target_arch = "x86_64")]
+static AVX512: Kernels = Kernels { isa: Isa::Avx512, float: &avx512::TABLE, ternary: &ternary_avx512::TABLE };
+#[cfg(target_arch = "x86_64")]
+static AVX512_VNNI: Kernels =
+    Kernels { isa: Isa::Avx512Vnni, float: &avx512::TABLE, ternary: &ternary_vnni::TABLE };
+
 static SCALAR: Kernels =
     Kernels { isa: Isa::Scalar, float: &scalar::TABLE, ternary: &crate::ternary::scalar::TABLE };
 
@@ -83,7 +109,15 @@ impl Kernels {
     pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
         match isa {
             Isa::Scalar => Some(&SCALAR),
-            _ => None,
+            Isa::Neon => None,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => token::Avx2::detect().map(|_| &AVX2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => token::Avx512::detect().map(|_| &AVX512),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => token::Avx512Vnni::detect().map(|_| &AVX512_VNNI),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => None,
         }
     }
 

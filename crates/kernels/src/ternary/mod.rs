@@ -10,8 +10,14 @@
 //!
 //! With codes `c = w + 1`, `sum(w * a) = sum(c * a) - sum(a)`.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 mod pack;
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod vnni;
 
 pub use pack::{BadCode, TernaryShape};
 
@@ -82,6 +88,9 @@ impl Kernels {
     ) {
         assert_eq!(codes.len(), shape.padded_cols(), "ternary_gemv: activation codes");
         let tiles = select(shape, data, tiles, out.len(), 1);
+        if tiles.blocks == 0 {
+            return out.fill(0.0);
+        }
         let activations = Activations { codes, sums: &[sum], scales: &[scale] };
         // SAFETY: this table was handed out against proof of its instruction set, and the shapes agree.
         unsafe { (self.ternary.gemv)(tiles, activations, out) }
@@ -111,10 +120,10 @@ impl Kernels {
         assert_eq!(codes.len(), tokens * cols, "ternary_gemm: activation codes");
         assert_eq!((sums.len(), scales.len()), (tokens, tokens), "ternary_gemm: sums and scales");
         let tiles = select(shape, data, tiles, out.len(), tokens);
-        if tiles.rows == 0 || tokens == 0 {
-            return;
+        if tiles.rows == 0 || tiles.blocks == 0 {
+            return out.fill(0.0);
         }
-        let group = (TOKEN_GROUP_BYTES / cols.max(1)).next_multiple_of(4).max(4);
+        let group = (TOKEN_GROUP_BYTES / cols).next_multiple_of(4).max(4);
         for (i, out) in out.chunks_mut(group * tiles.rows).enumerate() {
             let some = i * group..tokens.min((i + 1) * group);
             let activations = Activations {

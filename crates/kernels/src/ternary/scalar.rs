@@ -20,9 +20,7 @@ fn tile_sums(tile: &[u8], codes: &[i8]) -> [i32; TILE_ROWS] {
 }
 
 fn gemv(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
-    for (tile, out) in
-        tiles.data.chunks_exact(tiles.blocks.max(1) * BLOCK_BYTES).zip(out.chunks_mut(TILE_ROWS))
-    {
+    for (tile, out) in tiles.data.chunks_exact(tiles.blocks * BLOCK_BYTES).zip(out.chunks_mut(TILE_ROWS)) {
         for (o, sum) in out.iter_mut().zip(tile_sums(tile, activations.codes)) {
             *o = (sum - activations.sums[0]) as f32 * activations.scales[0];
         }

@@ -6,8 +6,16 @@
 //! trait is private to the crate, and the tables are handed out against a detection token, which makes that sound.
 //! Bodies must not put lane arithmetic into closures: those are compiled without the features of their caller.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::A16;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Z16;
 pub(crate) use scalar::S16;
 
 /// How many lanes a reduction has, on every instruction set.
