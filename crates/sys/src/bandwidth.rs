@@ -46,7 +46,7 @@ impl ReadProbe {
     pub fn measure(&self, team: &Team) -> f64 {
         let words: &[u64] = self.data.as_slice_of();
         const WORDS: usize = UNIT / size_of::<u64>();
-        let stream = streams()[0];
+        let stream = streams().pop().unwrap_or(stream);
         let took: [AtomicU64; PASSES] = [const { AtomicU64::new(0) }; PASSES];
         team.run(|worker| {
             let units = worker.range(words.len() / WORDS);
@@ -72,21 +72,24 @@ impl ReadProbe {
 /// Sums all words (wrapping), with the widest loads that this CPU has: narrow ones leave a third of the bandwidth.
 type Stream = fn(&[u64]) -> u64;
 
-/// Every way to stream that this CPU can run, widest first.
+/// Every way to stream that this CPU can run, widest last.
 fn streams() -> Vec<Stream> {
-    let mut all: Vec<Stream> = Vec::new();
+    let all = vec![stream as Stream];
     #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was just detected.
-            all.push(|words| unsafe { stream_avx512(words) });
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just detected.
-            all.push(|words| unsafe { stream_avx2(words) });
-        }
+    let all = with_x86(all);
+    all
+}
+
+#[cfg(target_arch = "x86_64")]
+fn with_x86(mut all: Vec<Stream>) -> Vec<Stream> {
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was just detected.
+        all.push(|words| unsafe { stream_avx2(words) });
     }
-    all.push(stream);
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature was just detected.
+        all.push(|words| unsafe { stream_avx512(words) });
+    }
     all
 }
 
