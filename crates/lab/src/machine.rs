@@ -1,1 +1,0 @@
-//! What this machine is, as far as it says.

@@ -1,0 +1,505 @@
+//! From a TOML document to a checked experiment, section by section.
+
+use std::collections::BTreeMap;
+
+use longbit_protocol::{Capabilities, Measure, ModelSpec, ParamInfo};
+use toml::de::{DeTable, DeValue};
+
+use super::named::{self, Named, suggest};
+use super::walk::{At, Section, Source, integer, items, scalar};
+use super::{Exclude, Experiment, MemoryLimit, OnExceed, Threads, units};
+use crate::Complaint;
+use crate::plan::{ExperimentMeta, Gate, OnFail, SCHEMA, VerifySpec};
+
+/// Largest context and thread count that are taken for meant.
+const MAX_CONTEXT: u64 = 1 << 24;
+const MAX_THREADS: u64 = 4096;
+/// Largest product of the parameter lists of one `[[method]]`.
+const MAX_VARIANTS: usize = 10_000;
+
+type Listed<'a> = Vec<(&'a str, &'a [ParamInfo])>;
+
+pub(super) fn read(file: &str, text: &str, caps: &Capabilities) -> Result<Experiment, Vec<Complaint>> {
+    let source = Source::new(file.to_owned(), text);
+    let (table, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        source.syntax(error);
+    }
+    let experiment = if errors.is_empty() {
+        let table = table.into_inner();
+        // The complaints outlive the document, the document outlives the walk.
+        let reader = Reader { source: &source, caps };
+        reader.experiment(&Section::root(&source, &table))
+    } else {
+        None
+    };
+    let complaints = source.into_complaints();
+    match experiment {
+        Some(experiment) if complaints.is_empty() => Ok(experiment),
+        _ => Err(complaints),
+    }
+}
+
+struct Reader<'a> {
+    source: &'a Source<'a>,
+    caps: &'a Capabilities,
+}
+
+impl<'a> Reader<'a> {
+    /// `None` only together with at least one complaint.
+    fn experiment(&self, root: &Section<'a>) -> Option<Experiment> {
+        match root.int("schema", 0, u64::from(u32::MAX)) {
+            Some(at) if at.value != u64::from(SCHEMA) => {
+                self.source.complain(&at.place, format!("schema {} is not known", at.value), "schema = 1");
+            }
+            None if !root.has("schema") => {
+                self.source.complain(&root.missing("schema"), "schema is missing", "schema = 1");
+            }
+            _ => {}
+        }
+        let meta = self.meta(&root.section("experiment"));
+        let model = self.model(&root.section("model"));
+        let workload = root.section("workload");
+        let workload_name = self.workload(&workload);
+        let measure = root.section("measure");
+        let seed = self.seed(&workload, &measure);
+        let axes = root.section("axes");
+        let contexts = self.contexts(&axes);
+        let threads = self.threads(&axes);
+        let kv_dtypes = self.kv_dtypes(&axes);
+        let methods = self.methods(&axes, &root.sections("method"));
+        axes.end();
+        workload.end();
+        let excludes = root.sections("exclude");
+        let excludes = match (&contexts, &kv_dtypes, &methods) {
+            (Some(c), Some(k), Some(m)) => excludes.iter().map(|e| self.exclude(e, c, k, m)).collect(),
+            _ => Vec::new(),
+        };
+        let (measured, min_samples_p99, max_drift_pct) = self.measure(&measure);
+        let limits = root.section("limits");
+        let cell_timeout_s = limits.quantity("cell_timeout", units::duration).unwrap_or(1800.0);
+        let max_rss = limits.quantity("max_rss", units::memory_limit).unwrap_or(MemoryLimit::Percent(90.0));
+        let on_exceed =
+            self.choice(&limits, "on_exceed", &[("skip", OnExceed::Skip), ("refuse", OnExceed::Refuse)]);
+        limits.end();
+        let verify = self.verify(&root.section("verify"), methods.as_deref().unwrap_or_default());
+        let gate = self.gate(&root.section("gate"));
+        root.end();
+        Some(Experiment {
+            meta: meta?,
+            model: model?,
+            workload: workload_name?,
+            seed,
+            contexts: contexts?,
+            threads: threads?,
+            kv_dtypes: kv_dtypes?,
+            methods: methods?,
+            excludes,
+            measure: measured,
+            min_samples_p99,
+            max_drift_pct,
+            cell_timeout_s,
+            max_rss,
+            on_exceed: on_exceed.unwrap_or_default(),
+            verify,
+            gate,
+        })
+    }
+
+    fn required<T>(&self, section: &Section<'a>, key: &'static str, value: Option<T>) -> Option<T> {
+        if value.is_none() && !section.has(key) {
+            self.source.complain(&section.missing(key), format!("{key} is missing"), "");
+        }
+        value
+    }
+
+    fn choice<T: Copy>(&self, section: &Section<'a>, key: &'static str, of: &[(&str, T)]) -> Option<T> {
+        let at = section.str(key)?;
+        let found = of.iter().find(|(word, _)| *word == at.value).map(|(_, value)| *value);
+        if found.is_none() {
+            let words: Vec<&str> = of.iter().map(|(word, _)| *word).collect();
+            self.source.complain(
+                &at.place,
+                format!("{:?} is not a value of {key}", at.value),
+                suggest(&at.value, &words),
+            );
+        }
+        found
+    }
+
+    fn meta(&self, section: &Section<'a>) -> Option<ExperimentMeta> {
+        let name = self.required(section, "name", section.str("name"));
+        let question = self.required(section, "question", section.str("question"));
+        let analysis = section.str("analysis").map(|a| a.value.trim().to_owned()).unwrap_or_default();
+        section.end();
+        let name = name?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if name.value.is_empty()
+            || name.value.len() > 64
+            || name.value.starts_with('-')
+            || !name.value.chars().all(plain)
+        {
+            let what = format!("{:?} is not a name of an experiment", name.value);
+            self.source.complain(
+                &name.place,
+                what,
+                "lower-case letters, digits and '-', e.g. \"long-context\"",
+            );
+        }
+        Some(ExperimentMeta {
+            name: name.value,
+            question: question?.value.trim().to_owned(),
+            analysis,
+            ..ExperimentMeta::default()
+        })
+    }
+
+    fn model(&self, section: &Section<'a>) -> Option<ModelSpec> {
+        let preset = section.str("preset");
+        let path = section.str("path");
+        let head = section.str("head");
+        let seed = section.int("seed", 0, u64::MAX).map_or(1, |at| at.value);
+        section.end();
+        match (&preset, &path) {
+            (Some(_), Some(path)) => {
+                self.source.complain(
+                    &path.place,
+                    "a model is either a preset or a path",
+                    "remove one of the two",
+                );
+                return None;
+            }
+            (None, None) => {
+                if !section.has("preset") && !section.has("path") {
+                    let help = match self.caps.presets.first() {
+                        Some(p) => format!("preset = {:?}, or path = \"…\"", p.name),
+                        None => "path = \"…\"".to_owned(),
+                    };
+                    self.source.complain(&section.missing("preset"), "the model is missing", help);
+                }
+                return None;
+            }
+            _ => {}
+        }
+        if let Some(at) = &preset {
+            let names: Vec<&str> = self.caps.presets.iter().map(|p| p.name.as_str()).collect();
+            if !names.contains(&at.value.as_str()) {
+                self.source.complain(
+                    &at.place,
+                    format!("unknown preset {:?}", at.value),
+                    suggest(&at.value, &names),
+                );
+            }
+        }
+        if let Some(at) = path.as_ref().filter(|at| at.value.is_empty()) {
+            self.source.complain(&at.place, "path is empty", "");
+        }
+        if let Some(at) = head.as_ref().filter(|at| !self.caps.heads.contains(&at.value)) {
+            let what = format!("unknown number format {:?} of the head", at.value);
+            self.source.complain(&at.place, what, suggest(&at.value, &self.caps.heads));
+        }
+        Some(ModelSpec {
+            preset: preset.map(|at| at.value).unwrap_or_default(),
+            path: path.map(|at| at.value).unwrap_or_default(),
+            head: head.map_or_else(|| "bf16".to_owned(), |at| at.value),
+            seed,
+        })
+    }
+
+    fn workload(&self, section: &Section<'a>) -> Option<String> {
+        let at = self.required(section, "name", section.str("name"))?;
+        let listed: Listed<'_> =
+            self.caps.workloads.iter().map(|w| (w.name.as_str(), w.params.as_slice())).collect();
+        match named::parse("workload", &at.value, &listed) {
+            Ok(workload) => Some(workload.text()),
+            Err(wrong) => {
+                self.source.wrong(&at.place, wrong);
+                None
+            }
+        }
+    }
+
+    fn seed(&self, workload: &Section<'a>, measure: &Section<'a>) -> u64 {
+        let of_workload = workload.int("seed", 0, u64::MAX);
+        let of_measure = measure.int("seed", 0, u64::MAX);
+        if let (Some(w), Some(m)) = (&of_workload, &of_measure)
+            && w.value != m.value
+        {
+            let what = format!("measure.seed = {} differs from workload.seed = {}", m.value, w.value);
+            self.source.complain(&m.place, what, "one seed drives both; remove one of the two");
+        }
+        of_workload.or(of_measure).map_or(1, |at| at.value)
+    }
+
+    fn axis<T: PartialEq>(
+        &self,
+        section: &Section<'a>,
+        key: &'static str,
+        take: impl Fn(At<&'a DeValue<'a>>) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let found = self.required(section, key, section.items(key))?;
+        if found.is_empty() {
+            self.source.complain(&section.missing(key), format!("the axis {key} is empty"), "");
+            return None;
+        }
+        let mut values = Vec::new();
+        for at in found {
+            let value = take(at)?;
+            if !values.contains(&value) {
+                values.push(value);
+            }
+        }
+        Some(values)
+    }
+
+    fn contexts(&self, axes: &Section<'a>) -> Option<Vec<usize>> {
+        self.axis(axes, "context", |at| match integer(at.value).filter(|v| (1..=MAX_CONTEXT).contains(v)) {
+            Some(value) => usize::try_from(value).ok(),
+            None => axes.wrong_type(&at, &format!("a whole number of tokens from 1 to {MAX_CONTEXT}")),
+        })
+    }
+
+    fn threads(&self, axes: &Section<'a>) -> Option<Vec<Threads>> {
+        self.axis(axes, "threads", |at| thread_count(axes, &at))
+    }
+
+    fn kv_dtypes(&self, axes: &Section<'a>) -> Option<Vec<String>> {
+        let names: Vec<&str> = self.caps.kv_dtypes.iter().map(|k| k.name.as_str()).collect();
+        self.axis(axes, "kv_dtype", |at| match at.value.as_str() {
+            Some(name) if names.contains(&name) => Some(name.to_owned()),
+            Some(name) => {
+                self.source.complain(&at.place, format!("unknown KV dtype {name:?}"), suggest(name, &names));
+                None
+            }
+            None => axes.wrong_type(&at, "the name of a KV dtype"),
+        })
+    }
+
+    /// The axis `method`, with the variants that `[[method]]` tables define for bare names.
+    fn methods(&self, axes: &Section<'a>, tables: &[Section<'a>]) -> Option<Vec<Named>> {
+        let listed: Listed<'_> =
+            self.caps.methods.iter().map(|m| (m.name.as_str(), m.params.as_slice())).collect();
+        let mut defined: BTreeMap<String, Vec<Named>> = BTreeMap::new();
+        let mut names = Vec::new();
+        for table in tables {
+            let Some(name) = self.required(table, "name", table.str("name")) else { continue };
+            let variants = self.variants(&name, &table.section("params"), &listed);
+            table.end();
+            defined.entry(name.value.clone()).or_default().extend(variants);
+            names.push(name);
+        }
+        let axis = self.required(axes, "method", axes.strs("method"))?;
+        if axis.is_empty() {
+            self.source.complain(&axes.missing("method"), "the axis method is empty", "");
+            return None;
+        }
+        let mut methods: Vec<Named> = Vec::new();
+        for at in &axis {
+            let found = match defined.get(&at.value) {
+                Some(variants) => variants.clone(),
+                None => match named::parse("method", &at.value, &listed) {
+                    Ok(method) => vec![method],
+                    Err(wrong) => {
+                        self.source.wrong(&at.place, wrong);
+                        continue;
+                    }
+                },
+            };
+            for method in found {
+                if !methods.contains(&method) {
+                    methods.push(method);
+                }
+            }
+        }
+        for name in names {
+            if !axis.iter().any(|at| at.value == name.value) {
+                let what = format!("method {:?} is defined but not on the axis", name.value);
+                self.source.complain(&name.place, what, format!("add {:?} to axes.method", name.value));
+            }
+        }
+        Some(methods)
+    }
+
+    /// Every combination of the parameter lists of one `[[method]]`.
+    fn variants(&self, name: &At<String>, params: &Section<'a>, listed: &Listed<'_>) -> Vec<Named> {
+        let mut combinations = vec![BTreeMap::new()];
+        for (key, at) in params.entries() {
+            let mut values = Vec::new();
+            for item in items(at.clone()) {
+                match scalar(item.value) {
+                    Some(text) => values.push(text),
+                    None => {
+                        params.wrong_type::<()>(&item, "a number, a word, or a list of them");
+                    }
+                }
+            }
+            // Checked alone first, so that the complaint stands at the line of the parameter.
+            for text in &values {
+                let one = BTreeMap::from([(key.clone(), text.clone())]);
+                if let Err(wrong) = named::complete("method", &name.value, one, listed)
+                    && listed.iter().any(|(n, _)| *n == name.value)
+                {
+                    self.source.wrong(&at.place, wrong);
+                }
+            }
+            if combinations.len().saturating_mul(values.len()) > MAX_VARIANTS {
+                let what = format!("the lists multiply to more than {MAX_VARIANTS} variants");
+                self.source.complain(&at.place, what, "");
+                return Vec::new();
+            }
+            combinations = combinations
+                .into_iter()
+                .flat_map(|c: BTreeMap<String, String>| {
+                    let key = key.clone();
+                    values.iter().map(move |v| {
+                        let mut c = c.clone();
+                        c.insert(key.clone(), v.clone());
+                        c
+                    })
+                })
+                .collect();
+        }
+        let mut found = Vec::new();
+        for combination in combinations {
+            match named::complete("method", &name.value, combination, listed) {
+                Ok(method) => found.push(method),
+                Err(wrong) => {
+                    if !listed.iter().any(|(n, _)| *n == name.value) {
+                        self.source.wrong(&name.place, wrong);
+                    }
+                    break;
+                }
+            }
+        }
+        found
+    }
+
+    fn exclude(
+        &self,
+        section: &Section<'a>,
+        contexts: &[usize],
+        kv: &[String],
+        methods: &[Named],
+    ) -> Exclude {
+        let absent = |at: &At<&'a DeValue<'a>>, value: &str, axis: &str| {
+            self.source.complain(
+                &at.place,
+                format!("{value} is not on the axis {axis}"),
+                "nothing would be excluded",
+            );
+        };
+        let mut exclude = Exclude::default();
+        for at in section.items("context").unwrap_or_default() {
+            match integer(at.value).and_then(|v| usize::try_from(v).ok()).filter(|v| contexts.contains(v)) {
+                Some(value) => exclude.contexts.push(value),
+                None => absent(&at, &scalar(at.value).unwrap_or_default(), "context"),
+            }
+        }
+        for at in section.items("threads").unwrap_or_default() {
+            exclude.threads.extend(thread_count(section, &at));
+        }
+        for at in section.items("kv_dtype").unwrap_or_default() {
+            match at.value.as_str().filter(|v| kv.iter().any(|k| k == v)) {
+                Some(value) => exclude.kv_dtypes.push(value.to_owned()),
+                None => absent(&at, &scalar(at.value).unwrap_or_default(), "kv_dtype"),
+            }
+        }
+        let listed: Listed<'_> =
+            self.caps.methods.iter().map(|m| (m.name.as_str(), m.params.as_slice())).collect();
+        for at in section.items("method").unwrap_or_default() {
+            let text = scalar(at.value).unwrap_or_default();
+            let full = match text.contains(':') {
+                true => {
+                    named::parse("method", &text, &listed).map(|m| m.text()).unwrap_or_else(|_| text.clone())
+                }
+                false => text.clone(),
+            };
+            match methods.iter().any(|m| m.name == full || m.text() == full) {
+                true => exclude.methods.push(full),
+                false => absent(&at, &text, "method"),
+            }
+        }
+        if !["context", "threads", "kv_dtype", "method"].iter().any(|key| section.has(key)) {
+            self.source.complain(
+                &section.place,
+                "this [[exclude]] names no axis",
+                "it would exclude everything",
+            );
+        }
+        exclude.reason = section.str("reason").map(|at| at.value).unwrap_or_default();
+        section.end();
+        exclude
+    }
+
+    fn measure(&self, section: &Section<'a>) -> (Measure, u32, f64) {
+        let count = |key, min, default: u32| {
+            section.int(key, min, 1_000_000).and_then(|at| u32::try_from(at.value).ok()).unwrap_or(default)
+        };
+        let measure = Measure {
+            reps: count("reps", 1, 6),
+            gen_tokens: count("gen_tokens", 1, 64),
+            warmup_tokens: count("warmup_tokens", 0, 8),
+            quality_steps: count("quality_steps", 0, 4),
+            pin: section.bool("pin").is_none_or(|at| at.value),
+            probe_bytes: section.quantity("probe", units::size).unwrap_or(1 << 30),
+        };
+        let min_samples = count("min_samples_p99", 1, 299);
+        let drift = section.quantity("max_drift", units::percent).unwrap_or(2.0);
+        section.has("seed");
+        section.end();
+        (measure, min_samples, drift)
+    }
+
+    fn verify(&self, section: &Section<'a>, methods: &[Named]) -> Option<VerifySpec> {
+        let verify = VerifySpec {
+            cosine_min: section.float("cosine_min").map(|at| at.value),
+            rel_l2_max: section.float("rel_l2_max").map(|at| at.value),
+            on_fail: self
+                .choice(section, "on_fail", &[("mark", OnFail::Mark), ("stop", OnFail::Stop)])
+                .unwrap_or_default(),
+            methods: section
+                .strs("methods")
+                .unwrap_or_default()
+                .into_iter()
+                .filter_map(|at| {
+                    let names: Vec<&str> = methods.iter().map(|m| m.name.as_str()).collect();
+                    if !names.contains(&at.value.as_str()) {
+                        let what = format!("method {:?} is not on the axis", at.value);
+                        self.source.complain(&at.place, what, suggest(&at.value, &names));
+                        return None;
+                    }
+                    Some(at.value)
+                })
+                .collect(),
+        };
+        section.end();
+        if section.is_present() && !section.has("cosine_min") && !section.has("rel_l2_max") {
+            let help = "give cosine_min or rel_l2_max, or remove [verify]";
+            self.source.complain(&section.place, "[verify] limits nothing", help);
+        }
+        section.is_present().then_some(verify)
+    }
+
+    fn gate(&self, section: &Section<'a>) -> Gate {
+        let default = Gate::default();
+        let gate = Gate {
+            tpot_p50_pct: section.quantity("tpot_p50", units::percent).unwrap_or(default.tpot_p50_pct),
+            tpot_p99_pct: section.quantity("tpot_p99", units::percent).unwrap_or(default.tpot_p99_pct),
+            kv_bytes_pct: section.quantity("kv_bytes", units::percent).unwrap_or(default.kv_bytes_pct),
+            rel_l2_abs: section.quantity("rel_l2", units::number).unwrap_or(default.rel_l2_abs),
+            cosine_abs: section.quantity("cosine", units::number).unwrap_or(default.cosine_abs),
+        };
+        section.end();
+        gate
+    }
+}
+
+fn thread_count<'a>(section: &Section<'a>, at: &At<&'a DeValue<'a>>) -> Option<Threads> {
+    if at.value.as_str() == Some("all") {
+        return Some(Threads::All);
+    }
+    match integer(at.value).filter(|v| (1..=MAX_THREADS).contains(v)).and_then(|v| usize::try_from(v).ok()) {
+        Some(count) => Some(Threads::Count(count)),
+        None => section.wrong_type(at, &format!("\"all\" or a whole number from 1 to {MAX_THREADS}")),
+    }
+}
