@@ -1,1 +1,46 @@
-//! Placeholder until the first module lands.
+//! Ternary (BitNet b1.58) inference on CPUs.
+//!
+//! A [`Model`] is built from a preset or loaded from a checkpoint; a [`Session`] owns a KV cache and a thread team and
+//! turns tokens into logits, with any KV dtype of [`kv::KV_DTYPES`] and any attention method of [`attention::METHODS`].
+//! [`workload`] supplies queries, keys and values with stated statistics where no trained model is at hand, and
+//! [`reference`] is the readable forward pass that every fast path is held against.
+//!
+//! ```
+//! use longbit::{HeadFormat, Model, Session, SessionOptions, preset};
+//! let team = longbit_sys::Team::new(1, false)?.into();
+//! let model = Model::synthetic(preset("tiny")?, HeadFormat::Bf16, 1, &team)?;
+//! let mut session = Session::new(model.into(), team, SessionOptions { capacity: 64, ..Default::default() })?;
+//! session.prefill(&[1, 2, 3])?;
+//! let logits = session.decode(4)?;
+//! assert_eq!(logits.len(), 512);
+//! # Ok::<(), longbit::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod attention;
+mod error;
+mod estimate;
+pub mod kv;
+mod model;
+pub mod reference;
+mod rng;
+mod session;
+// pub mod workload;
+
+pub use error::{Error, Result};
+pub use estimate::{Footprint, footprint};
+pub use model::{
+    Activation, CheckpointConfig, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Preset,
+    RopeTable, ScaleUse, Table, TernaryLinear, preset,
+};
+pub use session::{Session, SessionOptions, Supplied, Traffic};
+
+/// Lower-case hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,20 @@
+//! `dense`: every cached token. The exact baseline.
+
+use super::{GroupQuery, HeadMethod, Method, Selection};
+use crate::kv::KvHead;
+
+pub(super) const METHOD: Method = Method {
+    name: "dense",
+    summary: "every cached token, exactly (split-KV online softmax; FlashDecoding)",
+    params: &[],
+    make: |_| Box::new(Dense),
+    reads: |_, context| context,
+};
+
+struct Dense;
+
+impl HeadMethod for Dense {
+    fn select(&mut self, _: GroupQuery<'_>, kv: &KvHead, out: &mut Selection) {
+        out.spans.push(0..kv.len());
+    }
+}

@@ -1,0 +1,91 @@
+//! The one error type of the crate: what went wrong, where, and how to mend it.
+
+use std::path::PathBuf;
+
+/// Everything that can go wrong between a file on disk and a vector of logits.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The operating system refused something.
+    #[error(transparent)]
+    Sys(#[from] longbit_sys::SysError),
+    /// `LONGBIT_ISA` asks for what this machine does not have.
+    #[error(transparent)]
+    Isa(#[from] longbit_kernels::IsaError),
+    /// `config.json` is malformed or describes a model that this crate does not run.
+    #[error("{path}: {reason}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A checkpoint file is damaged as a container.
+    #[error("{path} is not a valid safetensors file: {reason}")]
+    Container {
+        /// The file.
+        path: PathBuf,
+        /// What the parser saw.
+        reason: String,
+    },
+    /// A tensor is missing or does not fit the configuration.
+    #[error("{path}: tensor `{tensor}` {reason}")]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// What is wrong with it and what was expected.
+        reason: String,
+    },
+    /// A name that no table lists.
+    #[error("there is no {kind} `{name}`; known: {known}")]
+    Unknown {
+        /// What kind of name, e.g. `preset`.
+        kind: &'static str,
+        /// The name asked for.
+        name: String,
+        /// The names that exist.
+        known: String,
+    },
+    /// A parameter string such as `window:sinks=4` is malformed.
+    #[error("`{text}`: {reason}")]
+    Parameter {
+        /// The whole string.
+        text: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {token} is outside the vocabulary of {vocab} (ids 0 to {})", vocab - 1)]
+    Token {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// The KV cache is full.
+    #[error(
+        "the KV cache holds {capacity} tokens and {wanted} were asked for; make the session with a larger capacity"
+    )]
+    CacheFull {
+        /// Tokens that fit.
+        capacity: usize,
+        /// Tokens needed.
+        wanted: usize,
+    },
+    /// A request that makes no sense for this session.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Shorthand of the crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,76 @@
+//! What a configuration will weigh and read, from shapes alone.
+
+use crate::attention::MethodSpec;
+use crate::kv::{CacheShape, KvDtype, PAGE_TOKENS};
+use crate::model::{HeadFormat, ModelBytes, ModelConfig};
+
+/// Bytes of a configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights, embedding, head.
+    pub weights: u64,
+    /// The KV cache with `context + headroom` tokens in it.
+    pub cache: u64,
+    /// State of the method.
+    pub index: u64,
+    /// Rotary table and the buffers of a decode step.
+    pub scratch: u64,
+    /// Weights read by a decode step.
+    pub weights_per_token: u64,
+    /// Cache and index read by a decode step at `context`.
+    pub kv_per_token: u64,
+}
+
+/// Predicts the bytes of a session of `context + headroom` tokens.
+pub fn footprint(
+    config: &ModelConfig,
+    head: HeadFormat,
+    kv: &dyn KvDtype,
+    method: &MethodSpec,
+    context: usize,
+    headroom: usize,
+    threads: usize,
+) -> Footprint {
+    let model = ModelBytes::of(config, head);
+    let capacity = (context + headroom).next_multiple_of(PAGE_TOKENS);
+    let shape = CacheShape::new(config, capacity);
+    let rope = capacity as u64 * config.head_dim as u64 * 4;
+    // Partials of decode tasks, logits, and rows private to each thread.
+    let partials = 2 * capacity as u64 / 512 * (config.heads * (config.head_dim + 2) * 4) as u64;
+    let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;
+    let read = method.predicted_reads(context);
+    Footprint {
+        weights: model.resident,
+        cache: shape.row_bytes(kv, capacity),
+        index: 0,
+        scratch: rope + partials + rows,
+        weights_per_token: model.per_token,
+        kv_per_token: shape.row_bytes(kv, read),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::method;
+    use crate::kv::kv_dtype;
+    use crate::model::preset;
+
+    #[test]
+    fn the_2b_model_at_96k_matches_the_arithmetic_of_its_shape() {
+        let config = preset("bitnet-2b-4t").unwrap();
+        let bf16 = kv_dtype("bf16").unwrap();
+        let dense = method("dense").unwrap();
+        let f = footprint(&config, HeadFormat::Bf16, bf16, &dense, 98_304, 0, 2);
+        // 30 layers x 5 heads x 128 numbers x K and V x 2 bytes = 76,800 bytes a token.
+        assert_eq!(f.cache, 76_800 * 98_304);
+        assert_eq!(f.kv_per_token, 76_800 * 98_304);
+        // 2.084 G ternary weights at 2 bits and a 657 MB head.
+        let ternary = 30 * 69_468_160u64 / 4;
+        let norms = 4 * (30 * (2 * 2560 + 2560 + 6912) + 2560);
+        assert_eq!(f.weights_per_token, ternary + norms + 2 * 128_256 * 2560 + 2 * 2560);
+        let window = method("window:sinks=4,window=1020").unwrap();
+        let f = footprint(&config, HeadFormat::Bf16, bf16, &window, 98_304, 0, 2);
+        assert_eq!(f.kv_per_token, 76_800 * 1024);
+    }
+}

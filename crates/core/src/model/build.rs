@@ -1,0 +1,91 @@
+//! Building weights on all threads: jobs over disjoint slices of fresh memory.
+
+use std::sync::Mutex;
+
+use longbit_kernels::Kernels;
+use longbit_sys::{Arena, Segment, Team};
+
+use super::config::ModelConfig;
+use super::weights::{Head, HeadFormat, Table};
+use crate::error::{Error, Result};
+
+/// A unit of work that owns the memory it fills.
+pub(super) type Job<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+
+/// Runs every job on the team, each once, and returns the first error.
+pub(super) fn run_all(team: &Team, jobs: Vec<Job<'_>>) -> Result<()> {
+    let queue = Mutex::new(jobs);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    team.run(|_| {
+        loop {
+            let Some(job) = queue.lock().unwrap_or_else(|e| e.into_inner()).pop() else { return };
+            if let Err(error) = job() {
+                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+            }
+        }
+    });
+    match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// The arena that all weights of a model share, and the pieces cut from it.
+pub(super) struct WeightMemory(Arena);
+
+/// Alignment slack of one segment.
+const SLACK: usize = 64;
+
+impl WeightMemory {
+    /// Room for the ternary matrices, the embedding and the head of `config`.
+    pub(super) fn new(config: &ModelConfig, head: HeadFormat) -> Result<Self> {
+        let bytes = super::weights::ModelBytes::of(config, head).resident as usize;
+        let pieces = config.layers * config.linears().len() + 4;
+        Ok(WeightMemory(Arena::new(bytes + pieces * SLACK, true)?))
+    }
+
+    /// `bytes` of zeroed memory.
+    pub(super) fn take(&mut self, bytes: usize) -> Result<Segment> {
+        match self.0.take(bytes) {
+            Some(segment) => Ok(segment),
+            None => Ok(Segment::new(bytes)?),
+        }
+    }
+
+    /// The head of `config` in `format`, quantised from `source` (the embedding or a table of its own) where need be.
+    pub(super) fn head(
+        &mut self,
+        config: &ModelConfig,
+        format: HeadFormat,
+        own: Option<Table>,
+        embedding: &Table,
+        kernels: &'static Kernels,
+        team: &Team,
+    ) -> Result<Head> {
+        match (format, own) {
+            (HeadFormat::Bf16, None) => Ok(Head::Tied),
+            (HeadFormat::Bf16, Some(table)) => Ok(Head::Bf16(table)),
+            (HeadFormat::Int8, own) => {
+                let source = own.as_ref().unwrap_or(embedding);
+                let (vocab, hidden) = (config.vocab, config.hidden);
+                let mut codes = self.take(vocab * hidden)?;
+                let mut scales = vec![0.0f32; vocab];
+                const ROWS: usize = 1024;
+                let jobs = bytemuck::cast_slice_mut::<u8, i8>(&mut codes)
+                    .chunks_mut(ROWS * hidden)
+                    .zip(scales.chunks_mut(ROWS))
+                    .enumerate()
+                    .map(|(i, (codes, scales))| -> Job<'_> {
+                        let rows = source.range(i * ROWS..i * ROWS + scales.len());
+                        Box::new(move || {
+                            kernels.quantize_rows_int8(rows, hidden, codes, scales);
+                            Ok(())
+                        })
+                    })
+                    .collect();
+                run_all(team, jobs)?;
+                Ok(Head::Int8 { codes, scales })
+            }
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! The shape of a model: read from a Hugging Face `config.json` or taken from a preset, never typed in anywhere else.
+
+use serde::Deserialize;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Non-linearity of the gated feed-forward block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `relu(gate)^2 * up` (BitNet 2B-4T).
+    Relu2,
+    /// `gate * sigmoid(gate) * up` (Llama-shaped models).
+    Silu,
+}
+
+/// Which way `weight_scale` works: the two published layouts use the same name for opposite things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleUse {
+    /// `autobitlinear`: the output is multiplied by it (it is mean |W|).
+    Multiply,
+    /// `bitlinear`: the output is divided by it (it is 1 / mean |W|).
+    Divide,
+}
+
+/// Shape and constants of a decoder-only transformer with ternary linear layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Where the shape comes from: a preset's name or a path.
+    pub name: String,
+    /// Tokens in the vocabulary.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward block.
+    pub intermediate: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Numbers a head.
+    pub head_dim: usize,
+    /// Base of the rotary embedding.
+    pub rope_theta: f64,
+    /// Epsilon of every RMSNorm.
+    pub rms_eps: f32,
+    /// Feed-forward non-linearity.
+    pub activation: Activation,
+    /// RMSNorm before the output projection and before the down projection.
+    pub sub_norms: bool,
+    /// The output head is the embedding table.
+    pub tied_head: bool,
+    /// Positions that the model was trained for (information only; nothing stops at it).
+    pub trained_positions: usize,
+}
+
+/// Largest value accepted for any single dimension, so that products of two fit comfortably in 64 bits.
+const MAX_DIMENSION: usize = 1 << 24;
+/// Largest number of layers accepted.
+const MAX_LAYERS: usize = 4096;
+
+impl ModelConfig {
+    /// Query heads that share one KV head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Rows of the query projection.
+    pub fn q_rows(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Rows of the key (and of the value) projection.
+    pub fn kv_rows(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The ternary matrices of one layer, in the order of the forward pass: name, rows, columns.
+    pub fn linears(&self) -> [(&'static str, usize, usize); 7] {
+        [
+            ("self_attn.q_proj", self.q_rows(), self.hidden),
+            ("self_attn.k_proj", self.kv_rows(), self.hidden),
+            ("self_attn.v_proj", self.kv_rows(), self.hidden),
+            ("self_attn.o_proj", self.hidden, self.q_rows()),
+            ("mlp.gate_proj", self.intermediate, self.hidden),
+            ("mlp.up_proj", self.intermediate, self.hidden),
+            ("mlp.down_proj", self.hidden, self.intermediate),
+        ]
+    }
+
+    /// Parameters, counted as the literature does: linear layers, norms, embedding, and the head unless tied.
+    pub fn parameters(&self) -> u64 {
+        let linear: u64 = self.linears().iter().map(|&(_, r, c)| r as u64 * c as u64).sum();
+        let norms = 2 * self.hidden + if self.sub_norms { self.q_rows() + self.intermediate } else { 0 };
+        let table = self.vocab as u64 * self.hidden as u64;
+        self.layers as u64 * (linear + norms as u64)
+            + self.hidden as u64
+            + table * if self.tied_head { 1 } else { 2 }
+    }
+
+    /// Checks that the shape is one that the forward pass can run.
+    ///
+    /// # Errors
+    /// A sentence that names the field.
+    pub fn check(&self) -> Result<(), String> {
+        let dims = [
+            ("vocab_size", self.vocab),
+            ("hidden_size", self.hidden),
+            ("intermediate_size", self.intermediate),
+            ("num_attention_heads", self.heads),
+            ("num_key_value_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+        ];
+        for (name, value) in dims {
+            if value == 0 || value > MAX_DIMENSION {
+                return Err(format!("{name} is {value}; it must be between 1 and {MAX_DIMENSION}"));
+            }
+        }
+        if self.layers == 0 || self.layers > MAX_LAYERS {
+            return Err(format!(
+                "num_hidden_layers is {}; it must be between 1 and {MAX_LAYERS}",
+                self.layers
+            ));
+        }
+        if self.q_rows() > MAX_DIMENSION {
+            return Err(format!(
+                "num_attention_heads x head_dim is {}, above {MAX_DIMENSION}",
+                self.q_rows()
+            ));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!(
+                "num_attention_heads ({}) is not a multiple of num_key_value_heads ({})",
+                self.heads, self.kv_heads
+            ));
+        }
+        if self.group() > 8 {
+            return Err(format!("{} query heads share a KV head; at most 8 are supported", self.group()));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(format!("head_dim is {}; rotary embedding needs an even number", self.head_dim));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 1.0) {
+            return Err(format!("rope_theta is {}; it must be finite and above 1", self.rope_theta));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps > 0.0) {
+            return Err(format!("rms_norm_eps is {}; it must be finite and positive", self.rms_eps));
+        }
+        Ok(())
+    }
+}
+
+/// A checkpoint's configuration: the shape, and how its packed weights are to be read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointConfig {
+    /// The shape.
+    pub model: ModelConfig,
+    /// Meaning of `weight_scale`.
+    pub scale_use: ScaleUse,
+}
+
+#[derive(Deserialize)]
+struct RawConfig {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    hidden_act: Option<String>,
+    rms_norm_eps: Option<f64>,
+    rope_theta: Option<f64>,
+    rope_parameters: Option<RawRope>,
+    rope_scaling: Option<serde_json::Value>,
+    max_position_embeddings: Option<usize>,
+    tie_word_embeddings: Option<bool>,
+    quantization_config: Option<RawQuantization>,
+}
+
+#[derive(Deserialize)]
+struct RawRope {
+    rope_theta: Option<f64>,
+    rope_type: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawQuantization {
+    quant_method: Option<String>,
+    linear_class: Option<String>,
+    quantization_mode: Option<String>,
+    use_rms_norm: Option<bool>,
+}
+
+impl CheckpointConfig {
+    /// Reads the text of a Hugging Face `config.json`; `path` is only for messages and the model's name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the key and what would be accepted.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let fail = |reason: String| Error::Config { path: path.to_path_buf(), reason };
+        let raw: RawConfig =
+            serde_json::from_str(text).map_err(|e| fail(format!("not a model configuration: {e}")))?;
+        let arch = raw.architectures.as_deref().and_then(|a| a.first()).map(String::as_str).unwrap_or("");
+        if arch != "BitNetForCausalLM" {
+            return Err(fail(format!(
+                "architecture `{arch}` (model_type `{}`) is not supported; this loader reads BitNetForCausalLM in the \
+                 packed U8 layout of bitnet-b1.58-2B-4T",
+                raw.model_type.as_deref().unwrap_or("")
+            )));
+        }
+        let q = raw.quantization_config.ok_or_else(|| {
+            fail("quantization_config is missing; this loader reads checkpoints with packed U8 ternary weights".into())
+        })?;
+        if q.quant_method.as_deref() != Some("bitnet") {
+            return Err(fail(format!("quant_method is {:?}; it must be \"bitnet\"", q.quant_method)));
+        }
+        if q.use_rms_norm == Some(true) {
+            return Err(fail("use_rms_norm inside BitLinear is not supported".into()));
+        }
+        let scale_use = match (q.linear_class.as_deref(), q.quantization_mode.as_deref()) {
+            (Some("autobitlinear"), Some("offline")) => ScaleUse::Multiply,
+            (Some("autobitlinear"), mode) => {
+                return Err(fail(format!(
+                    "quantization_mode is {mode:?}: these are unpacked master weights; use the packed (\"offline\") \
+                     checkpoint"
+                )));
+            }
+            (None | Some("bitlinear"), None | Some("offline")) => ScaleUse::Divide,
+            (class, mode) => {
+                return Err(fail(format!(
+                    "linear_class {class:?} with quantization_mode {mode:?} is not supported"
+                )));
+            }
+        };
+        let activation = match raw.hidden_act.as_deref() {
+            Some("relu2") => Activation::Relu2,
+            Some("silu") => Activation::Silu,
+            other => {
+                return Err(fail(format!("hidden_act is {other:?}; supported are \"relu2\" and \"silu\"")));
+            }
+        };
+        if let Some(scaling) = raw.rope_scaling.as_ref().filter(|s| !s.is_null()) {
+            return Err(fail(format!(
+                "rope_scaling {scaling} is not supported; only the plain rotary embedding is"
+            )));
+        }
+        if let Some(kind) = raw.rope_parameters.as_ref().and_then(|r| r.rope_type.as_deref())
+            && kind != "default"
+        {
+            return Err(fail(format!("rope_type `{kind}` is not supported; only `default` is")));
+        }
+        let theta = raw.rope_parameters.and_then(|r| r.rope_theta).or(raw.rope_theta);
+        let rope_theta = theta.ok_or_else(|| fail("rope_theta is missing".into()))?;
+        let head_dim = match raw.head_dim {
+            Some(d) => d,
+            None if raw.num_attention_heads > 0 && raw.hidden_size % raw.num_attention_heads == 0 => {
+                raw.hidden_size / raw.num_attention_heads
+            }
+            None => {
+                return Err(fail(format!(
+                    "hidden_size ({}) is not a multiple of num_attention_heads ({}) and head_dim is not given",
+                    raw.hidden_size, raw.num_attention_heads
+                )));
+            }
+        };
+        let model = ModelConfig {
+            name: path.display().to_string(),
+            vocab: raw.vocab_size,
+            hidden: raw.hidden_size,
+            intermediate: raw.intermediate_size,
+            layers: raw.num_hidden_layers,
+            heads: raw.num_attention_heads,
+            kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
+            head_dim,
+            rope_theta,
+            rms_eps: raw.rms_norm_eps.ok_or_else(|| fail("rms_norm_eps is missing".into()))? as f32,
+            activation,
+            sub_norms: true,
+            tied_head: raw.tie_word_embeddings.unwrap_or(false),
+            trained_positions: raw.max_position_embeddings.unwrap_or(0),
+        };
+        model.check().map_err(fail)?;
+        Ok(CheckpointConfig { model, scale_use })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACKED: &str = r#"{"architectures":["BitNetForCausalLM"],"model_type":"bitnet","vocab_size":512,
+        "hidden_size":256,"intermediate_size":512,"num_hidden_layers":4,"num_attention_heads":4,
+        "num_key_value_heads":2,"hidden_act":"relu2","rms_norm_eps":1e-05,"rope_theta":500000.0,
+        "tie_word_embeddings":true,"quantization_config":{"quant_method":"bitnet",
+        "linear_class":"autobitlinear","quantization_mode":"offline"}}"#;
+
+    fn parse(text: &str) -> Result<CheckpointConfig> {
+        CheckpointConfig::parse(Path::new("config.json"), text)
+    }
+
+    #[test]
+    fn reads_the_packed_layout() {
+        let config = parse(PACKED).unwrap();
+        assert_eq!(config.scale_use, ScaleUse::Multiply);
+        assert_eq!(config.model.head_dim, 64);
+        assert_eq!(config.model.group(), 2);
+        assert!(config.model.tied_head);
+    }
+
+    #[test]
+    fn bitlinear_divides() {
+        let text = PACKED.replace(
+            r#""linear_class":"autobitlinear","quantization_mode":"offline""#,
+            r#""modules_to_not_convert":null"#,
+        );
+        assert_eq!(parse(&text).unwrap().scale_use, ScaleUse::Divide);
+    }
+
+    #[test]
+    fn refusals_name_the_key() {
+        for (from, to, names) in [
+            ("BitNetForCausalLM", "LlamaForCausalLM", "architecture"),
+            ("\"offline\"", "\"online\"", "quantization_mode"),
+            ("relu2", "gelu", "hidden_act"),
+            ("\"num_key_value_heads\":2", "\"num_key_value_heads\":3", "num_key_value_heads"),
+            ("500000.0", "-1.0", "rope_theta"),
+            ("\"vocab_size\":512", "\"vocab_size\":0", "vocab_size"),
+            ("\"hidden_size\":256", "\"hidden_size\":1e99", "not a model configuration"),
+            ("\"num_attention_heads\":4", "\"num_attention_heads\":0", "num_attention_heads"),
+            ("\"rms_norm_eps\":1e-05", "\"rms_norm_eps\":0", "rms_norm_eps"),
+            (
+                "\"tie_word_embeddings\"",
+                "\"rope_scaling\":{\"type\":\"yarn\"},\"tie_word_embeddings\"",
+                "rope_scaling",
+            ),
+        ] {
+            let message = parse(&PACKED.replace(from, to)).unwrap_err().to_string();
+            assert!(message.contains(names), "{to}: {message}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! A session: a model, a KV cache and a thread team that turn tokens into logits.
+//!
+//! Every call enters the team once; inside, threads own fixed ranges of matrix rows, tokens and KV heads and meet at
+//! barriers (`forward`). The result has the same bits for any number of threads, any prefill chunk and any
+//! instruction set.
+
+mod forward;
+mod scratch;
+mod stage;
+
+use std::sync::Arc;
+
+use longbit_sys::{Shared, Team};
+
+use crate::attention::{Attention, MethodSpec, method};
+use crate::error::{Error, Result};
+use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
+use crate::model::{Model, RopeTable};
+use forward::{Pass, Tracing, Want};
+use scratch::Scratch;
+
+/// Bytes and rows that the attention of the last decode step read, summed over layers and KV heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of cached keys and values.
+    pub kv_bytes: u64,
+    /// Bytes of indexes and summaries.
+    pub index_bytes: u64,
+    /// Cached tokens attended exactly.
+    pub rows: u64,
+}
+
+/// Queries, keys and values of one decode step from outside the model: what its projections would have produced, after
+/// rotation. Everything else of the step is computed as usual.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Supplied {
+    /// `[layers][kv_heads][group][head_dim]`, rotated, not scaled.
+    pub queries: Vec<f32>,
+    /// `[layers][kv_heads][head_dim]`, rotated.
+    pub keys: Vec<f32>,
+    /// `[layers][kv_heads][head_dim]`.
+    pub values: Vec<f32>,
+}
+
+/// What a new session is made of.
+#[derive(Clone)]
+pub struct SessionOptions {
+    /// Tokens that the cache can hold.
+    pub capacity: usize,
+    /// Number format of cached keys and values.
+    pub kv: &'static dyn KvDtype,
+    /// Attention method of decode steps; prefill is dense and causal.
+    pub method: MethodSpec,
+}
+
+impl Default for SessionOptions {
+    /// 4096 tokens, bf16, dense.
+    fn default() -> Self {
+        let known =
+            |r: Result<_>| r.unwrap_or_else(|_| unreachable!("`bf16` and `dense` are in their tables"));
+        SessionOptions {
+            capacity: 4096,
+            kv: kv_dtype("bf16").unwrap_or(crate::kv::KV_DTYPES[0]),
+            method: known(method("dense")),
+        }
+    }
+}
+
+/// A sequence being decoded.
+pub struct Session {
+    model: Arc<Model>,
+    team: Arc<Team>,
+    rope: RopeTable,
+    cache: KvCache,
+    attention: Attention,
+    decode: Scratch,
+    prefill: Option<Scratch>,
+    logits: Vec<f32>,
+    traffic: Traffic,
+}
+
+impl Session {
+    /// An empty session.
+    ///
+    /// # Errors
+    /// When memory for the cache cannot be had, or the capacity is zero.
+    pub fn new(model: Arc<Model>, team: Arc<Team>, options: SessionOptions) -> Result<Self> {
+        if options.capacity == 0 {
+            return Err(Error::Invalid("a session needs a capacity of at least one token".into()));
+        }
+        let config = &model.config;
+        let shape = CacheShape::new(config, options.capacity);
+        let cache = KvCache::new(shape, options.kv, model.kernels)?;
+        let capacity = options.capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
+        let rope = RopeTable::new(config.rope_theta, config.head_dim, capacity, &team);
+        let attention = Attention::new(options.method, &cache);
+        let decode = Scratch::new(config, team.threads(), 1, capacity);
+        Ok(Session {
+            model,
+            team,
+            rope,
+            cache,
+            attention,
+            decode,
+            prefill: None,
+            logits: Vec::new(),
+            traffic: Traffic::default(),
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The team.
+    pub fn team(&self) -> &Arc<Team> {
+        &self.team
+    }
+
+    /// Cosines and sines of the positions that the cache can hold.
+    pub fn rope(&self) -> &RopeTable {
+        &self.rope
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// The cache, to be filled from outside; afterwards call [`Session::refresh`].
+    pub fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
+    /// Tokens cached.
+    pub fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// True before the first token.
+    pub fn is_empty(&self) -> bool {
+        self.cache.is_empty()
+    }
+
+    /// The attention method's state.
+    pub fn attention(&self) -> &Attention {
+        &self.attention
+    }
+
+    /// What the attention of the last decode step read.
+    pub fn traffic(&self) -> Traffic {
+        self.traffic
+    }
+
+    /// Builds the attention state anew from the whole cache.
+    pub fn refresh(&mut self) {
+        self.attention = Attention::new(self.attention.spec().clone(), &self.cache);
+    }
+
+    /// Puts `attention` in place and returns the state that was there. It must have been built for this cache at its
+    /// present length.
+    pub fn swap_attention(&mut self, attention: Attention) -> Attention {
+        std::mem::replace(&mut self.attention, attention)
+    }
+
+    /// Goes on with another team.
+    pub fn set_team(&mut self, team: Arc<Team>) {
+        if team.threads() != self.team.threads() {
+            let capacity = self.cache.shape().capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
+            self.decode = Scratch::new(&self.model.config, team.threads(), 1, capacity);
+            self.prefill = None;
+        }
+        self.team = team;
+    }
+
+    /// Forgets every token from `len` on.
+    pub fn rewind(&mut self, len: usize) {
+        self.cache.truncate(len);
+        self.attention.truncated(&self.cache);
+    }
+
+    /// Runs `tokens` through the model in chunks of [`Session::DEFAULT_CHUNK`]; returns the logits after the last one.
+    ///
+    /// # Errors
+    /// An unknown token, no token, or a full cache; nothing is changed then.
+    pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.check(tokens)?;
+        for chunk in tokens.chunks(Self::DEFAULT_CHUNK) {
+            self.pass(chunk, None, Want::Last, false)?;
+        }
+        Ok(&self.logits)
+    }
+
+    /// Tokens that prefill takes at a time: enough to reuse a row of weights often, few enough for the caches.
+    pub const DEFAULT_CHUNK: usize = 128;
+
+    /// Runs `tokens` through the model `chunk` at a time; returns the logits of every one, `[tokens][vocab]`.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`]; also a chunk of zero.
+    pub fn logits_of(&mut self, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        if chunk == 0 {
+            return Err(Error::Invalid("the chunk must be at least one token".into()));
+        }
+        self.check(tokens)?;
+        let mut all = Vec::with_capacity(tokens.len() * self.model.config.vocab);
+        for piece in tokens.chunks(chunk) {
+            self.pass(piece, None, Want::All, false)?;
+            all.extend_from_slice(&self.logits);
+        }
+        Ok(all)
+    }
+
+    /// Appends `token` and returns the logits of the next one, `[vocab]`.
+    ///
+    /// # Errors
+    /// An unknown token or a full cache; nothing is changed then.
+    pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
+        self.check(&[token])?;
+        self.pass(&[token], None, Want::Last, false)?;
+        Ok(&self.logits)
+    }
+
+    /// As [`Session::decode`], with queries, keys and values from outside. With `capture`,
+    /// [`Session::attention_output`] afterwards holds what attention returned.
+    ///
+    /// # Errors
+    /// As [`Session::decode`]; also buffers of another shape than the model's.
+    pub fn decode_supplied(&mut self, token: u32, supplied: &Supplied, capture: bool) -> Result<&[f32]> {
+        self.check(&[token])?;
+        let config = &self.model.config;
+        let rows = config.layers * config.kv_heads * config.head_dim;
+        let lengths = [supplied.queries.len(), supplied.keys.len(), supplied.values.len()];
+        if lengths != [rows * config.group(), rows, rows] {
+            return Err(Error::Invalid(format!(
+                "supplied queries, keys and values have {lengths:?} numbers; the model needs {:?}",
+                [rows * config.group(), rows, rows]
+            )));
+        }
+        self.pass(&[token], Some(supplied), Want::Last, capture)?;
+        Ok(&self.logits)
+    }
+
+    /// The residual stream after each layer, `[layers][tokens][hidden]`, with the stream before each layer replaced by
+    /// `forced` (`[layers][tokens][hidden]`) where that is given: teacher forcing, to compare layer by layer with
+    /// another implementation.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`]; also fewer than two tokens, or `forced` of another length.
+    pub fn trace_layers(&mut self, tokens: &[u32], forced: Option<&[f32]>) -> Result<Vec<f32>> {
+        self.check(tokens)?;
+        let config = &self.model.config;
+        let numbers = config.layers * tokens.len() * config.hidden;
+        if tokens.len() < 2 || forced.is_some_and(|f| f.len() != numbers) {
+            return Err(Error::Invalid(format!(
+                "a trace needs two tokens or more and {numbers} forced numbers"
+            )));
+        }
+        let stripes = config.layers * tokens.len();
+        let trace = Tracing { forced, out: Shared::even(stripes, config.hidden, stripes, 0.0) };
+        self.traced_pass(tokens, None, Want::Last, false, Some(&trace))?;
+        let out = trace.out.read().to_vec();
+        Ok(out)
+    }
+
+    /// What attention returned in the last captured step, `[layers][heads][head_dim]`.
+    pub fn attention_output(&self) -> Vec<f32> {
+        self.decode.captured()
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let vocab = self.model.config.vocab;
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::Token { token, vocab });
+        }
+        if tokens.is_empty() {
+            return Err(Error::Invalid("at least one token is needed".into()));
+        }
+        let wanted = self.len() + tokens.len();
+        let capacity = self.cache.shape().capacity;
+        if wanted > capacity {
+            return Err(Error::CacheFull { capacity, wanted });
+        }
+        Ok(())
+    }
+
+    fn pass(&mut self, tokens: &[u32], supplied: Option<&Supplied>, want: Want, capture: bool) -> Result<()> {
+        self.traced_pass(tokens, supplied, want, capture, None)
+    }
+
+    fn traced_pass(
+        &mut self,
+        tokens: &[u32],
+        supplied: Option<&Supplied>,
+        want: Want,
+        capture: bool,
+        tracing: Option<&Tracing<'_>>,
+    ) -> Result<()> {
+        let config = &self.model.config;
+        let capacity = self.rope.len();
+        if tokens.len() > 1 && self.prefill.as_ref().is_none_or(|s| s.tokens() < tokens.len()) {
+            self.prefill = Some(Scratch::new(config, self.team.threads(), tokens.len(), capacity));
+        }
+        let scratch = match &self.prefill {
+            Some(scratch) if tokens.len() > 1 => scratch,
+            _ => &self.decode,
+        };
+        if capture {
+            scratch.prepare_capture(config);
+        }
+        let pass = Pass {
+            model: &self.model,
+            cache: &self.cache,
+            attention: &self.attention,
+            rope: &self.rope,
+            scratch,
+            tokens,
+            position: self.cache.len(),
+            supplied,
+            want,
+            capture,
+            tracing,
+        };
+        self.team.run(|worker| pass.run(worker));
+        pass.logits(&mut self.logits);
+        self.traffic = scratch.take_traffic();
+        self.cache.set_len(self.cache.len() + tokens.len())
+    }
+}

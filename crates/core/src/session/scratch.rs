@@ -1,0 +1,184 @@
+//! Everything a pass writes beside the KV cache, allocated once for a number of tokens and threads.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, OnceLock, RwLock};
+
+use longbit_kernels::{Quantized, TernaryShape};
+use longbit_sys::Shared;
+
+use super::Traffic;
+use super::stage::Stage;
+use crate::attention::{CHUNK_TOKENS, Selection, partial};
+use crate::model::ModelConfig;
+
+/// Tokens of a prefill attention task.
+pub(super) const BLOCK_TOKENS: usize = 16;
+
+/// Quantised activations that all threads read; one stripe a token.
+pub(super) struct ActBuffer {
+    pub(super) codes: Shared<i8>,
+    pub(super) quantized: Shared<Quantized>,
+    pub(super) padded: usize,
+}
+
+impl ActBuffer {
+    fn new(cols: usize, tokens: usize) -> Self {
+        let padded = TernaryShape { rows: 1, cols }.padded_cols();
+        ActBuffer {
+            codes: Shared::even(tokens, padded, tokens, 0),
+            quantized: Shared::even(tokens, 1, tokens, Quantized { scale: 1.0, sum: 0 }),
+            padded,
+        }
+    }
+}
+
+/// What one thread keeps to itself.
+#[derive(Default)]
+pub(super) struct Private {
+    /// Residual stream of the tokens that the thread owns, `[owned][hidden]`.
+    pub(super) residual: Vec<f32>,
+    /// A row of any width.
+    pub(super) row: Vec<f32>,
+    /// Another.
+    pub(super) row2: Vec<f32>,
+    /// Codes of the only token of a decode step.
+    pub(super) codes: Vec<i8>,
+    /// Gate rows before the activation.
+    pub(super) gate: Vec<f32>,
+    /// Up rows before the activation.
+    pub(super) up: Vec<f32>,
+    /// Attention weights and accumulators.
+    pub(super) attend: Vec<f32>,
+    /// Partials of a prefill block.
+    pub(super) partials: Vec<f32>,
+    /// Tokens of all tasks of a step.
+    pub(super) pieces: Vec<Range<usize>>,
+    /// Tasks of a step: KV head and range of `pieces`.
+    pub(super) tasks: Vec<(usize, Range<usize>)>,
+}
+
+/// See the module.
+pub(super) struct Scratch {
+    tokens: usize,
+    /// Query, key and value rows.
+    pub(super) qkv: Stage,
+    /// Output projection.
+    pub(super) o: Stage,
+    /// Activated feed-forward rows.
+    pub(super) ffn: Stage,
+    /// Down projection.
+    pub(super) down: Stage,
+    /// Acts of width `hidden`.
+    pub(super) hidden_acts: ActBuffer,
+    /// Acts of width `heads * head_dim`.
+    pub(super) attn_acts: ActBuffer,
+    /// Acts of width `intermediate`.
+    pub(super) ffn_acts: ActBuffer,
+    /// Rotated, scaled queries `[kv_heads][tokens][group * head_dim]`; one stripe a KV head.
+    pub(super) queries: Shared<f32>,
+    /// One a KV head.
+    pub(super) selections: Vec<RwLock<Selection>>,
+    /// One stripe a decode attention task.
+    pub(super) partials: Shared<f32>,
+    /// Attention output `[kv_heads][blocks][BLOCK_TOKENS][group * head_dim]`; one stripe a (KV head, block).
+    pub(super) attn: Shared<f32>,
+    /// Blocks of tokens a KV head.
+    pub(super) blocks: usize,
+    /// Normalised rows that the head reads, one stripe a token.
+    pub(super) normed: Shared<f32>,
+    /// Logits `[thread][tokens][vocabulary share]`.
+    pub(super) logits: Shared<f32>,
+    /// First number of each stripe of `logits`.
+    pub(super) vocab: Vec<Range<usize>>,
+    /// One a thread.
+    pub(super) private: Vec<Mutex<Private>>,
+    capture: OnceLock<Shared<f32>>,
+    kv_bytes: AtomicU64,
+    index_bytes: AtomicU64,
+    rows: AtomicU64,
+}
+
+/// Largest number of tasks that one KV head's selection makes: two consecutive tasks hold more than a chunk together.
+pub(super) fn max_tasks(capacity: usize) -> usize {
+    2 * capacity.div_ceil(CHUNK_TOKENS) + 2
+}
+
+impl Scratch {
+    pub(super) fn new(config: &ModelConfig, threads: usize, tokens: usize, capacity: usize) -> Self {
+        let [q, k, v, o, gate, _, down] = config.linears().map(|(_, rows, cols)| TernaryShape { rows, cols });
+        let stage = |parts: &[TernaryShape]| Stage::new(parts, tokens, threads);
+        let (heads, width) = (config.kv_heads, config.group() * config.head_dim);
+        let blocks = tokens.div_ceil(BLOCK_TOKENS);
+        let block = BLOCK_TOKENS.min(tokens);
+        let slot = config.group() * partial::stride(config.head_dim);
+        let slots = if tokens == 1 { heads * max_tasks(capacity) } else { 0 };
+        let vocab: Vec<_> = (0..threads).map(|w| longbit_sys::share(config.vocab, w, threads)).collect();
+        let mut bounds = vec![0];
+        for share in &vocab {
+            bounds.push(bounds[bounds.len() - 1] + share.len() * tokens);
+        }
+        Scratch {
+            tokens,
+            qkv: stage(&[q, k, v]),
+            o: stage(&[o]),
+            ffn: stage(&[gate]),
+            down: stage(&[down]),
+            hidden_acts: ActBuffer::new(config.hidden, tokens),
+            attn_acts: ActBuffer::new(config.q_rows(), tokens),
+            ffn_acts: ActBuffer::new(config.intermediate, tokens),
+            queries: Shared::even(heads, tokens * width, heads, 0.0),
+            selections: (0..heads).map(|_| RwLock::default()).collect(),
+            partials: Shared::even(slots.max(1), slot, slots.max(1), 0.0),
+            attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0),
+            blocks,
+            normed: Shared::even(tokens, config.hidden, tokens, 0.0),
+            logits: Shared::striped(bounds[threads], &bounds, 0.0),
+            vocab,
+            private: (0..threads).map(|_| Mutex::default()).collect(),
+            capture: OnceLock::new(),
+            kv_bytes: AtomicU64::new(0),
+            index_bytes: AtomicU64::new(0),
+            rows: AtomicU64::new(0),
+        }
+    }
+
+    /// Largest number of tokens.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Adds to what the step read.
+    pub(super) fn count(&self, kv_bytes: u64, index_bytes: u64, rows: u64) {
+        self.kv_bytes.fetch_add(kv_bytes, Relaxed);
+        self.index_bytes.fetch_add(index_bytes, Relaxed);
+        self.rows.fetch_add(rows, Relaxed);
+    }
+
+    /// What the step read; starts counting anew.
+    pub(super) fn take_traffic(&self) -> Traffic {
+        Traffic {
+            kv_bytes: self.kv_bytes.swap(0, Relaxed),
+            index_bytes: self.index_bytes.swap(0, Relaxed),
+            rows: self.rows.swap(0, Relaxed),
+        }
+    }
+
+    /// Makes room for captured attention output.
+    pub(super) fn prepare_capture(&self, config: &ModelConfig) {
+        let stripes = config.layers * config.kv_heads;
+        self.capture.get_or_init(|| Shared::even(stripes, config.group() * config.head_dim, stripes, 0.0));
+    }
+
+    /// Keeps the attention output of (`layer`, `kv_head`), stripe `layer * kv_heads + kv_head`.
+    pub(super) fn capture(&self, stripe: usize, output: &[f32]) {
+        if let Some(capture) = self.capture.get() {
+            capture.write(stripe).copy_from_slice(output);
+        }
+    }
+
+    /// The captured attention output, `[layers][heads][head_dim]`; empty when none was.
+    pub(super) fn captured(&self) -> Vec<f32> {
+        self.capture.get().map(|c| c.read().to_vec()).unwrap_or_default()
+    }
+}
