@@ -97,7 +97,9 @@ pub fn drift_pct(medians: &[f64]) -> Option<f64> {
 /// only; medians and verdicts use the exact samples. Percentiles that fewer than one sample lies beyond are left out.
 pub fn percentile_curve(nanoseconds: &[u64]) -> Vec<(f64, u64)> {
     let Some(&largest) = nanoseconds.iter().max() else { return Vec::new() };
-    let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, largest.max(2), 3) else { return Vec::new() };
+    let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, largest.max(2), 3) else {
+        return Vec::new();
+    };
     for &value in nanoseconds {
         histogram.saturating_record(value.max(1));
     }
@@ -112,8 +114,8 @@ pub fn percentile_curve(nanoseconds: &[u64]) -> Vec<(f64, u64)> {
 
 /// Percentiles of a curve, denser towards the tail.
 const CURVE_PERCENTILES: [f64; 22] = [
-    1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 92.5, 95.0, 96.0, 97.0, 98.0, 99.0,
-    99.5, 99.9, 99.99,
+    1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 92.5, 95.0, 96.0, 97.0, 98.0,
+    99.0, 99.5, 99.9, 99.99,
 ];
 
 #[cfg(test)]

@@ -1,0 +1,557 @@
+//! From the log to one record a cell. Every planned cell appears exactly once, whatever became of it.
+
+use std::collections::{BTreeMap, HashMap};
+
+use longbit_protocol::{Fill, Machine, Outcome, Quality, Ready, Sample, Status};
+
+use super::{interval, stats};
+use crate::plan::{Plan, PlannedCell, SCHEMA, VerifySpec};
+use crate::record::Record;
+use crate::run::store::Line;
+
+/// What the log holds about one cell.
+#[derive(Default)]
+struct CellLog<'a> {
+    /// By repetition; the first record of a repetition stands.
+    samples: BTreeMap<u32, (&'a Sample, (usize, u32))>,
+    quality: Option<&'a Quality>,
+    end: Option<End<'a>>,
+}
+
+/// The last word on a cell.
+enum End<'a> {
+    Done(u32),
+    Failed(&'a Outcome),
+}
+
+/// The log by cell and by cohort.
+#[derive(Default)]
+struct Index<'a> {
+    cells: HashMap<&'a str, CellLog<'a>>,
+    ready: BTreeMap<(usize, u32), &'a Ready>,
+    probes: HashMap<(usize, usize), Vec<f64>>,
+}
+
+impl<'a> Index<'a> {
+    fn new(lines: &'a [Line]) -> Self {
+        let mut index = Index::default();
+        for line in lines {
+            match line {
+                Line::Ready { cohort, attempt, ready } => {
+                    index.ready.insert((*cohort, *attempt), ready);
+                }
+                Line::Probe { cohort, probe, .. } => {
+                    index.probes.entry((*cohort, probe.threads)).or_default().push(probe.gb_s);
+                }
+                Line::Quality { quality } => {
+                    index.cells.entry(&quality.cell).or_default().quality.get_or_insert(quality);
+                }
+                Line::Sample { cohort, attempt, sample } => {
+                    let cell = index.cells.entry(&sample.cell).or_default();
+                    cell.samples.entry(sample.rep).or_insert((sample, (*cohort, *attempt)));
+                }
+                Line::Failed { outcome } => {
+                    index.cells.entry(&outcome.cell).or_default().end = Some(End::Failed(outcome));
+                }
+                Line::Done { cell, reps } => {
+                    index.cells.entry(cell).or_default().end = Some(End::Done(*reps));
+                }
+            }
+        }
+        index
+    }
+}
+
+/// One record for each cell of `plan`, in its order.
+pub fn summarise(plan: &Plan, machine: &Machine, lines: &[Line]) -> Vec<Record> {
+    let index = Index::new(lines);
+    let mut cohort_of = HashMap::new();
+    for (number, members) in plan.cohorts.iter().enumerate() {
+        for &cell in members {
+            cohort_of.insert(cell, number);
+        }
+    }
+    let empty = CellLog::default();
+    let record = |(place, cell): (usize, &PlannedCell)| {
+        let log = index.cells.get(cell.id.as_str()).unwrap_or(&empty);
+        summarise_cell(plan, machine, cell, cohort_of.get(&place).copied(), log, &index)
+    };
+    plan.cells.iter().enumerate().map(record).collect()
+}
+
+/// The repetitions of every cell, by cell and in order of repetition: the wall time of each token in nanoseconds.
+pub fn token_times(lines: &[Line]) -> BTreeMap<String, Vec<Vec<u64>>> {
+    let by_cell = Index::new(lines).cells;
+    by_cell
+        .into_iter()
+        .map(|(id, log)| (id.to_owned(), log.samples.values().map(|(s, _)| s.tok_ns.clone()).collect()))
+        .collect()
+}
+
+/// Why `quality` violates the limits of `verify` for a method, or none when it holds. A cell without quality violates
+/// them: an accuracy that was not measured is not an accuracy.
+pub fn verify_violation(verify: &VerifySpec, method: &str, quality: Option<&Quality>) -> Option<String> {
+    if !verify.methods.is_empty() && !verify.methods.iter().any(|m| m == method) {
+        return None;
+    }
+    if verify.cosine_min.is_none() && verify.rel_l2_max.is_none() {
+        return None;
+    }
+    let Some(quality) = quality else { return Some("no quality was measured".to_owned()) };
+    let mut violations = Vec::new();
+    // Written so that a number that cannot be compared counts as a violation.
+    if let Some(limit) = verify.cosine_min
+        && !matches!(quality.cosine_min.partial_cmp(&limit), Some(o) if o.is_ge())
+    {
+        violations.push(format!("smallest cosine {} is below {limit}", significant(quality.cosine_min)));
+    }
+    if let Some(limit) = verify.rel_l2_max
+        && !matches!(quality.rel_l2_max.partial_cmp(&limit), Some(o) if o.is_le())
+    {
+        violations
+            .push(format!("largest relative L2 error {} exceeds {limit}", significant(quality.rel_l2_max)));
+    }
+    (!violations.is_empty()).then(|| violations.join("; "))
+}
+
+/// Six digits after the point at most, for messages.
+fn significant(value: f64) -> String {
+    let text = format!("{value:.6}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// Status and reason of a cell.
+fn verdict(plan: &Plan, cell: &PlannedCell, log: &CellLog<'_>) -> (Status, Option<String>) {
+    if let Some(reason) = &cell.skip {
+        return (Status::Skipped, Some(reason.clone()));
+    }
+    let wanted = plan.measure.reps;
+    let found = log.samples.len();
+    match &log.end {
+        Some(End::Failed(outcome)) => (outcome.status, Some(outcome.error.clone())),
+        None if found == 0 => (Status::Error, Some("not measured yet".to_owned())),
+        None => (Status::Error, Some(format!("incomplete: {found} of {wanted} repetitions"))),
+        // The closing line says more than the log holds: lines were lost, and the cell is not what it claims.
+        Some(End::Done(reps)) if found < *reps as usize => (
+            Status::Error,
+            Some(format!("incomplete: {found} of {reps} repetitions, although the cell was closed")),
+        ),
+        Some(End::Done(_)) => {
+            let tokens = plan.measure.gen_tokens as usize;
+            let short = log.samples.iter().find(|(_, (s, _))| s.tok_ns.len() != tokens);
+            if let Some((rep, (sample, _))) = short {
+                let n = sample.tok_ns.len();
+                return (
+                    Status::Error,
+                    Some(format!("repetition {rep} has {n} timed tokens, expected {tokens}")),
+                );
+            }
+            match plan.verify.as_ref().and_then(|v| verify_violation(v, &cell.method, log.quality)) {
+                Some(why) => (Status::VerifyFailed, Some(why)),
+                None => (Status::Ok, None),
+            }
+        }
+    }
+}
+
+fn summarise_cell(
+    plan: &Plan,
+    machine: &Machine,
+    cell: &PlannedCell,
+    cohort: Option<usize>,
+    log: &CellLog<'_>,
+    index: &Index<'_>,
+) -> Record {
+    let (status, error) = verdict(plan, cell, log);
+    let mut record = identity(plan, machine, cell, status, error);
+    let samples: Vec<&Sample> = log.samples.values().map(|(s, _)| *s).collect();
+    record.reps = samples.len() as u64;
+    record.tokens_timed = samples.iter().map(|s| s.tok_ns.len() as u64).sum();
+    record.tokens_warmup = record.reps * u64::from(plan.measure.warmup_tokens);
+
+    // The worker that gave the first repetition, or the last one that served the cohort.
+    let origin = log.samples.values().next().map(|(_, at)| *at);
+    let ready = match (origin, cohort) {
+        (Some(at), _) => index.ready.get(&at),
+        (None, Some(c)) => index.ready.range((c, 0)..=(c, u32::MAX)).next_back().map(|(_, r)| r),
+        (None, None) => None,
+    };
+    if let Some(ready) = ready {
+        add_ready(&mut record, ready);
+    }
+    if let Some(quality) = log.quality {
+        add_quality(&mut record, quality);
+    }
+    if record.measured() && !samples.is_empty() {
+        add_times(&mut record, plan, &samples);
+        add_traffic(&mut record, &samples);
+        add_process(&mut record, &samples);
+        let probes = origin.map(|o| o.0).or(cohort).and_then(|c| index.probes.get(&(c, cell.threads)));
+        add_bandwidth(&mut record, probes.map_or(&[], Vec::as_slice));
+    }
+    record
+}
+
+/// The columns that are known without a measurement; all others empty.
+fn identity(
+    plan: &Plan,
+    machine: &Machine,
+    cell: &PlannedCell,
+    status: Status,
+    error: Option<String>,
+) -> Record {
+    let model = if cell.model.path.is_empty() { &cell.model.preset } else { &cell.model.path };
+    let built = &machine.toolchain;
+    Record {
+        schema_version: u64::from(SCHEMA),
+        run_id: plan.run_id.clone(),
+        cell_id: cell.id.clone(),
+        experiment: plan.experiment.full_name(),
+        status,
+        error,
+        context_tokens: cell.context as u64,
+        threads: cell.threads as u64,
+        kv_dtype: cell.kv_dtype.clone(),
+        method: cell.method.clone(),
+        // A map of texts always has a JSON form.
+        method_params: serde_json::to_string(&cell.method_params).unwrap_or_default(),
+        workload: cell.workload.clone(),
+        model: model.clone(),
+        head: cell.model.head.clone(),
+        engine: plan.engine.clone(),
+        engine_version: plan.engine_version.clone(),
+        isa: None,
+        model_sha256: None,
+        fill: None,
+        fill_sha256: None,
+        seed: cell.seed,
+        reps: 0,
+        tokens_timed: 0,
+        tokens_warmup: 0,
+        fill_ns: None,
+        decode_tok_s: None,
+        tpot_p50_ns: None,
+        tpot_p90_ns: None,
+        tpot_p99_ns: None,
+        tpot_p99_hi95_ns: None,
+        tpot_mean_ns: None,
+        tpot_mad_ns: None,
+        tpot_min_ns: None,
+        tpot_max_ns: None,
+        tpot_p50_lo95_ns: None,
+        tpot_p50_hi95_ns: None,
+        drift_pct: None,
+        steady: None,
+        outliers: None,
+        rel_l2_p50: None,
+        rel_l2_p95: None,
+        rel_l2_max: None,
+        cosine_min: None,
+        cosine_mean: None,
+        needle_accuracy: None,
+        top1_agreement: None,
+        kl_nats: None,
+        kv_bytes_stored: None,
+        kv_bytes_read_per_token: None,
+        index_bytes_read_per_token: None,
+        index_bytes_stored: None,
+        rows_read_per_token: None,
+        weight_bytes_per_token: None,
+        achieved_gb_s: None,
+        probe_gb_s: None,
+        roofline_fraction: None,
+        rss_peak_bytes: None,
+        rss_predicted_bytes: cell.predicted.rss_bytes,
+        user_ns: None,
+        sys_ns: None,
+        invol_switches: None,
+        major_faults: None,
+        steal_pct: None,
+        throttled_ms: None,
+        psi_cpu_pct: None,
+        khz_min: None,
+        khz_max: None,
+        started_utc: None,
+        wall_ms: None,
+        machine_id: plan.machine_id.clone(),
+        machine_class: plan.machine_class.clone(),
+        git_sha: plan.git_sha.clone(),
+        git_dirty: plan.git_dirty,
+        rustc: built.rustc.clone(),
+        target: built.target.clone(),
+        profile: built.profile.clone(),
+    }
+}
+
+fn text(value: &str) -> Option<String> {
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+fn add_ready(record: &mut Record, ready: &Ready) {
+    record.engine = ready.engine.clone();
+    record.engine_version = ready.engine_version.clone();
+    record.isa = text(&ready.isa);
+    record.model_sha256 = text(&ready.model_sha256);
+    record.fill_sha256 = text(&ready.fill_sha256);
+    let fill = match ready.fill {
+        Fill::Synthetic => "synthetic",
+        Fill::Prefill => "prefill",
+    };
+    record.fill = text(fill);
+    record.fill_ns = Some(ready.fill_ns);
+    record.kv_bytes_stored = Some(ready.kv_bytes_stored);
+    record.weight_bytes_per_token = Some(ready.weight_bytes_per_token);
+}
+
+fn add_quality(record: &mut Record, quality: &Quality) {
+    record.rel_l2_p50 = finite(quality.rel_l2_p50);
+    record.rel_l2_p95 = finite(quality.rel_l2_p95);
+    record.rel_l2_max = finite(quality.rel_l2_max);
+    record.cosine_min = finite(quality.cosine_min);
+    record.cosine_mean = finite(quality.cosine_mean);
+    record.needle_accuracy = quality.needle_accuracy.and_then(finite);
+    record.top1_agreement = quality.top1_agreement.and_then(finite);
+    record.kl_nats = quality.kl_nats.and_then(finite);
+}
+
+fn add_times(record: &mut Record, plan: &Plan, samples: &[&Sample]) {
+    let ns = |value: f64| value.round() as u64;
+    let times: Vec<f64> = samples.iter().flat_map(|s| &s.tok_ns).map(|&t| t as f64).collect();
+    let sorted = stats::sorted(&times);
+    let total: u64 = samples.iter().flat_map(|s| &s.tok_ns).sum();
+    let medians: Vec<f64> = samples.iter().filter_map(|s| repetition_median(&s.tok_ns)).collect();
+    record.decode_tok_s = (total > 0).then(|| times.len() as f64 / (total as f64 / 1e9));
+    record.tpot_p50_ns = stats::median_of_sorted(&sorted).map(ns);
+    record.tpot_p90_ns = stats::quantile_of_sorted(&sorted, 0.9).map(ns);
+    if times.len() >= plan.min_samples_p99 as usize {
+        record.tpot_p99_ns = stats::quantile_of_sorted(&sorted, stats::P99).map(ns);
+    }
+    record.tpot_p99_hi95_ns = interval::p99_upper_bound(&times).map(ns);
+    record.tpot_mean_ns = stats::mean(&times).map(ns);
+    record.tpot_mad_ns = stats::mad(&times).map(ns);
+    record.tpot_min_ns = stats::min(&times).map(ns);
+    record.tpot_max_ns = stats::max(&times).map(ns);
+    if let Some(i) = interval::median_interval(&medians, 0.95) {
+        record.tpot_p50_lo95_ns = Some(ns(i.lo));
+        record.tpot_p50_hi95_ns = Some(ns(i.hi));
+    }
+    record.drift_pct = stats::drift_pct(&medians);
+    record.steady = record.drift_pct.map(|d| d.abs() <= plan.max_drift_pct);
+    record.outliers = stats::outliers(&times);
+    record.wall_ms = Some(total as f64 / 1e6);
+    record.started_utc =
+        samples.iter().map(|s| s.t0.as_str()).filter(|t| !t.is_empty()).min().map(str::to_owned);
+}
+
+/// Median time per token of one repetition, in nanoseconds.
+pub fn repetition_median(tok_ns: &[u64]) -> Option<f64> {
+    stats::median(&tok_ns.iter().map(|&t| t as f64).collect::<Vec<_>>())
+}
+
+fn add_traffic(record: &mut Record, samples: &[&Sample]) {
+    let tokens = record.tokens_timed;
+    let per_token = |sum: u64| (tokens > 0).then(|| (sum + tokens / 2) / tokens);
+    record.kv_bytes_read_per_token = per_token(samples.iter().map(|s| s.traffic.kv_bytes).sum());
+    record.index_bytes_read_per_token = per_token(samples.iter().map(|s| s.traffic.index_bytes).sum());
+    record.rows_read_per_token = per_token(samples.iter().map(|s| s.traffic.rows).sum());
+    record.index_bytes_stored = samples.iter().map(|s| s.index_bytes).max();
+}
+
+fn add_process(record: &mut Record, samples: &[&Sample]) {
+    let sum = |f: fn(&Sample) -> u64| Some(samples.iter().map(|s| f(s)).sum());
+    let some = |f: fn(&Sample) -> Option<f64>| samples.iter().filter_map(|s| f(s)).collect::<Vec<_>>();
+    record.rss_peak_bytes = samples.iter().map(|s| s.rss_peak_bytes).max().filter(|b| *b > 0);
+    record.user_ns = sum(|s| s.user_ns);
+    record.sys_ns = sum(|s| s.sys_ns);
+    record.invol_switches = sum(|s| s.nivcsw);
+    record.major_faults = sum(|s| s.majflt);
+    record.steal_pct = stats::mean(&some(|s| s.steal_pct)).and_then(finite);
+    record.psi_cpu_pct = stats::mean(&some(|s| s.psi_cpu_pct)).and_then(finite);
+    let throttled: Vec<u64> = samples.iter().filter_map(|s| s.throttled_us).collect();
+    record.throttled_ms = (!throttled.is_empty()).then(|| throttled.iter().sum::<u64>() as f64 / 1e3);
+    record.khz_min = samples.iter().filter_map(|s| s.khz).map(|k| k.0).min();
+    record.khz_max = samples.iter().filter_map(|s| s.khz).map(|k| k.1).max();
+}
+
+fn add_bandwidth(record: &mut Record, probes: &[f64]) {
+    let bytes = record
+        .weight_bytes_per_token
+        .zip(record.kv_bytes_read_per_token)
+        .map(|(w, kv)| w + kv + record.index_bytes_read_per_token.unwrap_or(0));
+    let mean_ns =
+        record.wall_ms.map(|ms| ms * 1e6 / record.tokens_timed.max(1) as f64).filter(|ns| *ns > 0.0);
+    // Bytes per nanosecond are 10^9 bytes per second.
+    record.achieved_gb_s = bytes.zip(mean_ns).map(|(b, ns)| b as f64 / ns);
+    record.probe_gb_s = stats::median(probes).filter(|p| p.is_finite() && *p > 0.0);
+    record.roofline_fraction = record.achieved_gb_s.zip(record.probe_gb_s).map(|(a, p)| a / p);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing;
+    use super::*;
+    use longbit_protocol::Probe;
+
+    fn by_method<'a>(records: &'a [Record], context: u64, method: &str) -> &'a Record {
+        records.iter().find(|r| r.context_tokens == context && r.method == method).unwrap()
+    }
+
+    #[test]
+    fn every_planned_cell_appears_once_in_order() {
+        let (plan, machine, lines) = testing::results();
+        let records = summarise(&plan, &machine, &lines);
+        let ids: Vec<_> = records.iter().map(|r| r.cell_id.clone()).collect();
+        assert_eq!(ids, plan.cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>());
+        let empty = summarise(&plan, &machine, &[]);
+        assert_eq!(empty.len(), plan.cells.len());
+        assert!(empty.iter().all(|r| !r.measured()));
+    }
+
+    #[test]
+    fn numbers_of_a_cell() {
+        let (plan, machine, lines) = testing::results();
+        let records = summarise(&plan, &machine, &lines);
+        let r = by_method(&records, 2048, "dense");
+        assert_eq!((r.status, r.error.as_deref(), r.reps, r.tokens_timed), (Status::Ok, None, 6, 384));
+        let all: Vec<u64> = token_times(&lines)[&r.cell_id].concat();
+        let total: u64 = all.iter().sum();
+        assert_eq!(r.decode_tok_s, Some(384.0 / (total as f64 / 1e9)));
+        assert_eq!(r.tpot_min_ns, all.iter().min().copied());
+        assert!(r.tpot_p50_lo95_ns <= r.tpot_p50_ns && r.tpot_p50_ns <= r.tpot_p50_hi95_ns);
+        assert!(r.tpot_p99_ns.is_some() && r.tpot_p99_hi95_ns >= r.tpot_p99_ns);
+        assert_eq!(r.kv_bytes_read_per_token, Some(2048 * 76_800));
+        let bytes = (r.weight_bytes_per_token.unwrap() + 2048 * 76_800) as f64;
+        let achieved = bytes / (total as f64 / 384.0);
+        assert!((r.achieved_gb_s.unwrap() / achieved - 1.0).abs() < 1e-12);
+        assert_eq!(r.probe_gb_s, Some(21.0), "the median of 20, 21 and 40");
+        assert!((r.roofline_fraction.unwrap() - achieved / 21.0).abs() < 1e-12);
+        assert_eq!((r.steal_pct, r.throttled_ms), (None, None));
+    }
+
+    #[test]
+    fn probes_of_other_threads_and_cohorts_do_not_count() {
+        let (plan, machine, mut lines) = testing::results();
+        let threads = plan.cells[0].threads;
+        for (cohort, threads) in [(0, threads + 1), (1, threads)] {
+            let probe = Probe { threads, gb_s: 900.0, round: 0 };
+            lines.extend((0..9).map(|_| Line::Probe { cohort, attempt: 0, probe }));
+        }
+        let records = summarise(&plan, &machine, &lines);
+        assert_eq!(by_method(&records, 2048, "dense").probe_gb_s, Some(21.0));
+    }
+
+    #[test]
+    fn an_unfinished_cell_is_an_error_with_the_count() {
+        let (plan, machine, mut lines) = testing::results();
+        let id = plan.cells[0].id.clone();
+        lines.retain(|l| match l {
+            Line::Done { cell, .. } => *cell != id,
+            Line::Sample { sample, .. } => sample.cell != id || sample.rep < 3,
+            _ => true,
+        });
+        let r = &summarise(&plan, &machine, &lines)[0];
+        assert_eq!(r.status, Status::Error);
+        assert_eq!(r.error.as_deref(), Some("incomplete: 3 of 6 repetitions"));
+        assert_eq!((r.reps, r.decode_tok_s, r.tpot_p50_ns), (3, None, None));
+        // Closed, but a line is gone.
+        lines.push(Line::Done { cell: id, reps: 6 });
+        let r = &summarise(&plan, &machine, &lines)[0];
+        assert!(
+            r.status == Status::Error && r.error.as_deref().unwrap().contains("although"),
+            "{:?}",
+            r.error
+        );
+    }
+
+    #[test]
+    fn failure_is_never_timed_as_success() {
+        let (plan, machine, mut lines) = testing::results();
+        let id = plan.cells[0].id.clone();
+        for line in &mut lines {
+            if let Line::Sample { sample, .. } = line
+                && sample.cell == id
+                && sample.rep == 2
+            {
+                sample.tok_ns.truncate(10);
+            }
+        }
+        let r = &summarise(&plan, &machine, &lines)[0];
+        assert_eq!(r.error.as_deref(), Some("repetition 2 has 10 timed tokens, expected 64"));
+        assert_eq!((r.status, r.decode_tok_s), (Status::Error, None));
+        let outcome =
+            Outcome { cell: id.clone(), status: Status::Timeout, error: "no token for 30 min".into() };
+        lines.push(Line::Failed { outcome });
+        let r = &summarise(&plan, &machine, &lines)[0];
+        assert_eq!((r.status, r.decode_tok_s), (Status::Timeout, None));
+    }
+
+    #[test]
+    fn the_last_word_on_a_cell_stands() {
+        let (plan, machine, mut lines) = testing::results();
+        let id = plan.cells[0].id.clone();
+        let outcome = Outcome { cell: id.clone(), status: Status::Oom, error: "killed".into() };
+        lines.push(Line::Failed { outcome });
+        assert_eq!(summarise(&plan, &machine, &lines)[0].status, Status::Oom);
+        lines.push(Line::Done { cell: id, reps: 6 });
+        assert_eq!(summarise(&plan, &machine, &lines)[0].status, Status::Ok);
+    }
+
+    #[test]
+    fn a_repetition_recorded_twice_counts_once() {
+        let (plan, machine, lines) = testing::results();
+        let before = summarise(&plan, &machine, &lines);
+        let again: Vec<Line> = lines.iter().filter(|l| matches!(l, Line::Sample { .. })).cloned().collect();
+        let doubled: Vec<Line> = lines.into_iter().chain(again).collect();
+        assert_eq!(summarise(&plan, &machine, &doubled), before);
+    }
+
+    #[test]
+    fn few_samples_leave_the_tail_empty() {
+        let (mut plan, machine, lines) = testing::results();
+        plan.min_samples_p99 = 385;
+        let records = summarise(&plan, &machine, &lines);
+        let r = by_method(&records, 2048, "dense");
+        assert_eq!(r.tpot_p99_ns, None);
+        assert!(r.tpot_p90_ns.is_some());
+    }
+
+    #[test]
+    fn verify_marks_rows_and_keeps_their_numbers() {
+        let (mut plan, machine, lines) = testing::results();
+        plan.verify =
+            Some(VerifySpec { rel_l2_max: Some(0.5), cosine_min: Some(0.9), ..VerifySpec::default() });
+        let records = summarise(&plan, &machine, &lines);
+        let window = by_method(&records, 32768, "window");
+        assert_eq!(window.status, Status::VerifyFailed);
+        assert!(window.error.as_deref().unwrap().contains("exceeds 0.5"), "{:?}", window.error);
+        assert!(window.decode_tok_s.is_some());
+        assert_eq!(by_method(&records, 32768, "dense").status, Status::Ok);
+        plan.verify.as_mut().unwrap().methods = vec!["dense".into()];
+        let records = summarise(&plan, &machine, &lines);
+        assert_eq!(by_method(&records, 32768, "window").status, Status::Ok);
+        let spec = VerifySpec { cosine_min: Some(0.9), ..VerifySpec::default() };
+        assert!(verify_violation(&spec, "dense", None).is_some(), "not measured is not passed");
+    }
+
+    #[test]
+    fn drift_marks_a_cell_unsteady() {
+        let (plan, machine, mut lines) = testing::results();
+        let id = plan.cells[0].id.clone();
+        assert_eq!(summarise(&plan, &machine, &lines)[0].steady, Some(true));
+        for line in &mut lines {
+            if let Line::Sample { sample, .. } = line
+                && sample.cell == id
+                && sample.rep >= 3
+            {
+                sample.tok_ns.iter_mut().for_each(|t| *t = *t * 105 / 100);
+            }
+        }
+        let r = &summarise(&plan, &machine, &lines)[0];
+        assert_eq!(r.steady, Some(false));
+        assert!((r.drift_pct.unwrap() - 5.0).abs() < 1.0);
+    }
+}

@@ -1,0 +1,16 @@
+//! `cells.csv`: one row a cell, in the order of the plan.
+
+use crate::record::{COLUMNS, Record};
+
+/// The table as text: the header, then one line a record, `\n` at the end of each.
+pub fn to_string(records: &[Record]) -> String {
+    let mut writer =
+        csv::WriterBuilder::new().terminator(csv::Terminator::Any(b'\n')).from_writer(Vec::new());
+    // Writing into memory fails only for rows of unequal length, and all come from one table.
+    let mut written = writer.write_record(COLUMNS.iter().map(|c| c.name));
+    for record in records {
+        written = written.and_then(|()| writer.write_record(record.fields()));
+    }
+    debug_assert!(written.is_ok(), "{written:?}");
+    writer.into_inner().ok().and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or_default()
+}

@@ -1,0 +1,121 @@
+//! `summary.md`: the answer in a sentence, the table, what is missing, the machine, and how to do it again.
+
+use longbit_protocol::Machine;
+
+use super::table;
+use crate::analyse::label::{DENSE, distinct};
+use crate::plan::Plan;
+use crate::record::Record;
+
+/// The whole page.
+pub fn summary(plan: &Plan, machine: &Machine, records: &[Record], sentence: &str, figures: &str) -> String {
+    let e = &plan.experiment;
+    let mut page = format!("# {}\n\n", e.full_name());
+    for text in [e.question.trim(), e.analysis.trim(), sentence] {
+        if !text.is_empty() {
+            page.push_str(text);
+            page.push_str("\n\n");
+        }
+    }
+    page.push_str("## Cells\n\n");
+    page.push_str(&cells(records));
+    let gaps = table::gaps(records).markdown();
+    if !gaps.is_empty() {
+        page.push_str("\n## Skipped and failed\n\n");
+        page.push_str(&gaps);
+    }
+    if !figures.is_empty() {
+        page.push_str("\n## Figures\n\n");
+        page.push_str(figures);
+    }
+    page.push_str("\n## Machine\n\n");
+    page.push_str(&machine_table(machine));
+    page.push_str("\n## How to reproduce\n\n");
+    page.push_str(&reproduce(plan, machine));
+    page
+}
+
+/// The table of measured cells with its legend, and the full parameters of the methods.
+pub fn cells(records: &[Record]) -> String {
+    let rows = table::measured(records).markdown();
+    if rows.is_empty() {
+        return "No cell was measured.\n".to_owned();
+    }
+    let mut text = rows;
+    text.push_str(
+        "\ntok/s: timed tokens divided by their time. 95 % of median: interval of the median speed over repetitions. \
+         rel L2: error of an attention output against exact f32 attention on the same inputs. KV MB/token: cached keys, \
+         values and indexes that a decode step reads. of bandwidth: bytes read a second against a read probe with the \
+         same threads.\n",
+    );
+    let full = distinct(records.iter().filter(|r| r.method != DENSE).map(Record::method_string));
+    let full: Vec<String> = full.into_iter().filter(|m| m.contains(':')).map(|m| format!("`{m}`")).collect();
+    if !full.is_empty() {
+        text.push_str(&format!("Methods in full: {}.\n", full.join(", ")));
+    }
+    text
+}
+
+/// What the machine says of itself; what it does not say is shown as unknown.
+pub fn machine_table(machine: &Machine) -> String {
+    let unknown = || "unknown".to_owned();
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+    let mut rows = vec![
+        ("CPU", machine.cpu_model.clone().unwrap_or_else(unknown)),
+        ("CPUs allowed", machine.cpus_allowed.to_string()),
+        ("threads a core", machine.threads_per_core.map_or_else(unknown, |n| n.to_string())),
+        ("sockets, NUMA nodes", {
+            let show = |n: Option<usize>| n.map_or_else(unknown, |n| n.to_string());
+            format!("{}, {}", show(machine.sockets), show(machine.numa_nodes))
+        }),
+        ("flags", machine.flags.join(" ")),
+        (
+            "caches",
+            machine
+                .caches
+                .iter()
+                .map(|(n, b)| format!("{n} {} KiB", b / 1024))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ),
+        ("memory", gib(machine.memory_bytes)),
+        ("system", machine.os.clone()),
+        ("hypervisor", machine.hypervisor.clone().unwrap_or_else(unknown)),
+        ("governor", machine.governor.clone().unwrap_or_else(unknown)),
+        ("turbo", machine.turbo.map_or_else(unknown, |on| if on { "on".into() } else { "off".into() })),
+        ("huge pages", machine.thp.clone().unwrap_or_else(unknown)),
+        ("machine, class", format!("{}, {}", machine.machine_id, machine.machine_class)),
+    ];
+    for probe in &machine.probes {
+        rows.push(("read bandwidth", format!("{:.1} GB/s with {} threads", probe.gb_s, probe.threads)));
+    }
+    rows.extend(machine.warnings.iter().map(|w| ("warning", w.clone())));
+    let body = rows.into_iter().filter(|(_, v)| !v.is_empty()).map(|(k, v)| vec![k.to_owned(), v]).collect();
+    table::Rows { head: vec!["".into(), "".into()], body, left: vec![0, 1] }.markdown()
+}
+
+/// The command, and what it was run with.
+pub fn reproduce(plan: &Plan, machine: &Machine) -> String {
+    let e = &plan.experiment;
+    let file = if e.group == "main" { e.name.clone() } else { e.full_name() };
+    let dirty = match plan.git_dirty {
+        Some(true) => " with uncommitted changes",
+        Some(false) => "",
+        None => " (whether the sources were changed is unknown)",
+    };
+    let m = &plan.measure;
+    format!(
+        "```sh\nlongbit run experiments/{file}.toml\n```\n\nCommit `{}`{dirty}, {} build, {}, {}; engine {} {}; plan \
+         `{}`; {} repetitions of {} tokens after {} to warm up.\n",
+        plan.git_sha,
+        machine.toolchain.profile,
+        machine.toolchain.rustc,
+        machine.toolchain.target,
+        plan.engine,
+        plan.engine_version,
+        plan.plan_hash,
+        m.reps,
+        m.gen_tokens,
+        m.warmup_tokens,
+    )
+}

@@ -1,0 +1,221 @@
+//! The table of cells that the terminal, `summary.md` and spliced reports share.
+
+use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use longbit_protocol::Status;
+
+use crate::analyse::label::{Labels, context, digits, percent};
+use crate::record::Record;
+
+/// Headings and rows as text; the first `text_columns` of them are words, the rest numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rows {
+    /// Headings.
+    pub head: Vec<String>,
+    /// Rows, as long as the heading.
+    pub body: Vec<Vec<String>>,
+    /// Columns whose text is aligned to the left; all others to the right.
+    pub left: Vec<usize>,
+}
+
+/// The measured cells: speed, latency, error and traffic. Columns that no cell fills are left out.
+pub fn measured(records: &[Record]) -> Rows {
+    let labels = Labels::new(records);
+    let head = [
+        "context",
+        "threads",
+        "KV",
+        "method",
+        "tok/s",
+        "95 % of median",
+        "p50 ms",
+        "p99 ms",
+        "rel L2 p50",
+        "rel L2 p95",
+        "cosine",
+        "needles",
+        "KV MB/token",
+        "GB/s",
+        "of bandwidth",
+    ];
+    let ms = |ns: Option<u64>| ns.map_or(String::new(), |ns| digits(ns as f64 / 1e6));
+    let number = |v: Option<f64>| v.map_or(String::new(), digits);
+    let share = |v: Option<f64>| v.map_or(String::new(), percent);
+    let rows = records.iter().filter(|r| r.measured()).map(|r| {
+        let mark = match r.status {
+            Status::VerifyFailed => " (verify failed)",
+            Status::Unstable => " (unstable)",
+            _ if r.steady == Some(false) => " (drifts)",
+            _ => "",
+        };
+        // The fastest median is the highest speed.
+        let interval = r.tpot_p50_hi95_ns.zip(r.tpot_p50_lo95_ns).map(|(slow, fast)| {
+            format!("{}–{}", digits(1e9 / slow.max(1) as f64), digits(1e9 / fast.max(1) as f64))
+        });
+        vec![
+            context(r.context_tokens),
+            r.threads.to_string(),
+            r.kv_dtype.clone(),
+            format!("{}{mark}", labels.method(r)),
+            number(r.decode_tok_s),
+            interval.unwrap_or_default(),
+            ms(r.tpot_p50_ns),
+            ms(r.tpot_p99_ns),
+            number(r.rel_l2_p50),
+            number(r.rel_l2_p95),
+            r.cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
+            share(r.needle_accuracy),
+            r.cache_bytes_per_token().map_or(String::new(), |b| digits(b as f64 / 1e6)),
+            number(r.achieved_gb_s),
+            share(r.roofline_fraction),
+        ]
+    });
+    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![2, 3] }
+        .without_empty_columns()
+}
+
+/// The cells without numbers, with the reason.
+pub fn gaps(records: &[Record]) -> Rows {
+    let rows = records.iter().filter(|r| !r.measured()).map(|r| {
+        vec![
+            context(r.context_tokens),
+            r.threads.to_string(),
+            r.kv_dtype.clone(),
+            r.method_string(),
+            r.status.as_str().to_owned(),
+            r.error.clone().unwrap_or_default().replace('\n', " "),
+        ]
+    });
+    let head = ["context", "threads", "KV", "method", "status", "reason"];
+    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![2, 3, 4, 5] }
+}
+
+impl Rows {
+    /// Drops the columns in which every field is empty.
+    #[must_use]
+    pub fn without_empty_columns(self) -> Rows {
+        let keep: Vec<usize> =
+            (0..self.head.len()).filter(|&c| self.body.iter().any(|row| !row[c].is_empty())).collect();
+        let pick = |row: &Vec<String>| keep.iter().map(|&c| row[c].clone()).collect();
+        Rows {
+            head: pick(&self.head),
+            body: self.body.iter().map(pick).collect(),
+            left: self.left.iter().filter_map(|l| keep.iter().position(|k| k == l)).collect(),
+        }
+    }
+
+    /// An aligned table for the terminal; headings are bold and marked rows coloured when `color` is set.
+    pub fn terminal(&self, color: bool) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        let bold = |text: &String| {
+            let cell = Cell::new(text);
+            if color { cell.add_attribute(Attribute::Bold) } else { cell }
+        };
+        table.set_header(self.head.iter().map(bold));
+        for row in &self.body {
+            let paint = color.then(|| row_color(row)).flatten();
+            table.add_row(row.iter().map(|text| match paint {
+                Some(paint) => Cell::new(text).fg(paint),
+                None => Cell::new(text),
+            }));
+        }
+        for (place, column) in table.column_iter_mut().enumerate() {
+            let left = self.left.contains(&place);
+            column.set_cell_alignment(if left { CellAlignment::Left } else { CellAlignment::Right });
+            column.set_padding((if place == 0 { 0 } else { 1 }, 1));
+        }
+        if color {
+            table.enforce_styling();
+        } else {
+            table.force_no_tty();
+        }
+        table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    }
+
+    /// An aligned Markdown table, with a line feed at the end; empty without rows.
+    pub fn markdown(&self) -> String {
+        if self.body.is_empty() {
+            return String::new();
+        }
+        let escape = |row: &Vec<String>| row.iter().map(|f| f.replace('|', "\\|")).collect::<Vec<_>>();
+        let (head, body) = (escape(&self.head), self.body.iter().map(escape).collect::<Vec<_>>());
+        let wide = |text: &String| text.chars().count();
+        let widths: Vec<usize> = (0..head.len())
+            .map(|c| body.iter().map(|row| wide(&row[c])).chain([wide(&head[c]), 3]).max().unwrap_or(3))
+            .collect();
+        let mut text = String::new();
+        let mut line = |row: &[String]| {
+            for (c, field) in row.iter().enumerate() {
+                let fill = " ".repeat(widths[c] - wide(field).min(widths[c]));
+                let field =
+                    if self.left.contains(&c) { format!("{field}{fill}") } else { format!("{fill}{field}") };
+                text.push_str("| ");
+                text.push_str(&field);
+                text.push(' ');
+            }
+            text.push_str("|\n");
+        };
+        line(&head);
+        let rule = |c: usize| {
+            if self.left.contains(&c) {
+                "-".repeat(widths[c])
+            } else {
+                format!("{}:", "-".repeat(widths[c] - 1))
+            }
+        };
+        line(&(0..head.len()).map(rule).collect::<Vec<_>>());
+        body.iter().for_each(|row| line(row));
+        text
+    }
+}
+
+/// Rows that say something bad are red, something good green.
+fn row_color(row: &[String]) -> Option<Color> {
+    let says =
+        |words: &[&str]| row.iter().any(|f| words.iter().any(|w| f == w || f.ends_with(&format!("({w})"))));
+    if says(&["regressed", "verify failed", "verify_failed", "error", "oom", "timeout", "missing"]) {
+        Some(Color::Red)
+    } else if says(&["improved"]) {
+        Some(Color::Green)
+    } else if says(&["inconclusive", "unstable", "drifts", "skipped"]) {
+        Some(Color::Yellow)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::analyse::testing;
+
+    #[test]
+    fn markdown_is_aligned_and_complete() {
+        let records = testing::records();
+        let text = measured(&records).markdown();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2 + 40);
+        let width = lines[0].chars().count();
+        assert!(lines.iter().all(|l| l.chars().count() == width), "{text}");
+        assert!(!text.contains("needles"), "no cell has them");
+        let gaps = gaps(&records).markdown();
+        assert!(gaps.contains("oom") && gaps.contains("predicted 15.1 GB exceeds"), "{gaps}");
+    }
+
+    #[test]
+    fn colours_only_when_asked() {
+        let mut records = testing::records();
+        records[0].status = Status::VerifyFailed;
+        let rows = measured(&records);
+        assert!(!rows.terminal(false).contains('\u{1b}'));
+        assert!(rows.terminal(true).contains('\u{1b}'));
+        assert!(rows.terminal(false).contains("dense (verify failed)"));
+    }
+
+    #[test]
+    fn pipes_are_escaped() {
+        let rows = Rows { head: vec!["a".into()], body: vec![vec!["x|y".into()]], left: vec![0] };
+        assert!(rows.markdown().contains("x\\|y"));
+        assert_eq!(Rows::default().markdown(), "");
+    }
+}
