@@ -32,10 +32,11 @@ pub fn gather() -> Machine {
     let mut machine = gather_from(Path::new("/"));
     // Where there is no /proc.
     if machine.memory_bytes == 0 {
-        let mut system = sysinfo::System::new();
-        system.refresh_memory();
-        machine.memory_bytes = system.total_memory();
-        machine.memory_available_bytes = system.available_memory();
+        if let Ok(mut system) = sysinfo::System::new() {
+            system.refresh_memory();
+            machine.memory_bytes = system.total_memory();
+            machine.memory_available_bytes = system.available_memory();
+        }
         identify(&mut machine, &sysinfo::System::host_name().unwrap_or_default());
     }
     machine

@@ -1,9 +1,15 @@
 //! What is going to be measured: the cells of an experiment with their predicted cost, as stored in `plan.json`.
 
+mod expand;
+mod make;
+
 use std::collections::BTreeMap;
 
 use longbit_protocol::{Measure, ModelSpec};
 use serde::{Deserialize, Serialize};
+
+pub use expand::{Filter, Selection, cell_id, expand, select};
+pub use make::{PlanOptions, disk_bytes, outline, predict};
 
 /// Version of `plan.json` and of the lines of `samples.jsonl`.
 pub const SCHEMA: u32 = 1;
@@ -192,3 +198,6 @@ pub fn method_string(name: &str, params: &BTreeMap<String, String>) -> String {
     let params: Vec<String> = params.iter().map(|(k, v)| format!("{k}={v}")).collect();
     format!("{name}:{}", params.join(","))
 }
+
+#[cfg(test)]
+mod tests;

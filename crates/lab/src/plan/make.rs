@@ -1,0 +1,215 @@
+//! Making a plan: cohorts, predictions, and what does not fit.
+
+use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Machine, Measure, Probe};
+use serde::Serialize;
+
+use super::expand::{Selection, expand, select, short_hash};
+use super::{Plan, PlannedCell, Predicted, RunLimits, SCHEMA, VerifySpec};
+use crate::engine::Engine;
+use crate::spec::units::show_bytes;
+use crate::spec::{Experiment, MemoryLimit, OnExceed};
+use crate::{Complaint, LabError, Result};
+
+/// Read bandwidth that is assumed where none was measured, 10^9 bytes a second.
+const ASSUMED_GB_S: f64 = 10.0;
+/// Rate at which synthetic weights are generated or a file is loaded, and at which a cache is filled, bytes a second.
+/// Rough on purpose: progress corrects it by what was observed.
+const BUILD_BYTES_S: f64 = 0.5e9;
+const FILL_BYTES_S: f64 = 0.3e9;
+
+/// What the flags change about a plan.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PlanOptions {
+    /// Which cells.
+    pub selection: Selection,
+    /// Repetitions instead of those of the file; 0 measures quality alone.
+    pub reps: Option<u32>,
+    /// Seconds without progress after which a worker is killed, instead of that of the file.
+    pub timeout_s: Option<f64>,
+    /// Memory limit instead of that of the file.
+    pub max_rss: Option<MemoryLimit>,
+}
+
+/// What decides the measurements of a plan, in the order in which it is hashed.
+#[derive(Serialize)]
+struct Decides<'a> {
+    experiment: String,
+    cells: Vec<&'a str>,
+    measure: &'a Measure,
+    min_samples_p99: u32,
+    max_drift_pct: f64,
+    verify: &'a Option<VerifySpec>,
+    engine: &'a str,
+    engine_version: &'a str,
+}
+
+/// The plan of an experiment without predictions: enough to tell whether a directory already holds it.
+///
+/// # Errors
+/// [`LabError::Invalid`] when the flags leave nothing or would measure nothing.
+pub fn outline(
+    experiment: &Experiment,
+    capabilities: &Capabilities,
+    machine: &Machine,
+    options: &PlanOptions,
+) -> Result<Plan> {
+    let e = experiment;
+    let measure = Measure { reps: options.reps.unwrap_or(e.measure.reps), ..e.measure.clone() };
+    if measure.reps == 0 && measure.quality_steps == 0 {
+        return Err(LabError::invalid(
+            "without repetitions and without quality steps nothing is measured",
+            e.meta.full_name(),
+            "set measure.quality_steps",
+        ));
+    }
+    let cells = select(expand(e, machine.cpus_allowed)?, &options.selection, capabilities)?;
+    let plan_hash = short_hash(&Decides {
+        experiment: e.meta.full_name(),
+        cells: cells.iter().map(|c| c.id.as_str()).collect(),
+        measure: &measure,
+        min_samples_p99: e.min_samples_p99,
+        max_drift_pct: e.max_drift_pct,
+        verify: &e.verify,
+        engine: &capabilities.engine,
+        engine_version: &capabilities.version,
+    })?;
+    let now = jiff::Timestamp::now();
+    let git_sha = machine.toolchain.git_sha.clone();
+    let sha7: String = git_sha.chars().take(7).collect();
+    let id8: String = machine.machine_id.chars().take(8).collect();
+    let limit = options.max_rss.unwrap_or(e.max_rss);
+    Ok(Plan {
+        schema: SCHEMA,
+        experiment: e.meta.clone(),
+        plan_hash,
+        run_id: format!("{}-{sha7}-{id8}", now.strftime("%Y%m%dT%H%M%SZ")),
+        git_sha,
+        git_dirty: machine.toolchain.git_dirty,
+        created_utc: now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        machine_id: machine.machine_id.clone(),
+        machine_class: machine.machine_class.clone(),
+        engine: capabilities.engine.clone(),
+        engine_version: capabilities.version.clone(),
+        measure,
+        min_samples_p99: e.min_samples_p99,
+        max_drift_pct: e.max_drift_pct,
+        gate: e.gate,
+        verify: e.verify.clone(),
+        limits: RunLimits {
+            cell_timeout_s: options.timeout_s.unwrap_or(e.cell_timeout_s),
+            max_rss_bytes: limit.resolve(machine.memory_available_bytes),
+        },
+        cohorts: cohorts(&cells),
+        cells,
+    })
+}
+
+/// Predicts every cell through the engine, skips what cannot fit or cannot be, and forms the cohorts anew.
+///
+/// # Errors
+/// [`LabError::Engine`], and [`LabError::Invalid`] when a cell exceeds the limit and the experiment says `refuse`.
+pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes: &[Probe]) -> Result<()> {
+    let measure = plan.measure.clone();
+    let entry = |c: &PlannedCell| EstimateRequest {
+        model: c.model.clone(),
+        context: c.context,
+        headroom: (measure.gen_tokens + measure.warmup_tokens).max(measure.quality_steps) as usize,
+        kv_dtype: c.kv_dtype.clone(),
+        method: c.method_string(),
+        threads: c.threads,
+    };
+    let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
+    let estimates = engine.estimate(&entries)?;
+    let limit = plan.limits.max_rss_bytes;
+    let mut refused = Vec::new();
+    for (cell, estimate) in plan.cells.iter_mut().zip(&estimates) {
+        if let Some(error) = &estimate.error {
+            cell.skip.get_or_insert_with(|| error.clone());
+            continue;
+        }
+        cell.predicted = Predicted {
+            rss_bytes: [
+                estimate.cache_bytes,
+                estimate.index_bytes,
+                estimate.scratch_bytes,
+                measure.probe_bytes,
+            ]
+            .into_iter()
+            .fold(estimate.weight_bytes, u64::saturating_add),
+            kv_bytes_stored: estimate.cache_bytes,
+            weight_bytes_per_token: estimate.weight_bytes_per_token,
+            kv_bytes_per_token: estimate.kv_bytes_per_token,
+            seconds: 0.0,
+        };
+        if cell.predicted.rss_bytes > limit && cell.skip.is_none() {
+            let (need, have) = (show_bytes(cell.predicted.rss_bytes), show_bytes(limit));
+            let reason = format!("predicted {need} exceeds the limit {have} (limits.max_rss)");
+            if on_exceed == OnExceed::Refuse {
+                let help = "drop the cell, raise limits.max_rss, or set on_exceed = \"skip\"";
+                refused.push(Complaint {
+                    what: reason.clone(),
+                    at: cell.name.clone(),
+                    help: help.to_owned(),
+                });
+            }
+            cell.skip = Some(reason);
+        }
+    }
+    if !refused.is_empty() {
+        return Err(LabError::Invalid(refused));
+    }
+    plan.cohorts = cohorts(&plan.cells);
+    for cohort in plan.cohorts.clone() {
+        let shared = cohort.first().map_or(0.0, |&i| {
+            let e = &estimates[i];
+            e.weight_bytes as f64 / BUILD_BYTES_S + e.fill_bytes as f64 / FILL_BYTES_S
+        });
+        for &i in &cohort {
+            let share = shared / cohort.len() as f64;
+            plan.cells[i].predicted.seconds =
+                share + seconds(&estimates[i], &measure, plan.cells[i].threads, probes);
+        }
+    }
+    Ok(())
+}
+
+/// Seconds of timed and untimed tokens, of the comparison with exact attention, and of the probes.
+fn seconds(e: &Estimate, measure: &Measure, threads: usize, probes: &[Probe]) -> f64 {
+    let rate = 1e9 * bandwidth(probes, threads);
+    let token = (e.weight_bytes_per_token + e.kv_bytes_per_token) as f64 / rate;
+    // The reference reads the whole cache in f32, at most four bytes for each byte stored.
+    let compared = token + 4.0 * e.cache_bytes as f64 / rate;
+    f64::from(measure.reps) * (f64::from(measure.gen_tokens + measure.warmup_tokens) * token)
+        + f64::from(measure.quality_steps) * compared
+        + f64::from(measure.reps) * measure.probe_bytes as f64 / rate
+}
+
+/// Bandwidth with the nearest thread count that was measured and is not larger, else the smallest measured.
+fn bandwidth(probes: &[Probe], threads: usize) -> f64 {
+    let usable = || probes.iter().filter(|p| p.gb_s.is_finite() && p.gb_s > 0.0);
+    let below = usable().filter(|p| p.threads <= threads).max_by_key(|p| p.threads);
+    below.or_else(|| usable().min_by_key(|p| p.threads)).map_or(ASSUMED_GB_S, |p| p.gb_s)
+}
+
+/// Indices of the cells that share a worker. Skipped cells are in none.
+fn cohorts(cells: &[PlannedCell]) -> Vec<Vec<usize>> {
+    let mut found: Vec<Vec<usize>> = Vec::new();
+    for (i, cell) in cells.iter().enumerate().filter(|(_, c)| c.skip.is_none()) {
+        let same = |c: &PlannedCell| {
+            (&c.model, c.context, &c.kv_dtype, &c.workload, c.seed)
+                == (&cell.model, cell.context, &cell.kv_dtype, &cell.workload, cell.seed)
+        };
+        match found.iter_mut().find(|g| g.first().is_some_and(|&j| same(&cells[j]))) {
+            Some(group) => group.push(i),
+            None => found.push(vec![i]),
+        }
+    }
+    found
+}
+
+/// Bytes that the results of a plan take on disk, roughly: the log and what is derived from it.
+pub fn disk_bytes(plan: &Plan) -> u64 {
+    let cells = plan.cells.iter().filter(|c| c.skip.is_none()).count() as u64;
+    let sample = 600 + 9 * u64::from(plan.measure.gen_tokens);
+    cells * (u64::from(plan.measure.reps) * sample + 2_500) + 1_000_000
+}
