@@ -66,7 +66,8 @@ impl Spectrum {
         let (order, scramble) = match placement {
             Placement::Slow => {
                 let in_band = |c: &usize| (pairs.slow[0]..pairs.slow[1]).contains(&(c % half));
-                let (mut band, mut rest): (Vec<usize>, Vec<usize>) = content.iter().copied().partition(in_band);
+                let (mut band, mut rest): (Vec<usize>, Vec<usize>) =
+                    content.iter().copied().partition(in_band);
                 stream.shuffle(&mut band);
                 stream.shuffle(&mut rest);
                 band.append(&mut rest);
@@ -204,8 +205,12 @@ pub(super) struct Angles {
 impl Angles {
     pub(super) fn new(shape: &HeadShape, positions: impl IntoIterator<Item = usize>) -> Self {
         let half = shape.head_dim / 2;
-        let frequency =
-            (0..half).map(|j| libm::pow(shape.rope_theta, -2.0 * j as f64 / shape.head_dim as f64)).collect();
+        // Rounded to f32 first, as the model's own table is: the two must agree at distant positions.
+        let frequency = (0..half)
+            .map(|j| {
+                f64::from((1.0 / libm::pow(shape.rope_theta, (2 * j) as f64 / shape.head_dim as f64)) as f32)
+            })
+            .collect();
         let mut angles = Self { half, frequency, cos: Vec::new(), sin: Vec::new() };
         for position in positions {
             angles.push(position);
@@ -246,7 +251,13 @@ pub(super) fn directions(pairs: &Pairs, first: usize, rows: usize, stream: &mut 
 }
 
 /// The purpose's stream of one (layer, KV head).
-pub(super) fn head_stream(seed: u64, layer: usize, kv_head: usize, purpose: purpose::Purpose, block: u64) -> Stream {
+pub(super) fn head_stream(
+    seed: u64,
+    layer: usize,
+    kv_head: usize,
+    purpose: purpose::Purpose,
+    block: u64,
+) -> Stream {
     Stream::new(seed, &[purpose, layer as u64, kv_head as u64, block])
 }
 
@@ -257,10 +268,16 @@ mod tests {
     #[test]
     fn pairs_of_the_usual_head_dim_are_the_stated_ones() {
         let pairs = Pairs::new(128);
-        assert_eq!((pairs.half, pairs.sink, pairs.hitter, pairs.slow, pairs.needle), (64, 61, [58, 59], [44, 61], 24));
+        assert_eq!(
+            (pairs.half, pairs.sink, pairs.hitter, pairs.slow, pairs.needle),
+            (64, 61, [58, 59], [44, 61], 24)
+        );
         for dim in (16..=MAX_DIM).step_by(2) {
             let pairs = Pairs::new(dim);
-            assert!(pairs.slow[0] < pairs.hitter[0] && pairs.hitter[1] < pairs.sink && pairs.sink < pairs.half, "{dim}");
+            assert!(
+                pairs.slow[0] < pairs.hitter[0] && pairs.hitter[1] < pairs.sink && pairs.sink < pairs.half,
+                "{dim}"
+            );
             assert!((pairs.needle..pairs.sink).any(|j| pairs.is_content(j)), "{dim}");
         }
     }
@@ -269,7 +286,8 @@ mod tests {
     fn scrambling_is_orthogonal_and_its_variance_is_the_noise_variance() {
         for dim in [64, 96, 100, 128] {
             let pairs = Pairs::new(dim);
-            let spectrum = Spectrum::new(&pairs, 1.0, Placement::Scrambled, &mut Stream::new(1, &[dim as u64]));
+            let spectrum =
+                Spectrum::new(&pairs, 1.0, Placement::Scrambled, &mut Stream::new(1, &[dim as u64]));
             let mut query = directions(&pairs, 0, 1, &mut Stream::new(2, &[]));
             // Sum over the eigen-directions of (q . F e_i)^2 lambda_i, the slow way.
             let mut expected = 0.0;

@@ -120,8 +120,11 @@ pub(super) fn assign_mix(shape: &HeadShape, seed: u64) -> Vec<HeadType> {
     for &i in order.iter().take(missing) {
         counts[i] += 1;
     }
-    let mut rest: Vec<HeadType> =
-        SHARES.iter().zip(&counts).flat_map(|((head, _), &count)| std::iter::repeat_n(*head, count)).collect();
+    let mut rest: Vec<HeadType> = SHARES
+        .iter()
+        .zip(&counts)
+        .flat_map(|((head, _), &count)| std::iter::repeat_n(*head, count))
+        .collect();
     Stream::new(seed, &[super::purpose::ASSIGN]).shuffle(&mut rest);
     let mut all = vec![HeadType::Diffuse; diffuse];
     all.append(&mut rest);

@@ -74,14 +74,25 @@ pub static WORKLOADS: &[WorkloadInfo] = &[
     structured("peaked", "as content, with noise logits of deviation 3"),
     structured("heavy-hitter", "one token in a hundred draws every query"),
     structured("diffuse", "every head spreads over half of the context"),
-    structured("needle", "content heads with one planted token, its mass set by a margin that grows with the context"),
+    structured(
+        "needle",
+        "content heads with one planted token, its mass set by a margin that grows with the context",
+    ),
     WorkloadInfo {
         name: "gaussian",
         summary: "control: independent N(0, 1) queries, keys and values; says nothing about a model",
         params: &[],
     },
-    WorkloadInfo { name: "uniform", summary: "control: every logit is 0, every token weighs the same", params: &[] },
-    WorkloadInfo { name: "onehot", summary: "control: all mass on one token in the middle of the context", params: &[] },
+    WorkloadInfo {
+        name: "uniform",
+        summary: "control: every logit is 0, every token weighs the same",
+        params: &[],
+    },
+    WorkloadInfo {
+        name: "onehot",
+        summary: "control: all mass on one token in the middle of the context",
+        params: &[],
+    },
 ];
 
 /// What a whole workload is made of.
@@ -131,7 +142,11 @@ impl WorkloadSpec {
             let Some(slot) = params.iter().position(|p| p.name == key) else {
                 let known = params.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");
                 let known = if known.is_empty() { "none".to_owned() } else { known };
-                return Err(WorkloadError::UnknownParameter { workload: name.to_owned(), key: key.to_owned(), known });
+                return Err(WorkloadError::UnknownParameter {
+                    workload: name.to_owned(),
+                    key: key.to_owned(),
+                    known,
+                });
             };
             if given[slot].is_some() {
                 return Err(bad_value(name, key, value, "it is given twice; give it once"));
@@ -153,7 +168,11 @@ impl WorkloadSpec {
             family,
             // -0 and 0 are one workload and must print as one.
             eta: if eta == 0.0 { 0.0 } else { eta },
-            placement: if value("placement") == Some("scrambled") { Placement::Scrambled } else { Placement::Slow },
+            placement: if value("placement") == Some("scrambled") {
+                Placement::Scrambled
+            } else {
+                Placement::Slow
+            },
             topic_values: value("values") == Some("topic"),
         })
     }

@@ -1,0 +1,216 @@
+//! The generator of one (layer, KV head).
+
+use super::calibrate::Solved;
+use super::control::Control;
+use super::generator::{OFFSET, Parts, QUERY_SINK};
+use super::geometry::{dot, rotate};
+use super::{BLOCK, HeadType, Workload};
+
+/// The planted token of a needle head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Needle {
+    /// Its position in the context.
+    pub position: usize,
+    /// Which candidate its value carries: what [`HeadWorkload::readout`] must return.
+    pub value_index: usize,
+    /// Number of candidates.
+    pub candidates: usize,
+    /// Log-odds of the needle's mass that each query of the group is solved for, `[group]`.
+    pub log_odds: Vec<f64>,
+}
+
+/// Makes the rows of one (layer, KV head). Holds only tables (about 70 kB, and the steps' rows); `Send + Sync`.
+#[derive(Debug, Clone)]
+pub struct HeadWorkload {
+    head_type: HeadType,
+    dim: usize,
+    group: usize,
+    context: usize,
+    steps: usize,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Structured(Box<Solved>),
+    Control(Control),
+}
+
+impl HeadWorkload {
+    pub(super) fn structured(solved: Solved, workload: &Workload, head_type: HeadType) -> Self {
+        Self::of(Kind::Structured(Box::new(solved)), workload, head_type)
+    }
+
+    pub(super) fn control(control: Control, workload: &Workload, head_type: HeadType) -> Self {
+        Self::of(Kind::Control(control), workload, head_type)
+    }
+
+    fn of(kind: Kind, workload: &Workload, head_type: HeadType) -> Self {
+        let shape = &workload.shape;
+        Self {
+            head_type,
+            dim: shape.head_dim,
+            group: shape.group(),
+            context: workload.context,
+            steps: workload.steps,
+            kind,
+        }
+    }
+
+    /// What the head does.
+    pub fn head_type(&self) -> HeadType {
+        self.head_type
+    }
+
+    /// The head dimension d.
+    pub fn head_dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Queries of a step.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Cached tokens before the first step.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Decode steps planned.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Blocks of the context.
+    pub fn blocks(&self) -> usize {
+        self.context.div_ceil(BLOCK)
+    }
+
+    /// Tokens of a block: [`BLOCK`], or less in the last one.
+    pub fn block_tokens(&self, block: usize) -> usize {
+        self.context.saturating_sub(block * BLOCK).min(BLOCK)
+    }
+
+    /// Writes the keys (turned to their positions) and values of a block: positions `block * BLOCK ..` of the context.
+    ///
+    /// `k` and `v` are `[tokens][d]`, where tokens is at most [`HeadWorkload::block_tokens`] (fewer give the block's first
+    /// rows); `cos` and `sin` are `[tokens][d/2]` of those positions, for pairs (i, i + d/2) and the shape's RoPE base.
+    ///
+    /// # Panics
+    /// If the lengths do not fit each other or the block.
+    pub fn block(&self, block: usize, cos: &[f32], sin: &[f32], k: &mut [f32], v: &mut [f32]) {
+        let tokens = k.len() / self.dim;
+        assert!(tokens <= self.block_tokens(block), "block {block} has fewer than {tokens} tokens");
+        assert_eq!(k.len(), tokens * self.dim, "keys are [tokens][d]");
+        assert_eq!(v.len(), k.len(), "values are shaped as keys");
+        assert_eq!((cos.len(), sin.len()), (k.len() / 2, k.len() / 2), "angles are [tokens][d/2]");
+        match &self.kind {
+            Kind::Control(control) => control.rows(block, block * BLOCK, k, v),
+            Kind::Structured(solved) => {
+                solved.generator.keys(block, Parts::All, cos, sin, k);
+                solved.generator.values(block, v);
+                self.plant(solved, block, k, v);
+            }
+        }
+    }
+
+    /// Puts the sinks and the needle into a block.
+    fn plant(&self, solved: &Solved, block: usize, k: &mut [f32], v: &mut [f32]) {
+        let pairs = &solved.generator.pairs;
+        if block == 0 {
+            for (token, row) in k.chunks_exact_mut(self.dim).take(solved.sinks.len()).enumerate() {
+                row.fill(0.0);
+                row[pairs.sink..pairs.half].fill(solved.sinks[token] / (pairs.sink_len() as f32).sqrt());
+            }
+            if let Some(row) = v.chunks_exact_mut(self.dim).next() {
+                let scale = 0.05 / dot(row, row).sqrt();
+                row.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+        if let Some(planted) = &solved.needle {
+            let at = planted.needle.position;
+            if at / BLOCK == block && at % BLOCK < k.len() / self.dim {
+                let start = at % BLOCK * self.dim;
+                k[start..][..self.dim].copy_from_slice(&planted.key);
+                v[start..][..self.dim].copy_from_slice(planted.code(planted.needle.value_index));
+            }
+        }
+    }
+
+    /// Writes decode step `step`, at position `context + step`: the group's queries `[group][d]`, turned and not scaled
+    /// by 1/sqrt(d), and the new token's key and value `[d]`. `cos` and `sin` are `[d/2]` of that position.
+    ///
+    /// # Panics
+    /// If the lengths do not fit, or the step was not planned.
+    pub fn step(&self, step: usize, cos: &[f32], sin: &[f32], q: &mut [f32], k: &mut [f32], v: &mut [f32]) {
+        let (dim, half) = (self.dim, self.dim / 2);
+        assert!(step < self.steps, "step {step} of {} planned", self.steps);
+        assert_eq!(q.len(), self.group * dim, "queries are [group][d]");
+        assert_eq!((k.len(), v.len()), (dim, dim), "key and value are [d]");
+        assert_eq!((cos.len(), sin.len()), (half, half), "angles are [d/2]");
+        match &self.kind {
+            Kind::Control(control) => control.step(step, self.context + step, q, k, v),
+            Kind::Structured(solved) => {
+                for (head, out) in q.chunks_exact_mut(dim).enumerate() {
+                    solved.query(step * self.group + head, cos, sin, out);
+                }
+                let pairs = &solved.generator.pairs;
+                rotate(&solved.new_keys[step * dim..][..dim], cos, sin, k);
+                let offset = OFFSET / (pairs.sink_len() as f32).sqrt();
+                k[pairs.sink..half].iter_mut().for_each(|value| *value += offset);
+                v.copy_from_slice(&solved.new_values[step * dim..][..dim]);
+            }
+        }
+    }
+
+    /// The planted token, if this is a needle head.
+    pub fn needle(&self) -> Option<&Needle> {
+        self.solved()?.needle.as_ref().map(|planted| &planted.needle)
+    }
+
+    /// The candidate value that an attention output `[d]` names: the nearest code once the values' mean is taken off.
+    /// `None` if this is no needle head or the output is not finite.
+    pub fn readout(&self, output: &[f32]) -> Option<usize> {
+        let solved = self.solved()?;
+        let planted = solved.needle.as_ref()?;
+        let centred: Vec<f32> =
+            output.iter().zip(&solved.generator.value_mean).map(|(o, mean)| o - mean).collect();
+        if centred.iter().any(|value| !value.is_finite()) {
+            return None;
+        }
+        // The codes have one norm, so the nearest has the largest product.
+        (0..planted.needle.candidates)
+            .map(|code| dot(planted.code(code), &centred))
+            .enumerate()
+            .max_by(|a, b| a.1.total_cmp(&b.1))
+            .map(|(code, _)| code)
+    }
+
+    /// The topic of each query of a step, `[group]`; `None` for the controls.
+    pub fn topics(&self, step: usize) -> Option<&[u8]> {
+        self.solved()?.topics.get(step * self.group..(step + 1) * self.group)
+    }
+
+    pub(super) fn solved(&self) -> Option<&Solved> {
+        match &self.kind {
+            Kind::Structured(solved) => Some(solved),
+            Kind::Control(_) => None,
+        }
+    }
+}
+
+impl Solved {
+    /// Query `index` = step * group + head, turned, with its sink and needle parts.
+    fn query(&self, index: usize, cos: &[f32], sin: &[f32], out: &mut [f32]) {
+        let dim = self.generator.dim();
+        rotate(&self.queries[index * dim..][..dim], cos, sin, out);
+        let pairs = &self.generator.pairs;
+        out[pairs.sink..pairs.half].fill(QUERY_SINK / (pairs.sink_len() as f32).sqrt());
+        if let Some(planted) = &self.needle {
+            for (value, along) in out.iter_mut().zip(&planted.direction) {
+                *value += planted.strength[index] * along;
+            }
+        }
+    }
+}
