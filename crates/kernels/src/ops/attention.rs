@@ -5,60 +5,89 @@
 
 use crate::Kernels;
 use crate::vector::{Element, F32x16, LANES};
+use std::mem::MaybeUninit;
 
 /// Rows per block: 64 rows of 128 bfloat16 are 16 KiB.
 const ROW_BLOCK: usize = 64;
 
-/// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`.
+/// Query values that [`Queries`] has room for: four heads of dimension 256.
+const PREPARED: usize = 1024;
+
+/// Queries brought into the order of the rows' lanes, aligned, and padded to whole lanes.
+#[repr(align(64))]
+struct Queries([MaybeUninit<f32>; PREPARED]);
+
+impl Queries {
+    /// Copies `g` heads of dimension `d`, at a pitch of `d` rounded up to 16.
+    ///
+    /// # Safety
+    /// `q` is readable for `g * d` elements, and the padded heads are at most [`PREPARED`] elements.
+    #[inline(always)]
+    unsafe fn fill<V: F32x16, E: Element>(&mut self, q: *const f32, g: usize, d: usize) {
+        let to = self.0.as_mut_ptr().cast::<f32>();
+        let pitch = d.next_multiple_of(LANES);
+        // SAFETY: h < g, and j + 16 <= d or the tail ends at d; the copy ends at g * pitch <= PREPARED.
+        unsafe {
+            for h in 0..g {
+                let mut j = 0;
+                while j < d {
+                    let v = if j + LANES <= d {
+                        V::load(q.add(h * d + j))
+                    } else {
+                        f32::load_n(q.add(h * d + j), d - j)
+                    };
+                    E::reorder(v).store(to.add(h * pitch + j));
+                    j += LANES;
+                }
+            }
+        }
+    }
+}
+
+/// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. A head of dimension `d`
+/// begins every `pitch`; with `READY` the queries come from [`Queries`]. Without `TAIL`, `d` must be a multiple of 16:
+/// then the accumulators go from the loop to the sum without leaving their registers.
 ///
 /// # Safety
-/// `q` is readable for `G * d` elements, `rows` for `N * d`, and `out` is writable at those places.
+/// `q` is readable for `G` heads, `rows` for `N * d` elements, and `out` is writable at those places.
 #[inline(always)]
-unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize>(
+unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, const TAIL: bool>(
     q: *const f32,
     rows: *const E,
     d: usize,
     out: *mut f32,
     stride: usize,
-) {
+) where
+    V: F32x16,
+    E: Element,
+{
+    let pitch = if READY { d.next_multiple_of(LANES) } else { d };
     let mut acc = [[V::splat(0.0); N]; G];
-    // SAFETY: j + 32 <= d, j + 16 <= d or j + tail == d in the three parts, and the caller vouches for d elements of
-    // each query and row, and for the places in out.
+    // SAFETY: j + 16 <= d, or the tail ends at d; the caller vouches for d elements of each query and row, for the
+    // padding of prepared queries, and for the places in out.
     unsafe {
         let mut j = 0;
-        while j + 2 * LANES <= d {
-            let mut x = [(V::splat(0.0), V::splat(0.0)); N];
+        while j + LANES <= d {
+            let mut x = [V::splat(0.0); N];
             for r in 0..N {
-                x[r] = E::load2::<V>(rows.add(r * d + j));
+                x[r] = E::load::<V>(rows.add(r * d + j));
             }
             for h in 0..G {
-                let q0 = V::load(q.add(h * d + j));
+                let q = V::load(q.add(h * pitch + j));
+                let q = if READY { q } else { E::reorder(q) };
                 for r in 0..N {
-                    acc[h][r] = x[r].0.mul_add(q0, acc[h][r]);
-                }
-            }
-            for h in 0..G {
-                let q1 = V::load(q.add(h * d + j + LANES));
-                for r in 0..N {
-                    acc[h][r] = x[r].1.mul_add(q1, acc[h][r]);
-                }
-            }
-            j += 2 * LANES;
-        }
-        if j + LANES <= d {
-            for r in 0..N {
-                let x = E::load::<V>(rows.add(r * d + j));
-                for h in 0..G {
-                    acc[h][r] = x.mul_add(V::load(q.add(h * d + j)), acc[h][r]);
+                    acc[h][r] = x[r].mul_add(q, acc[h][r]);
                 }
             }
             j += LANES;
         }
-        if j < d {
+        if TAIL && j < d {
             for r in 0..N {
                 let x = E::load_n::<V>(rows.add(r * d + j), d - j);
                 for h in 0..G {
-                    acc[h][r] = x.mul_add(f32::load_n(q.add(h * d + j), d - j), acc[h][r]);
+                    let q = q.add(h * pitch + j);
+                    let q = if READY { V::load(q) } else { E::reorder(f32::load_n(q, d - j)) };
+                    acc[h][r] = x.mul_add(q, acc[h][r]);
                 }
             }
         }
@@ -70,10 +99,10 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize>(
         }
         let mut sums = [0.0; 16];
         if V::WIDE && G * N > 8 {
-            sums = V::sum16(flat);
+            sums = E::sum16(flat);
         } else {
             for i in 0..(G * N).div_ceil(4) {
-                let four = V::sum4([flat[4 * i], flat[4 * i + 1], flat[4 * i + 2], flat[4 * i + 3]]);
+                let four = E::sum4([flat[4 * i], flat[4 * i + 1], flat[4 * i + 2], flat[4 * i + 3]]);
                 sums[4 * i..4 * i + 4].copy_from_slice(&four);
             }
         }
@@ -88,24 +117,57 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize>(
 /// # Safety
 /// As [`score_tile`], for `n` rows.
 #[inline(always)]
-pub(crate) unsafe fn score_rows<V: F32x16, E: Element, const G: usize, const N: usize>(
+pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const READY: bool>(
     q: *const f32,
     rows: *const E,
     n: usize,
     d: usize,
     out: *mut f32,
     stride: usize,
-) {
+) where
+    V: F32x16,
+    E: Element,
+{
     // SAFETY: t + N <= n, or t < n; the caller vouches for n rows.
     unsafe {
         let mut t = 0;
-        while t + N <= n {
-            score_tile::<V, E, G, N>(q, rows.add(t * d), d, out.add(t), stride);
-            t += N;
+        if d.is_multiple_of(LANES) {
+            while t + N <= n {
+                score_tile::<V, E, G, N, READY, false>(q, rows.add(t * d), d, out.add(t), stride);
+                t += N;
+            }
         }
         while t < n {
-            score_tile::<V, E, G, 1>(q, rows.add(t * d), d, out.add(t), stride);
+            score_tile::<V, E, G, 1, READY, true>(q, rows.add(t * d), d, out.add(t), stride);
             t += 1;
+        }
+    }
+}
+
+/// Picks the tile for up to four heads.
+///
+/// # Safety
+/// As [`score_rows`], for the lesser of `g` and 4 heads.
+#[inline(always)]
+unsafe fn score_heads<V: F32x16, E: Element, const READY: bool>(
+    g: usize,
+    q: *const f32,
+    rows: *const E,
+    (n, d): (usize, usize),
+    out: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match (g, V::WIDE) {
+            (1, true) => score_rows::<V, E, 1, 8, READY>(q, rows, n, d, out, stride),
+            (1, false) => score_rows::<V, E, 1, 4, READY>(q, rows, n, d, out, stride),
+            (2, true) => score_rows::<V, E, 2, 4, READY>(q, rows, n, d, out, stride),
+            (2, false) => score_rows::<V, E, 2, 2, READY>(q, rows, n, d, out, stride),
+            (3, true) => score_rows::<V, E, 3, 4, READY>(q, rows, n, d, out, stride),
+            (3, false) => score_rows::<V, E, 3, 1, READY>(q, rows, n, d, out, stride),
+            (_, true) => score_rows::<V, E, 4, 4, READY>(q, rows, n, d, out, stride),
+            (_, false) => score_rows::<V, E, 4, 1, READY>(q, rows, n, d, out, stride),
         }
     }
 }
@@ -114,24 +176,28 @@ pub(crate) unsafe fn score_rows<V: F32x16, E: Element, const G: usize, const N: 
 fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mut [f32]) {
     let (g, n) = (queries.len() / d, rows.len() / d);
     assert!(queries.len() >= g * d && rows.len() >= n * d && out.len() >= g * n);
+    let mut room = Queries([MaybeUninit::uninit(); PREPARED]);
+    // Eight heads alternate between two groups for every block, so that a block is read from memory once.
+    let mut prepared = usize::MAX;
     for t in (0..n).step_by(ROW_BLOCK) {
         let block = ROW_BLOCK.min(n - t);
         let mut h = 0;
         while h < g {
-            // SAFETY: h < g, t + block <= n, and the lengths were checked above.
+            let heads = 4.min(g - h);
+            // SAFETY: h < g, t + block <= n, and the lengths were checked above; the heads are prepared where they fit.
             unsafe {
                 let q = queries.as_ptr().add(h * d);
                 let rows = rows.as_ptr().add(t * d);
                 let out = out.as_mut_ptr().add(h * n + t);
-                match (g - h, V::WIDE) {
-                    (1, true) => score_rows::<V, E, 1, 8>(q, rows, block, d, out, n),
-                    (1, false) => score_rows::<V, E, 1, 4>(q, rows, block, d, out, n),
-                    (2, true) => score_rows::<V, E, 2, 4>(q, rows, block, d, out, n),
-                    (2, false) => score_rows::<V, E, 2, 2>(q, rows, block, d, out, n),
-                    (3, true) => score_rows::<V, E, 3, 4>(q, rows, block, d, out, n),
-                    (3, false) => score_rows::<V, E, 3, 1>(q, rows, block, d, out, n),
-                    (_, true) => score_rows::<V, E, 4, 4>(q, rows, block, d, out, n),
-                    (_, false) => score_rows::<V, E, 4, 1>(q, rows, block, d, out, n),
+                if heads * d.next_multiple_of(LANES) <= PREPARED {
+                    if prepared != h {
+                        room.fill::<V, E>(q, heads, d);
+                        prepared = h;
+                    }
+                    let q = room.0.as_ptr().cast();
+                    score_heads::<V, E, true>(heads, q, rows, (block, d), out, n);
+                } else {
+                    score_heads::<V, E, false>(heads, q, rows, (block, d), out, n);
                 }
             }
             h += 4;
@@ -157,18 +223,13 @@ unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>
     unsafe {
         for h in 0..G {
             for c in 0..C {
-                acc[h][c] = V::load(out.add(h * d + c * LANES));
+                acc[h][c] = E::reorder(V::load(out.add(h * d + c * LANES)));
             }
         }
         for t in 0..n {
             let row = rows.add(t * d);
             let mut x = [V::splat(0.0); C];
-            let mut c = 0;
-            while c + 2 <= C {
-                (x[c], x[c + 1]) = E::load2::<V>(row.add(c * LANES));
-                c += 2;
-            }
-            if c < C {
+            for c in 0..C {
                 x[c] = E::load::<V>(row.add(c * LANES));
             }
             for h in 0..G {
@@ -180,7 +241,7 @@ unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>
         }
         for h in 0..G {
             for c in 0..C {
-                acc[h][c].store(out.add(h * d + c * LANES));
+                E::reorder(acc[h][c]).store(out.add(h * d + c * LANES));
             }
         }
     }
@@ -213,12 +274,12 @@ unsafe fn accumulate_heads<V: F32x16, E: Element, const G: usize>(
         if j < d {
             for h in 0..G {
                 let out = std::slice::from_raw_parts_mut(out.add(h * d + j), d - j);
-                let mut acc = crate::vector::load_tail::<V>(out, 0.0);
+                let mut acc = E::reorder(crate::vector::load_tail::<V>(out, 0.0));
                 for t in 0..n {
                     let x = E::load_n::<V>(rows.add(t * d + j), d - j);
                     acc = V::splat(*weights.add(h * stride + t)).mul_add(x, acc);
                 }
-                crate::vector::store_tail(acc, out);
+                crate::vector::store_tail(E::reorder(acc), out);
             }
         }
     }

@@ -10,7 +10,7 @@ fn rows_times<V: F32x16, E: Element>(rows: &[E], x: &[f32], out: &mut [f32]) {
     let (n, k) = (out.len(), x.len());
     assert!(rows.len() >= n * k);
     // SAFETY: rows holds n * k elements, x holds k, and out holds n.
-    unsafe { score_rows::<V, E, 1, 4>(x.as_ptr(), rows.as_ptr(), n, k, out.as_mut_ptr(), n) }
+    unsafe { score_rows::<V, E, 1, 4, false>(x.as_ptr(), rows.as_ptr(), n, k, out.as_mut_ptr(), n) }
 }
 
 #[inline(always)]

@@ -8,18 +8,38 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(crate) struct Z16(__m512);
 
-/// For the widening of 32 bfloat16: a word of the source above each word of zero (even words are masked away).
-static LOW_WORDS: [u16; 32] = widening(0);
-static HIGH_WORDS: [u16; 32] = widening(16);
-
-const fn widening(first: u16) -> [u16; 32] {
-    let mut index = [0; 32];
-    let mut i = 0;
-    while i < 16 {
-        index[2 * i + 1] = first + i as u16;
-        i += 1;
+/// The byte shuffle that widens 16 bfloat16 from two copies of their 32 bytes: each word into the upper half of a lane.
+/// A byte shuffle stays within 128 bits, so the words 0 to 3, 8 to 11, 4 to 7, 12 to 15 come out in this order.
+static WIDEN: [u8; 64] = {
+    let mut index = [0x80; 64]; // a set top bit makes zero
+    let mut lane = 0;
+    while lane < 16 {
+        let word = lane % 4 + if lane >= 8 { 4 } else { 0 };
+        index[4 * lane + 2] = 2 * word as u8;
+        index[4 * lane + 3] = 2 * word as u8 + 1;
+        lane += 1;
     }
     index
+};
+
+/// The mask, out of sight of the optimiser. It would split a masked permutation into a permutation and an AND, and turn
+/// blends, which have two ports, into shuffles, which have one.
+#[inline(always)]
+fn opaque_mask(mut mask: u32) -> u32 {
+    // SAFETY: no instruction at all; it may be hoisted and repeated.
+    unsafe {
+        std::arch::asm!("/* {0:e} */", inout(reg) mask, options(pure, nomem, nostack, preserves_flags))
+    };
+    mask
+}
+
+/// The address, out of sight of the optimiser, which would replace a byte shuffle of known indices by two instructions.
+#[inline(always)]
+fn opaque_table(table: &'static [u8; 64]) -> *const u8 {
+    let mut p = table.as_ptr();
+    // SAFETY: no instruction at all; it may be hoisted and repeated.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+    p
 }
 
 /// The lanes of the two-vector permutations in [`transposing_sum`]: bit 4 picks the second vector.
@@ -29,34 +49,44 @@ static SWAP_1: [i32; 16] = [1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 1
 /// One level of the fixed tree on two vectors at once: the halves of `a` at the given distance are added into one half
 /// of the result, those of `b` into the other. A blend and one permutation for two vectors.
 macro_rules! fold {
-    (8, $a:expr, $b:expr) => {
-        _mm512_add_ps(_mm512_mask_blend_ps(0xff00, $a, $b), _mm512_shuffle_f32x4::<0b01_00_11_10>($a, $b))
-    };
-    (4, $a:expr, $b:expr, $swap:expr) => {
-        _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, $a, $b), _mm512_permutex2var_ps($a, $swap, $b))
-    };
-    (2, $a:expr, $b:expr) => {
-        _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, $a, $b), _mm512_shuffle_ps::<0b01_00_11_10>($a, $b))
-    };
-    (1, $a:expr, $b:expr, $swap:expr) => {
-        _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, $a, $b), _mm512_permutex2var_ps($a, $swap, $b))
-    };
+    (8, $a:expr, $b:expr) => {{
+        let (a, b) = ($a, $b);
+        let mask = opaque_mask(0xff00) as u16;
+        _mm512_add_ps(_mm512_mask_blend_ps(mask, a, b), _mm512_shuffle_f32x4::<0b01_00_11_10>(a, b))
+    }};
+    (4, $a:expr, $b:expr, $swap:expr) => {{
+        let (a, b) = ($a, $b);
+        let mask = opaque_mask(0xf0f0) as u16;
+        _mm512_add_ps(_mm512_mask_blend_ps(mask, a, b), _mm512_permutex2var_ps(a, $swap, b))
+    }};
+    (2, $a:expr, $b:expr) => {{
+        let (a, b) = ($a, $b);
+        let mask = opaque_mask(0xcccc) as u16;
+        _mm512_add_ps(_mm512_mask_blend_ps(mask, a, b), _mm512_shuffle_ps::<0b01_00_11_10>(a, b))
+    }};
+    (1, $a:expr, $b:expr, $swap:expr) => {{
+        let (a, b) = ($a, $b);
+        let mask = opaque_mask(0xaaaa) as u16;
+        _mm512_add_ps(_mm512_mask_blend_ps(mask, a, b), _mm512_permutex2var_ps(a, $swap, b))
+    }};
 }
 
-/// Lane `i` of the result is the sum of the lanes of `v[i]` by the fixed tree.
+/// Lane `i` of the result is the sum of the lanes of `v[i]` by the fixed tree. In row order the second and the third
+/// quarter are swapped, so that lanes at a natural distance of 8 lie 4 apart, and the other way round.
 #[inline(always)]
-fn transposing_sum(v: [Z16; 16]) -> __m512 {
+fn transposing_sum<const REORDERED: bool>(v: [Z16; 16]) -> __m512 {
     // SAFETY: AVX-512 F is present (contract of `vector`); the index tables have 16 entries.
     unsafe {
         let swap4 = _mm512_loadu_si512(SWAP_4.as_ptr().cast());
         let swap1 = _mm512_loadu_si512(SWAP_1.as_ptr().cast());
-        let mut p = [_mm512_setzero_ps(); 8];
-        for i in 0..8 {
-            p[i] = fold!(8, v[i].0, v[i + 8].0);
-        }
         let mut q = [_mm512_setzero_ps(); 4];
         for i in 0..4 {
-            q[i] = fold!(4, p[i], p[i + 4], swap4);
+            let [a, b, c, d] = [v[i].0, v[i + 4].0, v[i + 8].0, v[i + 12].0];
+            q[i] = if REORDERED {
+                fold!(8, fold!(4, a, b, swap4), fold!(4, c, d, swap4))
+            } else {
+                fold!(4, fold!(8, a, c), fold!(8, b, d), swap4)
+            };
         }
         let r0 = fold!(2, q[0], q[2]);
         let r1 = fold!(2, q[1], q[3]);
@@ -175,31 +205,38 @@ impl F32x16 for Z16 {
     fn sum16(v: [Z16; 16]) -> [f32; 16] {
         let mut out = [0.0; 16];
         // SAFETY: AVX-512 F is present; `out` has 16 elements.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), transposing_sum(v)) };
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), transposing_sum::<false>(v)) };
         out
     }
 
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Z16 {
-        // SAFETY: AVX-512 F is present; the caller gives 16 readable elements.
+        // SAFETY: AVX-512 BW is present; the caller gives 16 readable elements; the table has 64 bytes.
         unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
-            Z16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            // One shuffle for sixteen values, where zero-extension and a shift would be two instructions.
+            let twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast()));
+            let index = _mm512_loadu_si512(opaque_table(&WIDEN).cast());
+            Z16(_mm512_castsi512_ps(_mm512_shuffle_epi8(twice, index)))
         }
     }
 
     #[inline(always)]
-    unsafe fn load2_bf16(p: *const u16) -> (Z16, Z16) {
-        // SAFETY: AVX-512 BW is present; the caller gives 32 readable elements; the index tables have 32 entries.
-        unsafe {
-            // One instruction for sixteen values, where zero-extension and a shift would be two.
-            let words = _mm512_loadu_si512(p.cast());
-            let low = _mm512_loadu_si512(LOW_WORDS.as_ptr().cast());
-            let high = _mm512_loadu_si512(HIGH_WORDS.as_ptr().cast());
-            let low = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, low, words);
-            let high = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, high, words);
-            (Z16(_mm512_castsi512_ps(low)), Z16(_mm512_castsi512_ps(high)))
-        }
+    fn reorder(self) -> Z16 {
+        // SAFETY: AVX-512 F is present (contract of `vector`).
+        Z16(unsafe { _mm512_shuffle_f32x4::<0b11_01_10_00>(self.0, self.0) })
+    }
+
+    #[inline(always)]
+    fn sum4_reordered(v: [Z16; 4]) -> [f32; 4] {
+        Z16::sum4([v[0].reorder(), v[1].reorder(), v[2].reorder(), v[3].reorder()])
+    }
+
+    #[inline(always)]
+    fn sum16_reordered(v: [Z16; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        // SAFETY: AVX-512 F is present; `out` has 16 elements.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), transposing_sum::<true>(v)) };
+        out
     }
 
     #[inline(always)]

@@ -75,20 +75,28 @@ pub(crate) trait F32x16: Copy {
         Self::sum4([self; 4])[0]
     }
 
-    /// Widens 16 bfloat16.
+    /// Widens 16 bfloat16, into the *row order* of this width: some fixed order of the lanes, cheap to widen into.
     ///
     /// # Safety
     /// `p` is readable for 16 elements.
     unsafe fn load_bf16(p: *const u16) -> Self;
 
-    /// Widens 32 bfloat16.
-    ///
-    /// # Safety
-    /// `p` is readable for 32 elements.
+    /// From the natural order of the lanes to the row order of [`F32x16::load_bf16`], or back.
     #[inline(always)]
-    unsafe fn load2_bf16(p: *const u16) -> (Self, Self) {
-        // SAFETY: the caller gives 32 readable elements.
-        unsafe { (Self::load_bf16(p), Self::load_bf16(p.add(LANES))) }
+    fn reorder(self) -> Self {
+        self
+    }
+
+    /// [`F32x16::sum4`] of vectors in row order.
+    #[inline(always)]
+    fn sum4_reordered(v: [Self; 4]) -> [f32; 4] {
+        Self::sum4(v)
+    }
+
+    /// [`F32x16::sum16`] of vectors in row order.
+    #[inline(always)]
+    fn sum16_reordered(v: [Self; 16]) -> [f32; 16] {
+        Self::sum16(v)
     }
 
     /// Converts 16 signed bytes.
@@ -98,21 +106,14 @@ pub(crate) trait F32x16: Copy {
     unsafe fn load_i8(p: *const i8) -> Self;
 }
 
-/// A number that rows are stored in, widened to `f32` lanes as it is read.
+/// A number that rows are stored in, widened to `f32` lanes as it is read. Lanes of a row come in an order of the
+/// element's own; what meets them is brought into the same order once, and the sums know of it.
 pub(crate) trait Element: Copy + Default {
     /// # Safety
     /// `p` is readable for 16 elements.
     unsafe fn load<V: F32x16>(p: *const Self) -> V;
 
-    /// # Safety
-    /// `p` is readable for 32 elements.
-    #[inline(always)]
-    unsafe fn load2<V: F32x16>(p: *const Self) -> (V, V) {
-        // SAFETY: the caller gives 32 readable elements.
-        unsafe { (Self::load(p), Self::load(p.add(LANES))) }
-    }
-
-    /// The first `n < 16` elements, and `+0.0` in the other lanes.
+    /// The first `n < 16` elements, and `+0.0` for the others.
     ///
     /// # Safety
     /// `p` is readable for `n` elements.
@@ -124,6 +125,24 @@ pub(crate) trait Element: Copy + Default {
             std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), n.min(LANES));
             Self::load(padded.as_ptr())
         }
+    }
+
+    /// From the natural order of the lanes to the order of [`Element::load`], or back.
+    #[inline(always)]
+    fn reorder<V: F32x16>(v: V) -> V {
+        v
+    }
+
+    /// Sums each of four vectors in the order of [`Element::load`], by the fixed tree over the natural order.
+    #[inline(always)]
+    fn sum4<V: F32x16>(v: [V; 4]) -> [f32; 4] {
+        V::sum4(v)
+    }
+
+    /// [`Element::sum4`] for sixteen vectors.
+    #[inline(always)]
+    fn sum16<V: F32x16>(v: [V; 16]) -> [f32; 16] {
+        V::sum16(v)
     }
 }
 
@@ -143,9 +162,18 @@ impl Element for u16 {
     }
 
     #[inline(always)]
-    unsafe fn load2<V: F32x16>(p: *const u16) -> (V, V) {
-        // SAFETY: passed on to the caller.
-        unsafe { V::load2_bf16(p) }
+    fn reorder<V: F32x16>(v: V) -> V {
+        v.reorder()
+    }
+
+    #[inline(always)]
+    fn sum4<V: F32x16>(v: [V; 4]) -> [f32; 4] {
+        V::sum4_reordered(v)
+    }
+
+    #[inline(always)]
+    fn sum16<V: F32x16>(v: [V; 16]) -> [f32; 16] {
+        V::sum16_reordered(v)
     }
 }
 
