@@ -12,6 +12,7 @@ use std::time::Duration;
 use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Event, Job, Probe};
 
 use crate::Result;
+pub(crate) use process::death;
 pub use process::{ENGINE_VERB, ProcessEngine};
 
 /// Something that measures.
