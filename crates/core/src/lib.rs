@@ -26,7 +26,7 @@ mod model;
 pub mod reference;
 mod rng;
 mod session;
-// pub mod workload;
+pub mod workload;
 
 pub use error::{Error, Result};
 pub use estimate::{Footprint, footprint};
@@ -35,6 +35,14 @@ pub use model::{
     RopeTable, ScaleUse, Table, TernaryLinear, preset,
 };
 pub use session::{Session, SessionOptions, Supplied, Traffic};
+
+/// Name of the instruction set that models built in this process use: the best one, or what `LONGBIT_ISA` names.
+///
+/// # Errors
+/// When the variable names what this machine lacks.
+pub fn isa() -> Result<&'static str> {
+    Ok(longbit_kernels::Kernels::from_env()?.isa().as_str())
+}
 
 /// Lower-case hexadecimal.
 fn hex(bytes: &[u8]) -> String {

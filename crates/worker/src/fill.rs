@@ -1,0 +1,273 @@
+//! Filling the cache from a workload, and exact attention on the very same rows.
+//!
+//! Each (layer, KV head) is one task. As a block of rows is generated it is encoded into the cache and, still in f32,
+//! attended by the queries of the first decode steps: the exact partials that every method and KV dtype is held
+//! against cost one pass and no copy. Block partials are f32, their merge is f64.
+
+use longbit::kv::{KvCache, KvHead};
+use longbit::workload::{BLOCK, HeadType, HeadWorkload, Workload};
+use longbit::{ModelConfig, Session, Supplied};
+use longbit_sys::Team;
+use sha2::{Digest, Sha256};
+use std::sync::Mutex;
+
+use crate::WorkerError;
+
+/// Exact attention of one (layer, KV head): for each compared step and query head, the partial over the context.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ExactHead {
+    /// `[steps][group]`.
+    partials: Vec<Partial64>,
+}
+
+/// A softmax partial in f64.
+#[derive(Clone, Debug)]
+struct Partial64 {
+    max: f64,
+    sum: f64,
+    acc: Vec<f64>,
+}
+
+impl Partial64 {
+    fn empty(head_dim: usize) -> Self {
+        Partial64 { max: f64::NEG_INFINITY, sum: 0.0, acc: vec![0.0; head_dim] }
+    }
+
+    /// Adds tokens whose largest logit is `max`, with `sum` and `acc` relative to it.
+    fn merge(&mut self, max: f64, sum: f64, acc: &[f32]) {
+        let new = self.max.max(max);
+        let (keep, add) = ((self.max - new).exp(), (max - new).exp());
+        self.max = new;
+        self.sum = self.sum * keep + sum * add;
+        for (a, b) in self.acc.iter_mut().zip(acc) {
+            *a = *a * keep + f64::from(*b) * add;
+        }
+    }
+}
+
+/// What filling a cache gave.
+pub(crate) struct Filled {
+    /// The head generators, `[layers * kv_heads]`.
+    pub(crate) heads: Vec<HeadWorkload>,
+    /// Type of each head.
+    pub(crate) types: Vec<HeadType>,
+    /// Queries, keys and values of each decode step.
+    pub(crate) steps: Vec<Supplied>,
+    /// Exact attention, `[layers * kv_heads]`.
+    pub(crate) exact: Vec<ExactHead>,
+    /// SHA-256 over the SHA-256s of all heads' rows.
+    pub(crate) sha256: String,
+}
+
+/// What one task makes.
+#[derive(Default)]
+struct Slot {
+    head: Option<HeadWorkload>,
+    /// Queries, keys, values, each `[steps][…]`.
+    steps: [Vec<f32>; 3],
+    exact: ExactHead,
+    digest: [u8; 32],
+}
+
+/// Fills the cache of `session` with `context` tokens, makes `steps` decode steps, and computes exact attention for the
+/// first `compared` of them. `progress(done, total)` is told of finished heads.
+pub(crate) fn fill(
+    session: &mut Session,
+    workload: &Workload,
+    context: usize,
+    steps: usize,
+    compared: usize,
+    mut progress: impl FnMut(u64, u64) -> Result<(), WorkerError>,
+) -> Result<Filled, WorkerError> {
+    let config = session.model().config.clone();
+    let team = session.team().clone();
+    let count = config.layers * config.kv_heads;
+    let slots: Vec<Mutex<Slot>> = (0..count).map(|_| Mutex::default()).collect();
+    let failure: Mutex<Option<WorkerError>> = Mutex::new(None);
+    let task = Task { session, config: &config, workload, context, steps, compared };
+    // Some heads a thread at a time: often enough for a progress display, rarely enough to stay balanced.
+    let batch = 4 * team.threads();
+    for start in (0..count).step_by(batch) {
+        let heads = start..count.min(start + batch);
+        run_batch(&team, heads.clone(), |i| match task.run(i) {
+            Ok(slot) => *slots[i].lock().unwrap_or_else(|e| e.into_inner()) = slot,
+            Err(error) => drop(failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error)),
+        });
+        if let Some(error) = failure.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            return Err(error);
+        }
+        progress(heads.end as u64, count as u64)?;
+    }
+    session.cache_mut().set_len(context)?;
+    session.refresh();
+    let slots: Vec<Slot> =
+        slots.into_iter().map(|s| s.into_inner().unwrap_or_else(|e| e.into_inner())).collect();
+    Ok(collect(slots, &config, workload, steps))
+}
+
+/// Runs `task` for each of `heads`, taken in turn by whichever thread is free.
+fn run_batch(team: &Team, heads: std::ops::Range<usize>, task: impl Fn(usize) + Sync) {
+    let next = std::sync::atomic::AtomicUsize::new(heads.start);
+    team.run(|_| {
+        loop {
+            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if i >= heads.end {
+                return;
+            }
+            task(i);
+        }
+    });
+}
+
+struct Task<'a> {
+    session: &'a Session,
+    config: &'a ModelConfig,
+    workload: &'a Workload,
+    context: usize,
+    steps: usize,
+    compared: usize,
+}
+
+impl Task<'_> {
+    fn run(&self, i: usize) -> Result<Slot, WorkerError> {
+        let (layer, kv_head) = (i / self.config.kv_heads, i % self.config.kv_heads);
+        let (d, group) = (self.config.head_dim, self.config.group());
+        let (rope, cache) = (self.session.rope(), self.session.cache());
+        let head = self.workload.calibrate(layer, kv_head);
+        let mut slot = Slot::default();
+        for step in 0..self.steps {
+            let at = self.context + step;
+            let (cos, sin) = (rope.cos(at..at + 1), rope.sin(at..at + 1));
+            let (mut q, mut k, mut v) = (vec![0.0; group * d], vec![0.0; d], vec![0.0; d]);
+            head.step(step, cos, sin, &mut q, &mut k, &mut v);
+            slot.steps[0].extend(q);
+            slot.steps[1].extend(k);
+            slot.steps[2].extend(v);
+        }
+        let mut exact = Exact::new(self, &slot.steps[0][..self.compared * group * d]);
+        let (mut k, mut v) = (vec![0.0f32; BLOCK * d], vec![0.0f32; BLOCK * d]);
+        for (block, start) in (0..self.context).step_by(BLOCK).enumerate() {
+            let tokens = start..self.context.min(start + BLOCK);
+            let numbers = tokens.len() * d;
+            let (k, v) = (&mut k[..numbers], &mut v[..numbers]);
+            head.block(block, rope.cos(tokens.clone()), rope.sin(tokens), k, v);
+            cache.head_mut(layer, kv_head).append(k, v)?;
+            exact.add(k, v);
+        }
+        slot.digest = digest(&cache.head(layer, kv_head));
+        slot.exact = exact.done;
+        slot.head = Some(head);
+        Ok(slot)
+    }
+}
+
+fn digest(kv: &KvHead) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for run in KvHead::runs(0..kv.len()) {
+        hash.update(kv.key_rows(&run));
+        hash.update(kv.value_rows(&run));
+    }
+    hash.finalize().into()
+}
+
+fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: usize) -> Filled {
+    let mut filled = Filled {
+        heads: Vec::new(),
+        types: Vec::new(),
+        steps: vec![Supplied::default(); steps],
+        exact: Vec::new(),
+        sha256: String::new(),
+    };
+    let (d, width) = (config.head_dim, config.group() * config.head_dim);
+    let mut hash = Sha256::new();
+    for (i, slot) in slots.into_iter().enumerate() {
+        hash.update(slot.digest);
+        for (step, supplied) in filled.steps.iter_mut().enumerate() {
+            supplied.queries.extend_from_slice(&slot.steps[0][step * width..(step + 1) * width]);
+            supplied.keys.extend_from_slice(&slot.steps[1][step * d..(step + 1) * d]);
+            supplied.values.extend_from_slice(&slot.steps[2][step * d..(step + 1) * d]);
+        }
+        filled.types.push(workload.head_type(i / config.kv_heads, i % config.kv_heads));
+        filled.exact.push(slot.exact);
+        filled.heads.extend(slot.head);
+    }
+    filled.sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    filled
+}
+
+/// Exact attention in the making.
+struct Exact<'a> {
+    session: &'a Session,
+    /// Scaled queries, `[compared][group][head_dim]`.
+    queries: Vec<f32>,
+    group: usize,
+    head_dim: usize,
+    done: ExactHead,
+    weights: Vec<f32>,
+    acc: Vec<f32>,
+}
+
+impl<'a> Exact<'a> {
+    fn new(task: &Task<'a>, queries: &[f32]) -> Self {
+        let (group, head_dim) = (task.config.group(), task.config.head_dim);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Exact {
+            session: task.session,
+            queries: queries.iter().map(|q| q * scale).collect(),
+            group,
+            head_dim,
+            done: ExactHead { partials: vec![Partial64::empty(head_dim); task.compared * group] },
+            weights: vec![0.0; group * BLOCK],
+            acc: vec![0.0; group * head_dim],
+        }
+    }
+
+    /// Adds one block of rows.
+    fn add(&mut self, keys: &[f32], values: &[f32]) {
+        let kernels = self.session.model().kernels;
+        let (d, n) = (self.head_dim, keys.len() / self.head_dim);
+        let weights = &mut self.weights[..self.group * n];
+        let steps =
+            self.queries.chunks_exact(self.group * d).zip(self.done.partials.chunks_exact_mut(self.group));
+        for (queries, partials) in steps {
+            kernels.scores_f32(queries, keys, d, weights);
+            self.acc.fill(0.0);
+            let mut blocks = Vec::with_capacity(self.group);
+            for logits in weights.chunks_exact_mut(n) {
+                let max = kernels.max(logits);
+                blocks.push((max, kernels.exp_sum(logits, max)));
+            }
+            kernels.accumulate_f32(weights, values, d, &mut self.acc);
+            for ((partial, (max, sum)), acc) in partials.iter_mut().zip(blocks).zip(self.acc.chunks_exact(d))
+            {
+                partial.merge(f64::from(max), f64::from(sum), acc);
+            }
+        }
+    }
+}
+
+impl ExactHead {
+    /// Exact outputs of decode step `step`, `[group][head_dim]`: the context, and the rows of steps `0..=step`.
+    pub(crate) fn outputs(&self, step: usize, i: usize, steps: &[Supplied], head_dim: usize) -> Vec<f64> {
+        let group = self.partials.len().checked_div(steps.len()).unwrap_or(0);
+        let at = i * head_dim;
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let mut out = Vec::with_capacity(group * head_dim);
+        for h in 0..group {
+            let mut partial = self.partials[step * group + h].clone();
+            let query = &steps[step].queries[(i * group + h) * head_dim..][..head_dim];
+            for appended in &steps[..=step] {
+                let key = &appended.keys[at..at + head_dim];
+                let logit: f64 = query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                partial.merge(logit * scale, 1.0, &appended.values[at..at + head_dim]);
+            }
+            out.extend(partial.acc.iter().map(|a| a / partial.sum));
+        }
+        out
+    }
+}
+
+/// Bytes that the filled rows of `cache` take.
+pub(crate) fn stored(cache: &KvCache) -> u64 {
+    cache.stored_bytes()
+}

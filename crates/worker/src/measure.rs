@@ -1,0 +1,286 @@
+//! A job from the first event to the last: build the model, fill the cache, measure quality, then time the cells in
+//! rounds. In a round every cell has one repetition, in an order drawn anew, beside a bandwidth probe a thread count.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use longbit::attention::{Attention, method};
+use longbit::kv::kv_dtype;
+use longbit::workload::{HeadShape, Workload, WorkloadSpec};
+use longbit::{HeadFormat, Model, Session, SessionOptions};
+use longbit_protocol::{CellJob, Event, Fill, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
+use longbit_sys::{ProcessFacts, ReadProbe, Team};
+
+use crate::fill::{Filled, fill, stored};
+use crate::{Events, WorkerError, capabilities, estimate, quality, text, timing};
+
+/// A cell that is still being measured.
+struct Cell<'a> {
+    job: &'a CellJob,
+    team: Arc<Team>,
+    /// The method's state; none while it is in the session.
+    attention: Option<Attention>,
+}
+
+pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), WorkerError> {
+    if job.protocol != PROTOCOL {
+        return Err(WorkerError::Request(format!(
+            "the request speaks protocol {}, this engine {PROTOCOL}; use a runner of the same version",
+            job.protocol
+        )));
+    }
+    if let Some(bytes) = job.limits.address_space_bytes {
+        longbit_sys::set_address_space_limit(bytes)?;
+    }
+    let mut teams = Teams { pin: job.measure.pin, made: BTreeMap::new() };
+    let widest = job.cells.iter().map(|c| c.threads).max().unwrap_or(1);
+    let builders = teams.get(widest)?;
+
+    let clock = Instant::now();
+    events.send(&phase("building the model", 0, 1))?;
+    let model = build(job, &builders)?;
+    let build_ns = clock.elapsed().as_nanos() as u64;
+
+    let (mut session, filled, fill_ns) = filled_session(job, model, builders, events)?;
+    let probe = ReadProbe::new(job.measure.probe_bytes as usize)?;
+    let caps = capabilities()?;
+    events.send(&Event::Ready(Box::new(Ready {
+        engine: caps.engine,
+        engine_version: caps.version,
+        isa: session.model().kernels.isa().as_str().into(),
+        model_sha256: session.model().sha256.clone(),
+        weight_bytes_per_token: session.model().bytes().per_token,
+        kv_bytes_stored: stored(session.cache()),
+        fill: Fill::Synthetic,
+        fill_sha256: filled.sha256.clone(),
+        build_ns,
+        fill_ns,
+        huge_page_bytes: ProcessFacts::now().anon_huge_bytes,
+        workload_stats: BTreeMap::new(),
+    })))?;
+
+    let mut cells = Vec::new();
+    for cell in &job.cells {
+        let made = teams.get(cell.threads).and_then(|team| {
+            let attention = Attention::new(method(&cell.method)?, session.cache());
+            Ok(Cell { job: cell, team, attention: Some(attention) })
+        });
+        match made {
+            Ok(cell) => cells.push(cell),
+            Err(error) => events.send(&failed(cell, &error))?,
+        }
+    }
+    compare_all(job, &mut session, &filled, &mut cells, events)?;
+    time_all(job, &mut session, &filled, cells, &probe, events)?;
+    events.send(&Event::End)
+}
+
+/// One team for each thread count.
+struct Teams {
+    pin: bool,
+    made: BTreeMap<usize, Arc<Team>>,
+}
+
+impl Teams {
+    fn get(&mut self, threads: usize) -> Result<Arc<Team>, WorkerError> {
+        if let Some(team) = self.made.get(&threads) {
+            return Ok(team.clone());
+        }
+        let team = Arc::new(Team::new(threads, self.pin)?);
+        self.made.insert(threads, team.clone());
+        Ok(team)
+    }
+}
+
+fn build(job: &Job, team: &Team) -> Result<Arc<Model>, WorkerError> {
+    let head = HeadFormat::parse(&job.model.head)?;
+    let model = if job.model.path.is_empty() {
+        Model::synthetic(estimate::shape(&job.model)?, head, job.model.seed, team)?
+    } else {
+        Model::load(Path::new(&job.model.path), head, team)?
+    };
+    Ok(Arc::new(model))
+}
+
+fn filled_session<W: Write>(
+    job: &Job,
+    model: Arc<Model>,
+    team: Arc<Team>,
+    events: &mut Events<W>,
+) -> Result<(Session, Filled, u64), WorkerError> {
+    let measure = &job.measure;
+    let steps = (measure.warmup_tokens + measure.gen_tokens).max(measure.quality_steps) as usize;
+    let config = &model.config;
+    let shape = HeadShape {
+        layers: config.layers,
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        rope_theta: config.rope_theta,
+    };
+    let spec = WorkloadSpec::parse(&job.workload)?;
+    let options = SessionOptions {
+        capacity: job.context + steps,
+        kv: kv_dtype(&job.kv_dtype)?,
+        method: method("dense")?,
+    };
+    let mut session = Session::new(model, team, options)?;
+    let workload = Workload::new(&spec, &shape, job.context, steps, job.seed)?;
+    let clock = Instant::now();
+    let compared = measure.quality_steps as usize;
+    let filled = fill(&mut session, &workload, job.context, steps, compared, |done, total| {
+        events.send(&phase("filling the cache", done, total))
+    })?;
+    Ok((session, filled, clock.elapsed().as_nanos() as u64))
+}
+
+/// Quality of every cell that lacks it. Threads do not change a bit, so cells of one method share one comparison.
+fn compare_all<W: Write>(
+    job: &Job,
+    session: &mut Session,
+    filled: &Filled,
+    cells: &mut Vec<Cell<'_>>,
+    events: &mut Events<W>,
+) -> Result<(), WorkerError> {
+    if job.measure.quality_steps == 0 {
+        return Ok(());
+    }
+    let mut known: BTreeMap<String, Quality> = BTreeMap::new();
+    let mut kept = Vec::new();
+    for mut cell in cells.drain(..) {
+        if !cell.job.quality_done {
+            let name = cell.attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default();
+            let measured = match known.get(&name) {
+                Some(quality) => Ok(quality.clone()),
+                None => with_cell(session, &mut cell, |session| {
+                    quality::measure(session, filled, job.measure.quality_steps as usize)
+                }),
+            };
+            match measured {
+                Ok(quality) => {
+                    known.insert(name, quality.clone());
+                    events
+                        .send(&Event::Quality(Box::new(Quality { cell: cell.job.id.clone(), ..quality })))?;
+                }
+                Err(error) => {
+                    events.send(&failed(cell.job, &error))?;
+                    session.rewind(job.context);
+                    continue;
+                }
+            }
+        }
+        kept.push(cell);
+    }
+    *cells = kept;
+    Ok(())
+}
+
+fn time_all<W: Write>(
+    job: &Job,
+    session: &mut Session,
+    filled: &Filled,
+    mut cells: Vec<Cell<'_>>,
+    probe: &ReadProbe,
+    events: &mut Events<W>,
+) -> Result<(), WorkerError> {
+    for rep in 0..job.measure.reps {
+        let mut order: Vec<usize> = (0..cells.len()).filter(|&i| cells[i].job.first_rep <= rep).collect();
+        if order.is_empty() {
+            continue;
+        }
+        let mut probed: BTreeMap<usize, Arc<Team>> = BTreeMap::new();
+        for &i in &order {
+            probed.entry(cells[i].job.threads).or_insert_with(|| cells[i].team.clone());
+        }
+        for (threads, team) in probed {
+            events.send(&Event::Probe(Probe { threads, gb_s: probe.measure(&team), round: rep }))?;
+        }
+        shuffle(&mut order, job.seed ^ (u64::from(rep) << 32));
+        let mut lost = Vec::new();
+        for (slot, &i) in order.iter().enumerate() {
+            let cell = &mut cells[i];
+            match with_cell(session, cell, |session| timing::repetition(session, filled, &job.measure)) {
+                Ok(mut sample) => {
+                    (sample.cell, sample.rep) = (cell.job.id.clone(), rep);
+                    (sample.round, sample.slot) = (rep, slot as u32);
+                    events.send(&Event::Sample(Box::new(sample)))?;
+                }
+                Err(error) => {
+                    events.send(&failed(cell.job, &error))?;
+                    session.rewind(job.context);
+                    lost.push(i);
+                }
+            }
+        }
+        lost.sort_unstable();
+        for i in lost.into_iter().rev() {
+            cells.remove(i);
+        }
+    }
+    Ok(())
+}
+
+/// Runs `work` with the cell's team and method in place. A panic is the cell's failure, not the job's.
+fn with_cell<T>(
+    session: &mut Session,
+    cell: &mut Cell<'_>,
+    work: impl FnOnce(&mut Session) -> Result<T, WorkerError>,
+) -> Result<T, WorkerError> {
+    session.set_team(cell.team.clone());
+    let Some(attention) = cell.attention.take() else {
+        return Err(WorkerError::Request("the cell's method state was lost in an earlier failure".into()));
+    };
+    let other = session.swap_attention(attention);
+    let outcome = catch_unwind(AssertUnwindSafe(|| work(session)));
+    cell.attention = Some(session.swap_attention(other));
+    outcome
+        .unwrap_or_else(|panic| Err(WorkerError::Request(format!("the engine panicked: {}", text(&*panic)))))
+}
+
+/// Fisher-Yates with SplitMix64: the order of a round is part of the plan, not of the platform.
+fn shuffle(order: &mut [usize], seed: u64) {
+    let mut state = seed;
+    for i in (1..order.len()).rev() {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        order.swap(i, ((z ^ (z >> 31)) % (i as u64 + 1)) as usize);
+    }
+}
+
+fn phase(what: &str, done: u64, total: u64) -> Event {
+    Event::Phase { what: what.into(), done, total }
+}
+
+fn failed(cell: &CellJob, error: &WorkerError) -> Event {
+    let status = match error.status() {
+        Status::Oom => Status::Oom,
+        _ => Status::Error,
+    };
+    Event::Failed(Outcome { cell: cell.id.clone(), status, error: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_has_every_cell_once_in_a_fixed_order_that_changes() {
+        let orders: Vec<Vec<usize>> = (0..8)
+            .map(|rep| {
+                let mut order: Vec<usize> = (0..6).collect();
+                shuffle(&mut order, 1 ^ (rep << 32));
+                let mut sorted = order.clone();
+                sorted.sort_unstable();
+                assert_eq!(sorted, [0, 1, 2, 3, 4, 5]);
+                order
+            })
+            .collect();
+        assert!(orders.windows(2).any(|w| w[0] != w[1]));
+    }
+}

@@ -1,0 +1,121 @@
+//! Attention outputs against exact attention on the same queries, keys and values.
+
+use std::collections::BTreeMap;
+
+use longbit::Session;
+use longbit_protocol::Quality;
+
+use crate::WorkerError;
+use crate::fill::Filled;
+
+/// One compared output.
+struct Compared {
+    relative_l2: f64,
+    cosine: f64,
+}
+
+/// Decodes the first `compared` steps with the session's method and compares every head's output. The session must stand
+/// at the filled context, and stands there again afterwards.
+pub(crate) fn measure(
+    session: &mut Session,
+    filled: &Filled,
+    compared: usize,
+) -> Result<Quality, WorkerError> {
+    let context = session.len();
+    let config = session.model().config.clone();
+    let (d, group) = (config.head_dim, config.group());
+    let mut by_type: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let (mut all, mut needles) = (Vec::new(), Vec::new());
+    for step in 0..compared {
+        session.decode_supplied(token(step, config.vocab), &filled.steps[step], true)?;
+        let output = session.attention_output();
+        for (i, exact) in filled.exact.iter().enumerate() {
+            let exact = exact.outputs(step, i, &filled.steps[..compared], d);
+            for h in 0..group {
+                let ours = &output[(i * group + h) * d..][..d];
+                let compared = compare(ours, &exact[h * d..(h + 1) * d]);
+                by_type.entry(filled.types[i].name().into()).or_default().push(compared.relative_l2);
+                all.push(compared);
+                if let Some(needle) = filled.heads[i].needle() {
+                    needles.push(filled.heads[i].readout(ours) == Some(needle.value_index));
+                }
+            }
+        }
+    }
+    session.rewind(context);
+    let mut errors: Vec<f64> = all.iter().map(|c| c.relative_l2).collect();
+    errors.sort_by(f64::total_cmp);
+    let hits = needles.iter().filter(|hit| **hit).count();
+    Ok(Quality {
+        cell: String::new(),
+        steps: compared as u32,
+        outputs: all.len() as u64,
+        rel_l2_p50: quantile(&errors, 0.5),
+        rel_l2_p95: quantile(&errors, 0.95),
+        rel_l2_max: quantile(&errors, 1.0),
+        cosine_mean: all.iter().map(|c| c.cosine).sum::<f64>() / all.len() as f64,
+        cosine_min: all.iter().map(|c| c.cosine).fold(f64::INFINITY, f64::min),
+        rel_l2_by_head: by_type
+            .into_iter()
+            .map(|(name, mut errors)| {
+                errors.sort_by(f64::total_cmp);
+                (name, quantile(&errors, 0.5))
+            })
+            .collect(),
+        needle_accuracy: (!needles.is_empty()).then(|| hits as f64 / needles.len() as f64),
+        top1_agreement: None,
+        kl_nats: None,
+    })
+}
+
+/// The token that step `step` decodes. Which one does not matter; that it differs from step to step keeps the embedding
+/// row out of the caches.
+pub(crate) fn token(step: usize, vocab: usize) -> u32 {
+    (step.wrapping_mul(7919) % vocab) as u32
+}
+
+/// `|ours - exact| / |exact|` and the cosine; an exact zero vector is met by zero alone.
+fn compare(ours: &[f32], exact: &[f64]) -> Compared {
+    let (mut difference, mut ours2, mut exact2, mut dot) = (0.0, 0.0, 0.0, 0.0);
+    for (a, b) in ours.iter().map(|v| f64::from(*v)).zip(exact) {
+        difference += (a - b) * (a - b);
+        ours2 += a * a;
+        exact2 += b * b;
+        dot += a * b;
+    }
+    let ratio = |a: f64, b: f64, both_zero: f64| if b > 0.0 { a / b } else { both_zero };
+    Compared {
+        relative_l2: ratio(difference, exact2, if ours2 > 0.0 { f64::MAX } else { 0.0 }).sqrt(),
+        cosine: ratio(dot, (ours2 * exact2).sqrt(), if ours2 == exact2 { 1.0 } else { 0.0 }),
+    }
+}
+
+/// Nearest-rank quantile of sorted numbers; 0 of none.
+fn quantile(sorted: &[f64], p: f64) -> f64 {
+    let rank = (p * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_nearest_rank() {
+        let x = [1.0, 2.0, 3.0, 4.0];
+        assert_eq!([0.0, 0.5, 0.51, 0.95, 1.0].map(|p| quantile(&x, p)), [1.0, 2.0, 3.0, 4.0, 4.0]);
+        assert_eq!(quantile(&[], 0.5), 0.0);
+    }
+
+    #[test]
+    fn comparison_of_known_vectors() {
+        let same = compare(&[3.0, 4.0], &[3.0, 4.0]);
+        assert_eq!((same.relative_l2, same.cosine), (0.0, 1.0));
+        let turned = compare(&[0.0, 5.0], &[5.0, 0.0]);
+        assert!((turned.relative_l2 - 2f64.sqrt()).abs() < 1e-12 && turned.cosine == 0.0);
+        let twice = compare(&[2.0, 0.0], &[1.0, 0.0]);
+        assert_eq!((twice.relative_l2, twice.cosine), (1.0, 1.0));
+        let zero = compare(&[0.0, 0.0], &[0.0, 0.0]);
+        assert_eq!((zero.relative_l2, zero.cosine), (0.0, 1.0));
+    }
+}

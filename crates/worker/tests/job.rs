@@ -1,0 +1,144 @@
+//! A whole job on the tiny model: what an engine promises about its events.
+
+use longbit_protocol::{
+    CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Ready, Request, Sample, Status,
+};
+
+fn job(kv: &str, methods: &[&str], measure: Measure) -> Job {
+    let cells = methods.iter().enumerate().map(|(i, method)| CellJob {
+        id: format!("cell{i}"),
+        threads: 1,
+        method: method.to_string(),
+        first_rep: 0,
+        quality_done: false,
+    });
+    Job {
+        protocol: PROTOCOL,
+        model: ModelSpec { preset: "tiny".into(), path: String::new(), head: "bf16".into(), seed: 1 },
+        context: 1000,
+        kv_dtype: kv.into(),
+        workload: "mix".into(),
+        seed: 3,
+        cells: cells.collect(),
+        measure,
+        limits: Limits::default(),
+    }
+}
+
+fn measure(reps: u32) -> Measure {
+    Measure { reps, gen_tokens: 5, warmup_tokens: 2, quality_steps: 3, pin: false, probe_bytes: 1 << 20 }
+}
+
+fn run(job: Job) -> (u8, Vec<Event>) {
+    let request = serde_json::to_string(&Request::Measure(Box::new(job))).unwrap();
+    let mut out = Vec::new();
+    let code = longbit_worker::serve(request.as_bytes(), &mut out);
+    let text = String::from_utf8(out).unwrap();
+    (code, text.lines().map(|l| serde_json::from_str(l).unwrap()).collect())
+}
+
+fn samples(events: &[Event]) -> Vec<&Sample> {
+    events.iter().filter_map(|e| if let Event::Sample(s) = e { Some(&**s) } else { None }).collect()
+}
+
+fn quality<'e>(events: &'e [Event], cell: &str) -> &'e Quality {
+    let find = |e: &'e Event| if let Event::Quality(q) = e { Some(&**q) } else { None };
+    events.iter().filter_map(find).find(|q| q.cell == cell).unwrap()
+}
+
+fn ready(events: &[Event]) -> &Ready {
+    events.iter().find_map(|e| if let Event::Ready(r) = e { Some(&**r) } else { None }).unwrap()
+}
+
+#[test]
+fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
+    let (code, events) = run(job("bf16", &["dense", "window:sinks=4,window=64"], measure(3)));
+    assert_eq!(code, 0, "{:?}", events.last());
+    assert_eq!(events.last(), Some(&Event::End));
+    let samples = samples(&events);
+    for cell in ["cell0", "cell1"] {
+        let reps: Vec<_> = samples.iter().filter(|s| s.cell == cell).map(|s| s.rep).collect();
+        assert_eq!(reps, [0, 1, 2]);
+    }
+    assert!(samples.iter().all(|s| s.tok_ns.len() == 5 && s.tok_ns.iter().all(|&ns| ns > 0)));
+    // 4 layers x 2 KV heads; the cache grows by one a step and is rewound after each repetition.
+    let rows = |cell| samples.iter().find(|s| s.cell == cell).unwrap().traffic.rows;
+    assert_eq!(rows("cell0"), (0..5).map(|i| 8 * (1000 + 3 + i)).sum::<u64>());
+    assert_eq!(rows("cell1"), 5 * 8 * 68);
+    let dense = quality(&events, "cell0");
+    assert_eq!((dense.steps, dense.outputs), (3, 3 * 4 * 4));
+    assert!(dense.rel_l2_max > 0.0 && dense.rel_l2_p95 < 0.01 && dense.cosine_min > 0.999);
+    assert!(dense.rel_l2_p50 <= dense.rel_l2_p95 && dense.rel_l2_p95 <= dense.rel_l2_max);
+    let window = quality(&events, "cell1");
+    assert!(window.rel_l2_p50 > 10.0 * dense.rel_l2_p50);
+    assert_eq!(ready(&events).kv_bytes_stored, 1000 * 8 * 2 * 64 * 2);
+}
+
+#[test]
+fn f32_dense_attention_is_exact_to_rounding() {
+    let (_, events) = run(job("f32", &["dense", "window:sinks=0,window=100000"], measure(0)));
+    for cell in ["cell0", "cell1"] {
+        let q = quality(&events, cell);
+        assert!(q.rel_l2_max < 1e-5, "{q:?}");
+        assert!(q.cosine_min > 1.0 - 1e-9);
+    }
+    assert!(samples(&events).is_empty());
+}
+
+#[test]
+fn the_same_seed_fills_the_same_bytes() {
+    let fill = |job| ready(&run(job).1).fill_sha256.clone();
+    let first = fill(job("bf16", &["dense"], measure(0)));
+    assert_eq!(first, fill(job("bf16", &["dense"], measure(0))));
+    assert_ne!(first, fill(Job { seed: 4, ..job("bf16", &["dense"], measure(0)) }));
+    // Recorded once; the same on every machine.
+    assert_eq!(first, GOLDEN_FILL);
+}
+
+const GOLDEN_FILL: &str = "e3609214e724e5f129b6d4e228063d680681a57ab2899ba7580e6f11b7fd179d";
+
+#[test]
+fn resuming_measures_only_what_is_missing() {
+    let mut partly = job("bf16", &["dense", "window:sinks=4,window=64"], measure(3));
+    partly.cells[0].first_rep = 2;
+    partly.cells[0].quality_done = true;
+    partly.cells[1].first_rep = 3;
+    let (_, events) = run(partly);
+    let got: Vec<_> = samples(&events).iter().map(|s| (s.cell.clone(), s.rep)).collect();
+    assert_eq!(got, [("cell0".to_string(), 2)]);
+    let qualities: Vec<_> = events.iter().filter(|e| matches!(e, Event::Quality(_))).collect();
+    assert_eq!(qualities.len(), 1);
+}
+
+#[test]
+fn one_impossible_cell_does_not_cost_the_others() {
+    let (code, events) = run(job("bf16", &["no-such-method", "dense"], measure(1)));
+    assert_eq!(code, 0);
+    let failed = events.iter().find_map(|e| if let Event::Failed(o) = e { Some(o) } else { None }).unwrap();
+    assert_eq!((failed.cell.as_str(), failed.status), ("cell0", Status::Error));
+    assert!(failed.error.contains("no-such-method") && failed.error.contains("window"));
+    assert_eq!(samples(&events).len(), 1);
+}
+
+#[test]
+fn a_job_that_cannot_start_is_fatal_and_says_why() {
+    let mut bad = job("bf16", &["dense"], measure(1));
+    bad.protocol = 99;
+    let mut unknown = job("fp3", &["dense"], measure(1));
+    unknown.cells.truncate(1);
+    let mut workload = job("bf16", &["dense"], measure(1));
+    workload.workload = "mixed".into();
+    let huge = Job { context: 1 << 46, ..job("bf16", &["dense"], measure(1)) };
+    for (job, status, says) in [
+        (bad, Status::Error, "protocol 99"),
+        (unknown, Status::Error, "bf16"),
+        (workload, Status::Error, "mix"),
+        (huge, Status::Oom, "bytes"),
+    ] {
+        let (code, events) = run(job);
+        assert_eq!(code, 1);
+        let Some(Event::Fatal { status: got, error }) = events.last() else { panic!("{events:?}") };
+        assert_eq!(*got, status, "{error}");
+        assert!(error.contains(says), "{error}");
+    }
+}
