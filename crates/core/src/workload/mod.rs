@@ -4,7 +4,7 @@
 //! shape of a model and a context length, and a [`HeadWorkload`] makes the rows of one (layer, KV head).
 //!
 //! **What a row is made of** (d = 128; other dimensions keep the proportions, see [`HeadShape`]). Before RoPE a key is
-//! `6.6 U_topic + 0.8 (11 / sqrt d) x + m`: a topic direction, noise with eigenvalues `i^-eta`, and a unit phasor in
+//! `6.6 U_topic + (8.8 / sqrt d) x + m`: a topic direction, noise with eigenvalues `i^-eta`, and a unit phasor in
 //! every pair but the three slowest, whose product with the query's phasor falls as `ln(distance)`, so that the weight
 //! falls as a power of the distance. After RoPE every key but the sinks gets `-8 e`, and every query `12 e`, in the
 //! three slowest pairs: the offset that makes centring matter, and the direction of the sinks. Token 0 is
@@ -13,12 +13,15 @@
 //! the whole context*, have the stated deviation. Values are `0.6 U'_topic + 0.8 noise + mean of norm 0.5`; the value
 //! of token 0 has norm 0.05.
 //!
+//! Topics, noise and needles keep out of the pairs of the sinks and of the heavy hitters, so that those logits stay what
+//! they were solved to be. Sinks and needles are set after RoPE: they hold at every decode step and for every base.
+//!
 //! **Placement decides the difficulty.** With the leading noise directions in slow RoPE pairs the cached keys have low
 //! rank, as keys of trained models do. Scrambled over all pairs, RoPE spreads them and the cached keys are nearly white,
 //! whatever eta says.
 //!
-//! **Blocks.** Rows come in blocks of [`BLOCK`] tokens that depend only on (seed, layer, KV head, block), so any thread
-//! makes any block in any order. The price: the noise (AR(1), coefficient 0.5) and the topic (switching once in 64
+//! **Blocks.** Rows come in blocks of [`BLOCK`] tokens that depend only on (specification, seed, layer, KV head, block), so
+//! any thread makes any block in any order; only the planted rows, sinks and needle, depend on the context. The price: the noise (AR(1), coefficient 0.5) and the topic (switching once in 64
 //! tokens) start afresh from their stationary laws in every block.
 //!
 //! **Same bytes everywhere.** Only + - * / sqrt in a fixed order and the `libm` crate: a seed gives the same rows on every
