@@ -125,7 +125,7 @@ fn directory_of(options: &RunOptions, experiment: &Experiment, several: bool) ->
 }
 
 /// Plans one experiment or finds its plan in the directory, and measures what is not measured yet.
-fn measure(
+pub(crate) fn measure(
     engine: &dyn Engine,
     capabilities: &Capabilities,
     experiment: &Experiment,
