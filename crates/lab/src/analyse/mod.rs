@@ -10,7 +10,7 @@ use crate::record::Record;
 use crate::run::store::{self, Line};
 use crate::{LabError, Result};
 
-
+pub mod compare;
 pub mod interval;
 pub mod label;
 pub mod sentence;
@@ -64,5 +64,6 @@ impl Results {
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(|e| LabError::io("read", path, e))?;
-    serde_json::from_slice(&text).map_err(|e| LabError::data(path, Some(e.line()), format!("not readable: {e}")))
+    serde_json::from_slice(&text)
+        .map_err(|e| LabError::data(path, Some(e.line()), format!("not readable: {e}")))
 }

@@ -19,7 +19,7 @@ pub fn formats_doc() -> String {
         "\n## cells.csv\n\nOne row for each planned cell, in the order of the plan, whatever became of it. Comma-separated, \
          UTF-8, a header line, quoted where needed. Units stand in the names. An empty field means \"not measured\": it is \
          never a zero and never NaN. Times and bytes are integers; other numbers have the shortest digits that read back \
-         as the same number. Rows whose status is neither ok nor verify_failed have no timing.\n\n",
+         as the same number. Only rows with status ok, verify_failed or unstable have timings.\n\n",
     );
     let columns: Vec<[&str; 4]> = COLUMNS.iter().map(|c| [c.name, c.unit, c.kind, c.meaning]).collect();
     page.push_str(&table(&["column", "unit", "type", "meaning"], &columns, &[0, 1, 2, 3]));

@@ -43,7 +43,7 @@ pub fn cells(records: &[Record]) -> String {
     }
     let mut text = rows;
     text.push_str(
-        "\ntok/s: timed tokens divided by their time. 95 % of median: interval of the median speed over repetitions. \
+        "\ntok/s: timed tokens divided by their time. median, 95 %: interval of the median speed over repetitions. \
          rel L2: error of an attention output against exact f32 attention on the same inputs. KV MB/token: cached keys, \
          values and indexes that a decode step reads. of bandwidth: bytes read a second against a read probe with the \
          same threads.\n",

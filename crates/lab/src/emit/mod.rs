@@ -15,6 +15,20 @@ pub mod table;
 
 pub use formats_doc::formats_doc;
 
+/// How a view is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// Aligned columns for a terminal.
+    #[default]
+    Table,
+    /// Markdown.
+    Markdown,
+    /// Comma-separated rows.
+    Csv,
+    /// One JSON document.
+    Json,
+}
+
 /// What [`write_all`] wrote and what it says.
 #[derive(Clone, Debug)]
 pub struct Written {
@@ -78,6 +92,12 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     commit(written, &temporary, path)
 }
 
+/// A JSON document with a line feed at the end.
+pub(crate) fn json<T: serde::Serialize>(value: &T) -> Result<String> {
+    let text = serde_json::to_string_pretty(value);
+    text.map(|t| t + "\n").map_err(|e| LabError::Output(std::io::Error::other(e)))
+}
+
 /// Name beside `path` with the same extension (an encoder may choose by it) that is renamed when whole.
 pub(crate) fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -86,7 +106,8 @@ pub(crate) fn temporary(path: &Path) -> PathBuf {
 
 /// Renames a file that was written in full; removes it otherwise.
 pub(crate) fn commit(written: Result<()>, temporary: &Path, path: &Path) -> Result<()> {
-    let done = written.and_then(|()| std::fs::rename(temporary, path).map_err(|e| LabError::io("write", path, e)));
+    let done =
+        written.and_then(|()| std::fs::rename(temporary, path).map_err(|e| LabError::io("write", path, e)));
     if done.is_err() {
         let _ = std::fs::remove_file(temporary); // best effort: the error that matters is returned
     }
@@ -117,7 +138,11 @@ mod tests {
         assert_eq!(Record::read_csv(&dir.path().join("cells.csv")).unwrap(), second.records);
         assert_eq!(second.records.iter().filter(|r| r.status == Status::Oom).count(), 1);
         let summary = std::fs::read_to_string(dir.path().join("summary.md")).unwrap();
-        for text in ["## Skipped and failed", "worker killed by signal 9", "longbit run experiments/context/long.toml"] {
+        for text in [
+            "## Skipped and failed",
+            "worker killed by signal 9",
+            "longbit run experiments/context/long.toml",
+        ] {
             assert!(summary.contains(text), "{text}");
         }
         let leftovers: Vec<_> = std::fs::read_dir(dir.path())

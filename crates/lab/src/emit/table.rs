@@ -26,7 +26,7 @@ pub fn measured(records: &[Record]) -> Rows {
         "KV",
         "method",
         "tok/s",
-        "95 % of median",
+        "median, 95 %",
         "p50 ms",
         "p99 ms",
         "rel L2 p50",
@@ -130,6 +130,11 @@ impl Rows {
             table.force_no_tty();
         }
         table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    }
+
+    /// Comma-separated, with the headings first.
+    pub fn csv(&self) -> String {
+        super::csv::table(&self.head, &self.body)
     }
 
     /// An aligned Markdown table, with a line feed at the end; empty without rows.

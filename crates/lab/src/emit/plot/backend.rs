@@ -25,6 +25,9 @@ const SCALE: f64 = 4.0;
 /// Pixels of a PNG per unit of the figure.
 const PIXELS: u32 = 2;
 
+/// On a bitmap the library centres the box of the glyphs with room for descenders; on SVG the x-height.
+const BITMAP_SINK: f64 = 0.18;
+
 /// Where a text stands relative to its point, along the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Align {
@@ -65,6 +68,8 @@ pub(super) fn text_width(text: &str, size: f64) -> f64 {
 /// A drawing area of the library; the first failure is kept.
 struct Area<DB: DrawingBackend> {
     area: DrawingArea<DB, Shift>,
+    /// Share of the text size by which the library centres text too high on this kind of surface.
+    sink: f64,
     failed: Option<String>,
 }
 
@@ -118,15 +123,17 @@ impl<DB: DrawingBackend> Canvas for Area<DB> {
         let font = (FAMILY, size * SCALE).into_font();
         let font = if turned { font.transform(FontTransform::Rotate270) } else { font };
         let style = font.color(&paint(color)).pos(Pos::new(h, VPos::Center));
+        let sink = self.sink * size;
+        let at = if turned { (at.0 + sink, at.1) } else { (at.0, at.1 + sink) };
         let done = self.area.draw(&Text::new(text.to_owned(), (unit(at.0), unit(at.1)), style));
         self.keep(done);
     }
 }
 
-fn draw_on<DB: DrawingBackend>(backend: DB, draw: &dyn Fn(&mut dyn Canvas)) -> Result<(), String> {
+fn draw_on<DB: DrawingBackend>(backend: DB, sink: f64, draw: &dyn Fn(&mut dyn Canvas)) -> Result<(), String> {
     font()?;
     let area = backend.into_drawing_area();
-    let mut canvas = Area { area, failed: None };
+    let mut canvas = Area { area, sink, failed: None };
     let done = canvas.area.fill(&WHITE);
     canvas.keep(done);
     draw(&mut canvas);
@@ -152,7 +159,7 @@ pub(super) fn write_svg(
     let plot = |what: String| LabError::Plot { path: path.to_path_buf(), what };
     let (w, h) = scaled(size);
     let mut text = String::new();
-    draw_on(SVGBackend::with_string(&mut text, (w, h)), draw).map_err(plot)?;
+    draw_on(SVGBackend::with_string(&mut text, (w, h)), 0.0, draw).map_err(plot)?;
     // Shown at the size of the figure; the finer units stay in the view box.
     let large = format!("width=\"{w}\" height=\"{h}\" viewBox");
     let shown = format!("role=\"img\" width=\"{}\" height=\"{}\" viewBox", size.0.round(), size.1.round());
@@ -173,7 +180,7 @@ pub(super) fn write_png(path: &Path, size: (f64, f64), draw: &dyn Fn(&mut dyn Ca
     let plot = |what: String| LabError::Plot { path: path.to_path_buf(), what };
     let (w, h) = scaled(size);
     let mut pixels = vec![255u8; w as usize * h as usize * 3];
-    draw_on(BitMapBackend::with_buffer(&mut pixels, (w, h)), draw).map_err(plot)?;
+    draw_on(BitMapBackend::with_buffer(&mut pixels, (w, h)), BITMAP_SINK, draw).map_err(plot)?;
     let block = SCALE as u32 / PIXELS;
     let (small, sw, sh) = shrink(&pixels, w as usize, h as usize, block as usize);
     let temporary = temporary(path);

@@ -9,6 +9,9 @@ use crate::run::store::Line;
 /// More panels than this in a figure of one line a method are too small to read.
 const MAX_PANELS: usize = 9;
 
+/// Percentiles that carry a marker; more would hide the line.
+const CURVE_POINTS: [f64; 10] = [1.0, 20.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.9, 99.99];
+
 /// Every figure that `records` fill, in reading order; none when nothing was measured.
 pub fn figures(records: &[Record], lines: &[Line]) -> Vec<Figure> {
     let measured: Vec<&Record> =
@@ -115,7 +118,7 @@ impl<'a> Look<'a> {
     fn facet_title(&self, (kv, threads): (Option<&str>, u64), several_threads: bool) -> String {
         let mut parts: Vec<String> = kv.map(|k| format!("{k} KV")).into_iter().collect();
         if several_threads {
-            parts.push(format!("{threads} threads"));
+            parts.push(thread_count(threads));
         }
         parts.join(", ")
     }
@@ -126,9 +129,15 @@ impl<'a> Look<'a> {
         let model = one(distinct(self.records.iter().map(|r| format!("{}, {} head", r.model, r.head))));
         let kv = one(distinct(self.records.iter().map(|r| format!("{} KV", r.kv_dtype))));
         let workload = one(distinct(self.records.iter().map(|r| format!("workload {}", r.workload))));
-        let threads = (threads.len() == 1)
-            .then(|| format!("{} {}", threads[0], if threads[0] == 1 { "thread" } else { "threads" }));
+        let threads = (threads.len() == 1).then(|| thread_count(threads[0]));
         [model, kv, workload, threads].into_iter().flatten().collect::<Vec<_>>().join(" · ")
+    }
+
+    /// Records by method, dense first.
+    fn in_order(&self) -> Vec<&'a Record> {
+        let mut records = self.records.clone();
+        records.sort_by_key(|r| self.methods.iter().position(|m| *m == self.labels.method(r)));
+        records
     }
 
     fn contexts(&self) -> Vec<u64> {
@@ -156,10 +165,15 @@ fn spread(panels: &mut [Panel], single: bool) {
     }
 }
 
+fn thread_count(n: u64) -> String {
+    format!("{n} {}", if n == 1 { "thread" } else { "threads" })
+}
+
 fn columns(panels: usize) -> usize {
     match panels {
         0 | 1 => 1,
         2 | 4 => 2,
+        7 | 8 => 4,
         _ => 3,
     }
 }
@@ -376,17 +390,17 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
     let mut all: Vec<f64> = Vec::new();
     for &tokens in &ends {
         for kv in &kvs {
-            let pass = |r: &&&Record| {
+            let pass = |r: &&Record| {
                 r.threads == threads && r.context_tokens == tokens && kv.is_none_or(|k| r.kv_dtype == k)
             };
             let mut series = Vec::new();
-            for r in look.records.iter().filter(pass) {
+            for r in look.in_order().into_iter().filter(|r| pass(r)) {
                 let ns = times.get(&r.cell_id).map(|reps| reps.concat()).unwrap_or_default();
                 samples = samples.max(ns.len());
                 let curve = stats::percentile_curve(&ns);
                 let points: Vec<Point> = curve
                     .into_iter()
-                    .filter(|c| c.0 < 100.0)
+                    .filter(|c| CURVE_POINTS.contains(&c.0))
                     .map(|(p, ns)| Point { x: p, y: ns as f64 / 1e6, whisker: None })
                     .collect();
                 all.extend(points.iter().map(|p| p.y));
@@ -471,7 +485,7 @@ mod tests {
         assert!(names(&figures).contains(&"threads"));
         assert_eq!(
             figures[0].panels.iter().map(|p| p.title.as_str()).collect::<Vec<_>>(),
-            ["1 threads", "2 threads"]
+            ["1 thread", "2 threads"]
         );
     }
 

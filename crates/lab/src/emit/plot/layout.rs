@@ -35,7 +35,8 @@ impl Geometry {
             1 if rows == 1 => (640.0, 420.0),
             1 => (640.0, 260.0),
             2 => (420.0, 300.0),
-            _ => (300.0, 230.0),
+            3 => (300.0, 230.0),
+            _ => (240.0, 220.0),
         };
         let tick = figure.y.ticks.iter().map(|t| text_width(&t.1, TICK)).fold(0.0, f64::max);
         let left = 14.0 + AXIS + 14.0 + tick + 8.0;

@@ -34,7 +34,8 @@ pub fn write_figures(dir: &Path, records: &[Record], lines: &[Line]) -> Result<P
         std::fs::create_dir_all(dir).map_err(|e| LabError::io("create", dir, e))?;
     }
     for figure in &plots.figures {
-        let (size, draw) = (layout::size(figure), |canvas: &mut dyn backend::Canvas| layout::draw(figure, canvas));
+        let (size, draw) =
+            (layout::size(figure), |canvas: &mut dyn backend::Canvas| layout::draw(figure, canvas));
         let (svg, png) = (dir.join(format!("{}.svg", figure.name)), dir.join(format!("{}.png", figure.name)));
         backend::write_svg(&svg, size, &alt(figure), &draw)?;
         backend::write_png(&png, size, &draw)?;
