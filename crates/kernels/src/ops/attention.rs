@@ -10,6 +10,17 @@ use std::mem::MaybeUninit;
 /// Rows per block: 64 rows of 128 bfloat16 are 16 KiB.
 const ROW_BLOCK: usize = 64;
 
+/// Bytes by which requests run ahead of the reading, at least.
+const AHEAD_BYTES: usize = 2048;
+
+/// The rows to request while the row at `here` is read, of the `n` that are left. At the end that row itself, which costs
+/// nothing: what lies behind the last row may never be read.
+#[inline(always)]
+fn ahead<E>(here: *const E, d: usize, n: usize) -> *const E {
+    let rows = AHEAD_BYTES.div_ceil(d * size_of::<E>()) + 4;
+    here.wrapping_add(if rows + 4 <= n { rows * d } else { 0 })
+}
+
 /// Query values that [`Queries`] has room for: four heads of dimension 256.
 const PREPARED: usize = 1024;
 
@@ -44,16 +55,22 @@ impl Queries {
     }
 }
 
+/// Queries as the caller has them.
+pub(crate) const PLAIN: u8 = 0;
+/// Queries from [`Queries`].
+const READY: u8 = 1;
+
 /// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. A head of dimension `d`
-/// begins every `pitch`; with `READY` the queries come from [`Queries`]. Without `TAIL`, `d` must be a multiple of 16:
+/// begins every `pitch`. `MODE` is [`PLAIN`] or [`READY`]. `ahead` are the
+/// rows to request meanwhile. Without `TAIL`, `d` must be a multiple of 16:
 /// then the accumulators go from the loop to the sum without leaving their registers.
 ///
 /// # Safety
 /// `q` is readable for `G` heads, `rows` for `N * d` elements, and `out` is writable at those places.
 #[inline(always)]
-unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, const TAIL: bool>(
+unsafe fn score_tile<V, E, const G: usize, const N: usize, const MODE: u8, const TAIL: bool>(
     q: *const f32,
-    rows: *const E,
+    (rows, ahead): (*const E, *const E),
     d: usize,
     out: *mut f32,
     stride: usize,
@@ -61,7 +78,7 @@ unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, co
     V: F32x16,
     E: Element,
 {
-    let pitch = if READY { d.next_multiple_of(LANES) } else { d };
+    let pitch = if MODE == READY { d.next_multiple_of(LANES) } else { d };
     let mut acc = [[V::splat(0.0); N]; G];
     // SAFETY: j + 16 <= d, or the tail ends at d; the caller vouches for d elements of each query and row, for the
     // padding of prepared queries, and for the places in out.
@@ -71,10 +88,11 @@ unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, co
             let mut x = [V::splat(0.0); N];
             for r in 0..N {
                 x[r] = E::load::<V>(rows.add(r * d + j));
+                V::prefetch(ahead.wrapping_add(r * d + j).cast());
             }
             for h in 0..G {
                 let q = V::load(q.add(h * pitch + j));
-                let q = if READY { q } else { E::reorder(q) };
+                let q = if MODE == READY { q } else { E::reorder(q) };
                 for r in 0..N {
                     acc[h][r] = x[r].mul_add(q, acc[h][r]);
                 }
@@ -86,7 +104,7 @@ unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, co
                 let x = E::load_n::<V>(rows.add(r * d + j), d - j);
                 for h in 0..G {
                     let q = q.add(h * pitch + j);
-                    let q = if READY { V::load(q) } else { E::reorder(f32::load_n(q, d - j)) };
+                    let q = if MODE == READY { V::load(q) } else { E::reorder(f32::load_n(q, d - j)) };
                     acc[h][r] = x.mul_add(q, acc[h][r]);
                 }
             }
@@ -117,7 +135,7 @@ unsafe fn score_tile<V, E, const G: usize, const N: usize, const READY: bool, co
 /// # Safety
 /// As [`score_tile`], for `n` rows.
 #[inline(always)]
-pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const READY: bool>(
+pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const MODE: u8>(
     q: *const f32,
     rows: *const E,
     n: usize,
@@ -133,12 +151,20 @@ pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const READ
         let mut t = 0;
         if d.is_multiple_of(LANES) {
             while t + N <= n {
-                score_tile::<V, E, G, N, READY, false>(q, rows.add(t * d), d, out.add(t), stride);
+                let here = rows.add(t * d);
+                score_tile::<V, E, G, N, MODE, false>(
+                    q,
+                    (here, ahead(here, d, n - t)),
+                    d,
+                    out.add(t),
+                    stride,
+                );
                 t += N;
             }
         }
         while t < n {
-            score_tile::<V, E, G, 1, READY, true>(q, rows.add(t * d), d, out.add(t), stride);
+            let here = rows.add(t * d);
+            score_tile::<V, E, G, 1, MODE, true>(q, (here, here), d, out.add(t), stride);
             t += 1;
         }
     }
@@ -149,7 +175,7 @@ pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const READ
 /// # Safety
 /// As [`score_rows`], for the lesser of `g` and 4 heads.
 #[inline(always)]
-unsafe fn score_heads<V: F32x16, E: Element, const READY: bool>(
+unsafe fn score_heads<V: F32x16, E: Element, const MODE: u8>(
     g: usize,
     q: *const f32,
     rows: *const E,
@@ -160,14 +186,14 @@ unsafe fn score_heads<V: F32x16, E: Element, const READY: bool>(
     // SAFETY: passed on to the caller.
     unsafe {
         match (g, V::WIDE) {
-            (1, true) => score_rows::<V, E, 1, 8, READY>(q, rows, n, d, out, stride),
-            (1, false) => score_rows::<V, E, 1, 4, READY>(q, rows, n, d, out, stride),
-            (2, true) => score_rows::<V, E, 2, 4, READY>(q, rows, n, d, out, stride),
-            (2, false) => score_rows::<V, E, 2, 2, READY>(q, rows, n, d, out, stride),
-            (3, true) => score_rows::<V, E, 3, 4, READY>(q, rows, n, d, out, stride),
-            (3, false) => score_rows::<V, E, 3, 1, READY>(q, rows, n, d, out, stride),
-            (_, true) => score_rows::<V, E, 4, 4, READY>(q, rows, n, d, out, stride),
-            (_, false) => score_rows::<V, E, 4, 1, READY>(q, rows, n, d, out, stride),
+            (1, true) => score_rows::<V, E, 1, 8, MODE>(q, rows, n, d, out, stride),
+            (1, false) => score_rows::<V, E, 1, 4, MODE>(q, rows, n, d, out, stride),
+            (2, true) => score_rows::<V, E, 2, 4, MODE>(q, rows, n, d, out, stride),
+            (2, false) => score_rows::<V, E, 2, 2, MODE>(q, rows, n, d, out, stride),
+            (3, true) => score_rows::<V, E, 3, 4, MODE>(q, rows, n, d, out, stride),
+            (3, false) => score_rows::<V, E, 3, 1, MODE>(q, rows, n, d, out, stride),
+            (_, true) => score_rows::<V, E, 4, 4, MODE>(q, rows, n, d, out, stride),
+            (_, false) => score_rows::<V, E, 4, 1, MODE>(q, rows, n, d, out, stride),
         }
     }
 }
@@ -195,9 +221,9 @@ fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mu
                         prepared = h;
                     }
                     let q = room.0.as_ptr().cast();
-                    score_heads::<V, E, true>(heads, q, rows, (block, d), out, n);
+                    score_heads::<V, E, READY>(heads, q, rows, (block, d), out, n);
                 } else {
-                    score_heads::<V, E, false>(heads, q, rows, (block, d), out, n);
+                    score_heads::<V, E, PLAIN>(heads, q, rows, (block, d), out, n);
                 }
             }
             h += 4;
@@ -228,9 +254,11 @@ unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>
         }
         for t in 0..n {
             let row = rows.add(t * d);
+            let next = ahead(row, d, n - t);
             let mut x = [V::splat(0.0); C];
             for c in 0..C {
                 x[c] = E::load::<V>(row.add(c * LANES));
+                V::prefetch(next.wrapping_add(c * LANES).cast());
             }
             for h in 0..G {
                 let w = V::splat(*weights.add(h * stride + t));

@@ -2,13 +2,10 @@
 //!
 //! A pair sum is at most `2 * 2 * 128 = 512`, four groups make 2048: nothing wraps or saturates.
 
-use super::{Activations, BLOCK_BYTES, BLOCK_COLS, TILE_ROWS, TernaryTable, Tiles, UNIT};
+use super::{Activations, BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, TernaryTable, Tiles, UNIT};
 use std::arch::x86_64::*;
 
 pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
-
-/// How far ahead of the arithmetic the stream of weights is requested.
-const PREFETCH_BYTES: usize = 4096;
 
 /// Turns the sums of codes into results: `(dot - sum) as f32 * scale`, for the rows that exist.
 #[inline]

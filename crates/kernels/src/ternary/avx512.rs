@@ -2,7 +2,7 @@
 //!
 //! A pair sum is at most `2 * 2 * 128 = 512`, four groups make 2048: nothing wraps or saturates.
 
-use super::{Activations, BLOCK_BYTES, BLOCK_COLS, TILE_ROWS, TernaryTable, Tiles, UNIT};
+use super::{Activations, BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, TernaryTable, Tiles, UNIT};
 use std::arch::x86_64::*;
 
 pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
@@ -51,8 +51,11 @@ unsafe fn tile_sums<const T: usize>(
     let mut acc = [[_mm512_setzero_si512(); TILE_ROWS]; T];
     for block in 0..blocks {
         for row in 0..TILE_ROWS {
+            let unit = tile.wrapping_add(block * BLOCK_BYTES + row * UNIT);
+            // A request beyond the end of the matrix is harmless: prefetches do not fault.
+            _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(PREFETCH_BYTES).cast());
             // SAFETY: block < blocks; a unit has 64 bytes.
-            let w = unsafe { _mm512_loadu_si512(tile.add(block * BLOCK_BYTES + row * UNIT).cast()) };
+            let w = unsafe { _mm512_loadu_si512(unit.cast()) };
             let groups = [
                 _mm512_and_si512(w, three),
                 _mm512_and_si512(_mm512_srli_epi16::<2>(w), three),

@@ -37,6 +37,10 @@ const MAX_COLS: usize = 1 << 22;
 /// Activation codes of the tokens that one pass over the weights serves: half of a usual second-level cache.
 const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
+/// How far ahead of the arithmetic the stream of weights is requested: hardware prefetchers stop at every 4 KiB.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const PREFETCH_BYTES: usize = 4096;
+
 /// Consecutive tiles of a matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct Tiles<'a> {

@@ -4,13 +4,10 @@
 //! that are `4^g` too large (128 at most, an unsigned byte), and shifted back exactly at the end of the tile.
 
 use super::avx512::finish;
-use super::{Activations, BLOCK_BYTES, BLOCK_COLS, TILE_ROWS, TernaryTable, Tiles, UNIT};
+use super::{Activations, BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, TernaryTable, Tiles, UNIT};
 use std::arch::x86_64::*;
 
 pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
-
-/// How far ahead of the arithmetic the stream of weights is requested.
-const PREFETCH_BYTES: usize = 4096;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn gemv(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {

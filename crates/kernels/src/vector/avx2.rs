@@ -162,6 +162,12 @@ impl F32x16 for A16 {
     }
 
     #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch of any address does not fault, and SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> A16 {
         // SAFETY: AVX2 is present; the caller gives 16 readable elements.
         unsafe {

@@ -35,6 +35,7 @@ fn opaque_mask(mut mask: u32) -> u32 {
 
 /// The address, out of sight of the optimiser, which would replace a byte shuffle of known indices by two instructions.
 #[inline(always)]
+#[expect(clippy::pointers_in_nomem_asm_block, reason = "the address passes through; nothing is read there")]
 fn opaque_table(table: &'static [u8; 64]) -> *const u8 {
     let mut p = table.as_ptr();
     // SAFETY: no instruction at all; it may be hoisted and repeated.
@@ -237,6 +238,12 @@ impl F32x16 for Z16 {
         // SAFETY: AVX-512 F is present; `out` has 16 elements.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), transposing_sum::<true>(v)) };
         out
+    }
+
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch of any address does not fault, and SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 
     #[inline(always)]

@@ -99,6 +99,12 @@ pub(crate) trait F32x16: Copy {
         Self::sum16(v)
     }
 
+    /// Requests the cache line at an address, which need not be valid.
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        let _ = p;
+    }
+
     /// Converts 16 signed bytes.
     ///
     /// # Safety
