@@ -1,0 +1,108 @@
+//! Ternary matrix products in bytes of packed weights: what one core can do from its second-level cache, and how near a
+//! stream from memory comes to the bandwidth of the machine.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use longbit_kernels::{Isa, Kernels, TernaryShape};
+use std::hint::black_box;
+
+struct Product {
+    shape: TernaryShape,
+    data: Vec<u8>,
+    codes: Vec<i8>,
+    sums: Vec<i32>,
+    scales: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Product {
+    fn new(rows: usize, cols: usize, tokens: usize) -> Product {
+        let shape = TernaryShape { rows, cols };
+        let mut data = vec![0; shape.bytes()];
+        shape.fill_random(0..shape.tiles(), 1, &mut data);
+        let padded = shape.padded_cols();
+        let mut codes = vec![0i8; tokens * padded];
+        for (i, code) in codes.iter_mut().enumerate() {
+            if i % padded < cols {
+                *code = (i * 37 % 255) as u8 as i8;
+            }
+        }
+        let sums = codes.chunks(padded).map(|token| token.iter().map(|&c| i32::from(c)).sum()).collect();
+        Product { shape, data, codes, sums, scales: vec![0.01; tokens], out: vec![0.0; tokens * rows] }
+    }
+
+    fn gemv(&mut self, k: &Kernels) {
+        let tiles = 0..self.shape.tiles();
+        k.ternary_gemv(
+            self.shape,
+            &self.data,
+            tiles,
+            &self.codes,
+            self.sums[0],
+            0.01,
+            black_box(&mut self.out),
+        );
+    }
+
+    fn gemm(&mut self, k: &Kernels) {
+        let (tiles, tokens) = (0..self.shape.tiles(), self.sums.len());
+        let out = black_box(&mut self.out);
+        k.ternary_gemm(self.shape, &self.data, tiles, tokens, &self.codes, &self.sums, &self.scales, out);
+    }
+}
+
+fn tables() -> impl Iterator<Item = &'static Kernels> {
+    Isa::available().into_iter().filter_map(Kernels::for_isa)
+}
+
+/// 320 KB of weights.
+fn gemv_from_l2(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/gemv/L2");
+    let mut product = Product::new(512, 2560, 1);
+    group.throughput(Throughput::Bytes(product.data.len() as u64));
+    for k in tables() {
+        group.bench_function(BenchmarkId::new("512x2560", k.isa()), |b| b.iter(|| product.gemv(k)));
+    }
+}
+
+/// As many down projections of a 2B model as make 620 MB: more than any last-level cache.
+fn gemv_from_memory(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/gemv/memory");
+    group.sample_size(10);
+    let mut product = Product::new(140 * 2560, 6912, 1);
+    group.throughput(Throughput::Bytes(product.data.len() as u64));
+    for k in tables().filter(|k| k.isa() != Isa::Scalar) {
+        group.bench_function(BenchmarkId::new("140 of 2560x6912", k.isa()), |b| b.iter(|| product.gemv(k)));
+    }
+}
+
+/// Multiplications a second, for prefill.
+fn gemm_from_l2(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/gemm/L2");
+    group.sample_size(20);
+    for tokens in [4, 64, 256] {
+        let mut product = Product::new(640, 2560, tokens);
+        group.throughput(Throughput::Elements((640 * 2560 * tokens) as u64));
+        for k in tables().filter(|k| k.isa() != Isa::Scalar) {
+            let id = BenchmarkId::new(format!("640x2560 by {tokens} tokens"), k.isa());
+            group.bench_function(id, |b| b.iter(|| product.gemm(k)));
+        }
+    }
+}
+
+/// Filling a matrix, which every synthetic cell does.
+fn fill(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/fill");
+    let shape = TernaryShape { rows: 512, cols: 2560 };
+    let mut data = vec![0; shape.bytes()];
+    group.throughput(Throughput::Bytes(data.len() as u64));
+    group.bench_function("random", |b| {
+        b.iter(|| shape.fill_random(0..shape.tiles(), 1, black_box(&mut data)));
+    });
+    let packed = vec![0b01_10_00_01; shape.rows / 4 * shape.cols];
+    group.bench_function("repack", |b| {
+        b.iter(|| shape.repack_hf(black_box(&packed), 0..shape.tiles(), &mut data));
+    });
+}
+
+criterion_group!(benches, gemv_from_l2, gemv_from_memory, gemm_from_l2, fill);
+criterion_main!(benches);
