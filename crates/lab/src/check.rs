@@ -249,8 +249,8 @@ impl Report {
 fn signed(metric: Metric, value: f64) -> String {
     if metric.relative() {
         let percent = value * 100.0;
-        // A single byte is a change, too.
-        if percent != 0.0 && percent.abs() < 0.05 {
+        // A single byte read more is a change, too; of a time, the first digit is enough.
+        if !metric.timed() && percent != 0.0 && percent.abs() < 0.05 {
             format!("{percent:+.6} %")
         } else {
             format!("{percent:+.1} %")

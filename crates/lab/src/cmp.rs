@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::analyse::Results;
-use crate::analyse::label::{DENSE, Labels, context, digits, distinct, percent};
+use crate::analyse::label::{DENSE, Labels, REFERENCE_KV, context, digits, distinct, percent};
 use crate::emit::table::Rows;
 use crate::emit::{Format, json};
 use crate::record::Record;
@@ -57,7 +57,7 @@ pub struct Side {
 /// The KV dtype that all others are compared with: bf16 where it was measured, otherwise the first.
 pub fn reference_dtype(records: &[Record]) -> Option<&str> {
     let dtypes = distinct(records.iter().filter(|r| r.measured()).map(|r| r.kv_dtype.as_str()));
-    dtypes.iter().find(|k| **k == "bf16").or(dtypes.first()).copied()
+    dtypes.iter().find(|k| **k == REFERENCE_KV).or(dtypes.first()).copied()
 }
 
 /// Every measured cell beside dense, by context, threads, KV dtype and method in the order of the plan.

@@ -7,6 +7,9 @@ use crate::record::Record;
 /// The exact method that all others are compared with.
 pub const DENSE: &str = "dense";
 
+/// The KV dtype that others are compared with, where it was measured: what released checkpoints are run with.
+pub const REFERENCE_KV: &str = "bf16";
+
 /// Names of methods within one result: the parameters that differ between the cells of a method are shown, the others
 /// are left to the full listing.
 #[derive(Clone, Debug, Default)]

@@ -130,7 +130,8 @@ impl<'a> Look<'a> {
         let kv = one(distinct(self.records.iter().map(|r| format!("{} KV", r.kv_dtype))));
         let workload = one(distinct(self.records.iter().map(|r| format!("workload {}", r.workload))));
         let threads = (threads.len() == 1).then(|| thread_count(threads[0]));
-        [model, kv, workload, threads].into_iter().flatten().collect::<Vec<_>>().join(" · ")
+        let method = self.one_method().then(|| format!("method {}", self.records[0].method_string()));
+        [model, method, kv, workload, threads].into_iter().flatten().collect::<Vec<_>>().join(" · ")
     }
 
     /// Records by method, dense first.
@@ -386,7 +387,7 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
     let ends = distinct([contexts.first().copied(), contexts.last().copied()].into_iter().flatten());
     let kvs: Vec<Option<&str>> =
         if look.split { look.kv_dtypes.iter().map(|k| Some(*k)).collect() } else { vec![None] };
-    let (mut panels, mut samples) = (Vec::new(), 0);
+    let (mut panels, mut last) = (Vec::new(), 0.0);
     let mut all: Vec<f64> = Vec::new();
     for &tokens in &ends {
         for kv in &kvs {
@@ -396,7 +397,6 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
             let mut series = Vec::new();
             for r in look.in_order().into_iter().filter(|r| pass(r)) {
                 let ns = times.get(&r.cell_id).map(|reps| reps.concat()).unwrap_or_default();
-                samples = samples.max(ns.len());
                 let curve = stats::percentile_curve(&ns);
                 let points: Vec<Point> = curve
                     .into_iter()
@@ -404,6 +404,7 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
                     .map(|(p, ns)| Point { x: p, y: ns as f64 / 1e6, whisker: None })
                     .collect();
                 all.extend(points.iter().map(|p| p.y));
+                last = points.iter().map(|p| p.x).fold(last, f64::max);
                 series.push(Series { name: look.name(r), style: look.style(r), points });
             }
             let dtype = kv.map(|k| format!(", {k} KV")).unwrap_or_default();
@@ -417,7 +418,7 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
             "{} · closed loop, one stream: service time, without queueing",
             look.conditions(&[threads])
         ),
-        x: Axis::tail("Percentile of the timed tokens", samples),
+        x: Axis::tail("Percentile of the timed tokens", last),
         y: Axis::log("Time per token (ms)", stats::min(&all).unwrap_or(1.0), stats::max(&all).unwrap_or(1.0)),
         columns: if kvs.len() > 1 { kvs.len().min(3) } else { columns(panels.len()) },
         panels,

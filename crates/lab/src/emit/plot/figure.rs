@@ -216,12 +216,12 @@ impl Axis {
         Axis { title: title.to_owned(), scale: Scale::Log, range, ticks }
     }
 
-    /// Percentiles from 0 to the last that `samples` can show.
-    pub fn tail(title: &str, samples: usize) -> Axis {
-        let end = (1.0 - 1.0 / samples.max(20) as f64) * 100.0;
+    /// Percentiles from 0 to a little beyond `last`.
+    pub fn tail(title: &str, last: f64) -> Axis {
+        let end = last.clamp(50.0, 99.999);
         let ticks = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99];
         let ticks = ticks.into_iter().filter(|t| *t <= end).map(|t| (t, t.to_string())).collect();
-        Axis { title: title.to_owned(), scale: Scale::Tail, range: (0.0, end + (100.0 - end) * 0.2), ticks }
+        Axis { title: title.to_owned(), scale: Scale::Tail, range: (0.0, end + (100.0 - end) * 0.15), ticks }
     }
 }
 
