@@ -420,7 +420,7 @@ fn percentiles(look: &Look<'_>, lines: &[Line]) -> Figure {
         ),
         x: Axis::tail("Percentile of the timed tokens", last),
         y: Axis::log("Time per token (ms)", stats::min(&all).unwrap_or(1.0), stats::max(&all).unwrap_or(1.0)),
-        columns: if kvs.len() > 1 { kvs.len().min(3) } else { columns(panels.len()) },
+        columns: if kvs.len() > 1 { kvs.len().min(4) } else { columns(panels.len()) },
         panels,
     }
 }
