@@ -220,7 +220,7 @@ fn machine_table(m: &Machine, out: &mut dyn Write) -> Result<()> {
     let unknown = || "unknown".to_owned();
     let text = |v: &Option<String>| v.clone().unwrap_or_else(unknown);
     let number = |v: Option<usize>| v.map_or_else(unknown, |v| v.to_string());
-    let caches: Vec<String> = m.caches.iter().map(|(n, b)| format!("{n} {}", show_bytes(*b))).collect();
+    let caches: Vec<String> = m.caches.iter().map(|(n, b)| format!("{n} {} KiB", b >> 10)).collect();
     let t = &m.toolchain;
     let dirty = match t.git_dirty {
         Some(true) => ", changed",

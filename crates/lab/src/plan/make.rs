@@ -107,7 +107,8 @@ pub fn outline(
 /// Predicts every cell through the engine, skips what cannot fit or cannot be, and forms the cohorts anew.
 ///
 /// # Errors
-/// [`LabError::Engine`], and [`LabError::Invalid`] when a cell exceeds the limit and the experiment says `refuse`.
+/// [`LabError::Engine`], and [`LabError::Invalid`] when the engine calls every cell impossible, or when a cell exceeds
+/// the limit and the experiment says `refuse`.
 pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes: &[Probe]) -> Result<()> {
     let measure = plan.measure.clone();
     let entry = |c: &PlannedCell| EstimateRequest {
@@ -121,6 +122,7 @@ pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
     let estimates = engine.estimate(&entries)?;
     let limit = plan.limits.max_rss_bytes;
+    let given: Vec<bool> = plan.cells.iter().map(|c| c.skip.is_some()).collect();
     let mut refused = Vec::new();
     for (cell, estimate) in plan.cells.iter_mut().zip(&estimates) {
         if let Some(error) = &estimate.error {
@@ -154,6 +156,18 @@ pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes
             }
             cell.skip = Some(reason);
         }
+    }
+    // One cell that cannot be is a row; when none can, the mistake lies in what they share, e.g. the model's path.
+    let open = |i: &usize| !given[*i];
+    if let Some(first) = (0..given.len()).find(open).and_then(|i| estimates[i].error.as_ref())
+        && (0..given.len()).filter(open).all(|i| estimates[i].error.is_some())
+    {
+        let what = format!("no cell can be measured: {first}");
+        return Err(LabError::invalid(
+            what,
+            plan.experiment.full_name(),
+            "check [model], [workload] and [axes]",
+        ));
     }
     if !refused.is_empty() {
         return Err(LabError::Invalid(refused));

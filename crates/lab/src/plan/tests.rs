@@ -140,3 +140,13 @@ fn a_plan_survives_json() {
     let text = serde_json::to_string_pretty(&plan).unwrap();
     assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
 }
+
+#[test]
+fn a_plan_of_impossible_cells_is_refused() {
+    let engine = MockEngine::default();
+    let axes = "context = [64]\nthreads = [1, 64]\nkv_dtype = [\"bf16\"]\nmethod = [\"window:sinks=999\"]";
+    let e = experiment(axes, "");
+    let mut plan = outline(&e, &engine.capabilities().unwrap(), &machine(), &PlanOptions::default()).unwrap();
+    let error = predict(&mut plan, &engine, e.on_exceed, &[]).unwrap_err();
+    assert!(error.to_string().starts_with("no cell can be measured: sinks exceed"), "{error}");
+}

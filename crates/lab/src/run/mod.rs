@@ -66,7 +66,16 @@ pub fn run(
     let mut exit = Exit::Ok;
     for experiment in &experiments {
         let dir = directory_of(options, experiment, experiments.len() > 1);
-        exit = exit.worst(measure(engine, &capabilities, experiment, &dir, options, err)?);
+        match measure(engine, &capabilities, experiment, &dir, options, err) {
+            Ok(one) => exit = exit.worst(one),
+            // What is wrong with one experiment does not stop the others.
+            Err(error @ LabError::Invalid(_)) if experiments.len() > 1 && !options.fail_fast => {
+                writeln!(err, "error: {error}")?;
+                exit = exit.worst(error.exit());
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
         let written = emit::write_all(&dir)?;
         if experiments.len() > 1 {
             writeln!(out, "{}", experiment.meta.full_name())?;

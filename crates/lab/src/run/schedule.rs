@@ -94,6 +94,8 @@ impl<'a> Scheduler<'a> {
                 state.end = None;
             }
         }
+        let left: usize = (0..self.plan.cohorts.len()).map(|c| self.pending(c).len()).sum();
+        self.directory.note(&format!("run {}: {left} cells to measure", self.plan.run_id))?;
         let before: f64 = wanted(self.plan).map(|i| self.seconds_done(i)).sum();
         self.progress.resumed(before);
         let cohorts = self.plan.cohorts.len();
@@ -123,6 +125,7 @@ impl<'a> Scheduler<'a> {
             }
         }
         self.progress.finish();
+        self.directory.note("finished")?;
         Ok(exit_of(self.plan, &self.states, self.violated))
     }
 

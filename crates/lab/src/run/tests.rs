@@ -365,3 +365,34 @@ fn progress_is_one_line_a_cohort() {
         "{text}"
     );
 }
+
+/// The whole way: two experiments, one of which cannot be, with everything that is derived from the log.
+#[test]
+fn run_prints_the_table_and_writes_what_it_names() {
+    let lab = Lab::new(AXES, MEASURE);
+    let text = std::fs::read_to_string(&lab.options.files[0]).unwrap();
+    let bad = text
+        .replace("name = \"x\"", "name = \"bad\"")
+        .replace("\"dense\", \"window\", \"topk\"", "\"window:sinks=999\"");
+    let file = lab.dir.path().join("bad.toml");
+    std::fs::write(&file, bad).unwrap();
+    let mut options = RunOptions { out: Some(lab.out()), ..lab.options.clone() };
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    assert_eq!(run(&MockEngine::default(), &options, &mut out, &mut err).unwrap(), Exit::Ok);
+    let text = String::from_utf8(out).unwrap();
+    let wrote: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("wrote ")).collect();
+    assert!(
+        wrote.iter().any(|f| f.ends_with("cells.csv")) && wrote.iter().all(|f| Path::new(f).exists()),
+        "{text}"
+    );
+    assert!(err.is_empty());
+    options.files.insert(0, file);
+    options.out = Some(lab.dir.path().join("both"));
+    let exit = run(&MockEngine::default(), &options, &mut Vec::new(), &mut err).unwrap();
+    assert_eq!(exit, Exit::Usage);
+    assert!(String::from_utf8(err).unwrap().contains("no cell can be measured"));
+    assert!(
+        lab.dir.path().join("both/main-x/cells.csv").exists()
+            && !lab.dir.path().join("both/main-bad").exists()
+    );
+}
