@@ -109,31 +109,26 @@ impl TernaryShape {
         let quarter = self.rows / 4;
         assert_eq!(packed.len(), quarter * self.cols, "packed bytes of {self:?}");
         self.check_out(&tiles, out);
-        let mut line = vec![PADDING; self.padded_cols()];
         for (tile, out) in tiles.zip(out.chunks_exact_mut(self.tile_bytes().max(1))) {
             for in_tile in 0..TILE_ROWS {
                 let row = tile * TILE_ROWS + in_tile;
                 let shift = row / quarter * 2;
                 let source = &packed[row % quarter * self.cols..][..self.cols];
                 let mut bad = 0;
-                for (code, &byte) in line.iter_mut().zip(source) {
-                    *code = byte >> shift & 3;
-                    bad |= *code & (*code >> 1);
+                let (whole, rest) = source.as_chunks::<BLOCK_COLS>();
+                let mut blocks =
+                    out.chunks_exact_mut(BLOCK_BYTES).map(|block| &mut block[in_tile * UNIT..][..UNIT]);
+                for (columns, unit) in whole.iter().zip(&mut blocks) {
+                    bad |= fold_unit(columns, shift, unit);
+                }
+                if let Some(unit) = blocks.next() {
+                    let mut columns = [PADDING; BLOCK_COLS];
+                    columns[..rest.len()].copy_from_slice(rest);
+                    bad |= fold_unit(&columns, shift, unit);
                 }
                 if bad != 0 {
-                    let col = line[..self.cols].iter().position(|&code| code == 3).unwrap_or_default();
+                    let col = source.iter().position(|&byte| byte >> shift & 3 == 3).unwrap_or_default();
                     return Err(BadCode { row, col });
-                }
-                // The rest of the line is padding from the start; as a code it is 1.
-                line[self.cols..].fill(1);
-                for (codes, block) in line.chunks_exact(BLOCK_COLS).zip(out.chunks_exact_mut(BLOCK_BYTES)) {
-                    let unit = &mut block[in_tile * UNIT..][..UNIT];
-                    for (j, byte) in unit.iter_mut().enumerate() {
-                        *byte = codes[j]
-                            | codes[UNIT + j] << 2
-                            | codes[2 * UNIT + j] << 4
-                            | codes[3 * UNIT + j] << 6;
-                    }
                 }
             }
         }
@@ -177,6 +172,24 @@ impl TernaryShape {
             }
         }
     }
+}
+
+/// Picks the codes at bits `shift` and `shift + 1` of 256 bytes and packs them into a unit, eight bytes at a time. The
+/// result is not zero if a code is 3.
+fn fold_unit(columns: &[u8; BLOCK_COLS], shift: usize, unit: &mut [u8]) -> u64 {
+    const CODES: u64 = 0x0303_0303_0303_0303;
+    let (columns, _) = columns.as_chunks::<8>();
+    let mut bad = 0;
+    for (j, eight) in unit.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let mut packed = 0;
+        for g in 0..4 {
+            let codes = u64::from_le_bytes(columns[g * UNIT / 8 + j]) >> shift & CODES;
+            bad |= codes & codes >> 1;
+            packed |= codes << (2 * g);
+        }
+        *eight = packed.to_le_bytes();
+    }
+    bad & 0x0101_0101_0101_0101
 }
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
