@@ -5,6 +5,7 @@
 
 pub mod named;
 mod read;
+mod settings;
 pub mod units;
 mod walk;
 

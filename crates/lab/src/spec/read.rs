@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use longbit_protocol::{Capabilities, Measure, ModelSpec, ParamInfo};
+use longbit_protocol::{Capabilities, ModelSpec, ParamInfo};
 use toml::de::{DeTable, DeValue};
 
 use super::named::{self, Named, suggest};
 use super::walk::{At, Section, Source, integer, items, scalar};
 use super::{Exclude, Experiment, MemoryLimit, OnExceed, Threads, units};
 use crate::Complaint;
-use crate::plan::{ExperimentMeta, Gate, OnFail, SCHEMA, VerifySpec};
+use crate::plan::{ExperimentMeta, SCHEMA};
 
 /// Largest context and thread count that are taken for meant.
 const MAX_CONTEXT: u64 = 1 << 24;
@@ -40,8 +40,8 @@ pub(super) fn read(file: &str, text: &str, caps: &Capabilities) -> Result<Experi
     }
 }
 
-struct Reader<'a> {
-    source: &'a Source<'a>,
+pub(super) struct Reader<'a> {
+    pub(super) source: &'a Source<'a>,
     caps: &'a Capabilities,
 }
 
@@ -113,7 +113,12 @@ impl<'a> Reader<'a> {
         value
     }
 
-    fn choice<T: Copy>(&self, section: &Section<'a>, key: &'static str, of: &[(&str, T)]) -> Option<T> {
+    pub(super) fn choice<T: Copy>(
+        &self,
+        section: &Section<'a>,
+        key: &'static str,
+        of: &[(&str, T)],
+    ) -> Option<T> {
         let at = section.str(key)?;
         let found = of.iter().find(|(word, _)| *word == at.value).map(|(_, value)| *value);
         if found.is_none() {
@@ -429,68 +434,6 @@ impl<'a> Reader<'a> {
         exclude.reason = section.str("reason").map(|at| at.value).unwrap_or_default();
         section.end();
         exclude
-    }
-
-    fn measure(&self, section: &Section<'a>) -> (Measure, u32, f64) {
-        let count = |key, min, default: u32| {
-            section.int(key, min, 1_000_000).and_then(|at| u32::try_from(at.value).ok()).unwrap_or(default)
-        };
-        let measure = Measure {
-            reps: count("reps", 1, 6),
-            gen_tokens: count("gen_tokens", 1, 64),
-            warmup_tokens: count("warmup_tokens", 0, 8),
-            quality_steps: count("quality_steps", 0, 4),
-            pin: section.bool("pin").is_none_or(|at| at.value),
-            probe_bytes: section.quantity("probe", units::size).unwrap_or(1 << 30),
-        };
-        let min_samples = count("min_samples_p99", 1, 299);
-        let drift = section.quantity("max_drift", units::percent).unwrap_or(2.0);
-        section.has("seed");
-        section.end();
-        (measure, min_samples, drift)
-    }
-
-    fn verify(&self, section: &Section<'a>, methods: &[Named]) -> Option<VerifySpec> {
-        let verify = VerifySpec {
-            cosine_min: section.float("cosine_min").map(|at| at.value),
-            rel_l2_max: section.float("rel_l2_max").map(|at| at.value),
-            on_fail: self
-                .choice(section, "on_fail", &[("mark", OnFail::Mark), ("stop", OnFail::Stop)])
-                .unwrap_or_default(),
-            methods: section
-                .strs("methods")
-                .unwrap_or_default()
-                .into_iter()
-                .filter_map(|at| {
-                    let names: Vec<&str> = methods.iter().map(|m| m.name.as_str()).collect();
-                    if !names.contains(&at.value.as_str()) {
-                        let what = format!("method {:?} is not on the axis", at.value);
-                        self.source.complain(&at.place, what, suggest(&at.value, &names));
-                        return None;
-                    }
-                    Some(at.value)
-                })
-                .collect(),
-        };
-        section.end();
-        if section.is_present() && !section.has("cosine_min") && !section.has("rel_l2_max") {
-            let help = "give cosine_min or rel_l2_max, or remove [verify]";
-            self.source.complain(&section.place, "[verify] limits nothing", help);
-        }
-        section.is_present().then_some(verify)
-    }
-
-    fn gate(&self, section: &Section<'a>) -> Gate {
-        let default = Gate::default();
-        let gate = Gate {
-            tpot_p50_pct: section.quantity("tpot_p50", units::percent).unwrap_or(default.tpot_p50_pct),
-            tpot_p99_pct: section.quantity("tpot_p99", units::percent).unwrap_or(default.tpot_p99_pct),
-            kv_bytes_pct: section.quantity("kv_bytes", units::percent).unwrap_or(default.kv_bytes_pct),
-            rel_l2_abs: section.quantity("rel_l2", units::number).unwrap_or(default.rel_l2_abs),
-            cosine_abs: section.quantity("cosine", units::number).unwrap_or(default.cosine_abs),
-        };
-        section.end();
-        gate
     }
 }
 

@@ -1,0 +1,73 @@
+//! How cells are measured and judged: the sections `[measure]`, `[verify]` and `[gate]`.
+
+use longbit_protocol::Measure;
+
+use super::named::{Named, suggest};
+use super::read::Reader;
+use super::units;
+use super::walk::Section;
+use crate::plan::{Gate, OnFail, VerifySpec};
+
+impl<'a> Reader<'a> {
+    pub(super) fn measure(&self, section: &Section<'a>) -> (Measure, u32, f64) {
+        let count = |key, min, default: u32| {
+            section.int(key, min, 1_000_000).and_then(|at| u32::try_from(at.value).ok()).unwrap_or(default)
+        };
+        let measure = Measure {
+            reps: count("reps", 1, 6),
+            gen_tokens: count("gen_tokens", 1, 64),
+            warmup_tokens: count("warmup_tokens", 0, 8),
+            quality_steps: count("quality_steps", 0, 4),
+            pin: section.bool("pin").is_none_or(|at| at.value),
+            probe_bytes: section.quantity("probe", units::size).unwrap_or(1 << 30),
+        };
+        let min_samples = count("min_samples_p99", 1, 299);
+        let drift = section.quantity("max_drift", units::percent).unwrap_or(2.0);
+        section.has("seed");
+        section.end();
+        (measure, min_samples, drift)
+    }
+
+    pub(super) fn verify(&self, section: &Section<'a>, methods: &[Named]) -> Option<VerifySpec> {
+        let verify = VerifySpec {
+            cosine_min: section.float("cosine_min").map(|at| at.value),
+            rel_l2_max: section.float("rel_l2_max").map(|at| at.value),
+            on_fail: self
+                .choice(section, "on_fail", &[("mark", OnFail::Mark), ("stop", OnFail::Stop)])
+                .unwrap_or_default(),
+            methods: section
+                .strs("methods")
+                .unwrap_or_default()
+                .into_iter()
+                .filter_map(|at| {
+                    let names: Vec<&str> = methods.iter().map(|m| m.name.as_str()).collect();
+                    if !names.contains(&at.value.as_str()) {
+                        let what = format!("method {:?} is not on the axis", at.value);
+                        self.source.complain(&at.place, what, suggest(&at.value, &names));
+                        return None;
+                    }
+                    Some(at.value)
+                })
+                .collect(),
+        };
+        section.end();
+        if section.is_present() && !section.has("cosine_min") && !section.has("rel_l2_max") {
+            let help = "give cosine_min or rel_l2_max, or remove [verify]";
+            self.source.complain(&section.place, "[verify] limits nothing", help);
+        }
+        section.is_present().then_some(verify)
+    }
+
+    pub(super) fn gate(&self, section: &Section<'a>) -> Gate {
+        let default = Gate::default();
+        let gate = Gate {
+            tpot_p50_pct: section.quantity("tpot_p50", units::percent).unwrap_or(default.tpot_p50_pct),
+            tpot_p99_pct: section.quantity("tpot_p99", units::percent).unwrap_or(default.tpot_p99_pct),
+            kv_bytes_pct: section.quantity("kv_bytes", units::percent).unwrap_or(default.kv_bytes_pct),
+            rel_l2_abs: section.quantity("rel_l2", units::number).unwrap_or(default.rel_l2_abs),
+            cosine_abs: section.quantity("cosine", units::number).unwrap_or(default.cosine_abs),
+        };
+        section.end();
+        gate
+    }
+}
