@@ -26,18 +26,26 @@ fn measure(c: &mut Criterion, place: &str, n: usize, groups: &[usize]) {
         group.throughput(Throughput::Bytes((n * D * 2) as u64));
         for k in tables() {
             group.bench_function(BenchmarkId::new("scores_bf16", k.isa()), |b| {
-                b.iter(|| narrow.chunks(PAGE * D).for_each(|p| k.scores_bf16(&queries, p, D, &mut weights)));
+                b.iter(|| {
+                    narrow.chunks(PAGE * D).for_each(|p| k.scores_bf16(&queries, p, D, &mut weights, &[]))
+                });
             });
             weights.fill(0.125);
             group.bench_function(BenchmarkId::new("accumulate_bf16", k.isa()), |b| {
-                b.iter(|| narrow.chunks(PAGE * D).for_each(|p| k.accumulate_bf16(&weights, p, D, &mut acc)));
+                b.iter(|| {
+                    narrow.chunks(PAGE * D).for_each(|p| k.accumulate_bf16(&weights, p, D, &mut acc, &[]))
+                });
             });
             group.bench_function(BenchmarkId::new("scores_f32", k.isa()), |b| {
-                b.iter(|| wide.chunks(PAGE * D).for_each(|p| k.scores_f32(&queries, p, D, &mut weights)));
+                b.iter(|| {
+                    wide.chunks(PAGE * D).for_each(|p| k.scores_f32(&queries, p, D, &mut weights, &[]))
+                });
             });
             weights.fill(0.125);
             group.bench_function(BenchmarkId::new("accumulate_f32", k.isa()), |b| {
-                b.iter(|| wide.chunks(PAGE * D).for_each(|p| k.accumulate_f32(&weights, p, D, &mut acc)));
+                b.iter(|| {
+                    wide.chunks(PAGE * D).for_each(|p| k.accumulate_f32(&weights, p, D, &mut acc, &[]))
+                });
             });
         }
         black_box(&acc);
@@ -53,5 +61,9 @@ fn from_memory(c: &mut Criterion) {
     measure(c, "memory", 2 << 20, &[4]);
 }
 
-criterion_group!(benches, from_l2, from_memory);
+criterion_group! {
+    name = benches;
+    config = longbit_benches::criterion();
+    targets = from_l2, from_memory
+}
 criterion_main!(benches);

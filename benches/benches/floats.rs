@@ -43,5 +43,9 @@ fn operations(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, operations);
+criterion_group! {
+    name = benches;
+    config = longbit_benches::criterion();
+    targets = operations
+}
 criterion_main!(benches);

@@ -45,5 +45,9 @@ fn quantize(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, heads, quantize);
+criterion_group! {
+    name = benches;
+    config = longbit_benches::criterion();
+    targets = heads, quantize
+}
 criterion_main!(benches);

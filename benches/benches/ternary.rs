@@ -104,5 +104,9 @@ fn fill(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, gemv_from_l2, gemv_from_memory, gemm_from_l2, fill);
+criterion_group! {
+    name = benches;
+    config = longbit_benches::criterion();
+    targets = gemv_from_l2, gemv_from_memory, gemm_from_l2, fill
+}
 criterion_main!(benches);

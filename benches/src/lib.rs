@@ -1,1 +1,100 @@
-//! Shared set-up of the benches.
+//! What the benches share: the measured read bandwidth that every figure stands beside, and an attention-only model.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use criterion::Criterion;
+use longbit::attention::method;
+use longbit::kv::kv_dtype;
+use longbit::{Activation, HeadFormat, Model, ModelConfig, Session, SessionOptions, Supplied};
+use longbit_sys::{ReadProbe, Team, allowed_cpus};
+
+/// Buffer of the bandwidth probe: larger than the last-level cache of any machine in sight.
+const PROBE_BYTES: usize = 1 << 30;
+
+/// Thread counts worth measuring here: one, and all.
+pub fn thread_counts() -> Vec<usize> {
+    let all = allowed_cpus().map_or(1, |cpus| cpus.len());
+    if all > 1 { vec![1, all] } else { vec![1] }
+}
+
+/// A pinned team.
+///
+/// # Panics
+/// When threads cannot be had: there is nothing to measure then.
+pub fn team(threads: usize) -> Arc<Team> {
+    Arc::new(Team::new(threads, true).unwrap_or_else(|e| panic!("{e}")))
+}
+
+/// The probe.
+///
+/// # Panics
+/// When its memory cannot be had.
+pub fn probe() -> ReadProbe {
+    ReadProbe::new(PROBE_BYTES).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Criterion with its defaults, after one line on the bandwidth of this machine at this hour: compare GiB/s with it.
+pub fn criterion() -> Criterion {
+    let probe = probe();
+    for threads in thread_counts() {
+        let gb_s = probe.measure(&team(threads));
+        println!(
+            "measured read bandwidth, {threads} thread(s): {gb_s:.1} GB/s = {:.1} GiB/s",
+            gb_s * 1e9 / 1_073_741_824.0
+        );
+    }
+    Criterion::default()
+}
+
+/// A session whose decode step is attention and little else: the heads of a 2B model over 30 layers on a residual stream
+/// of 256, with `context` tokens of arbitrary rows cached.
+///
+/// # Panics
+/// When memory cannot be had.
+pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, Supplied) {
+    let config = ModelConfig {
+        name: "attention only".into(),
+        vocab: 256,
+        hidden: 256,
+        intermediate: 256,
+        layers: 30,
+        heads: 20,
+        kv_heads: 5,
+        head_dim: 128,
+        rope_theta: 500_000.0,
+        rms_eps: 1e-5,
+        activation: Activation::Relu2,
+        sub_norms: true,
+        tied_head: true,
+        trained_positions: 4096,
+    };
+    let team = team(threads);
+    let make = || -> longbit::Result<(Session, Supplied)> {
+        let model = Arc::new(Model::synthetic(config.clone(), HeadFormat::Bf16, 1, &team)?);
+        let options = SessionOptions { capacity: context + 256, kv: kv_dtype(kv)?, method: method("dense")? };
+        let mut session = Session::new(model, team.clone(), options)?;
+        let rows: Vec<f32> =
+            (0..1024 * 128).map(|i| ((i * 2_654_435_761usize) >> 7 & 1023) as f32 / 512.0 - 1.0).collect();
+        for head in 0..config.layers * config.kv_heads {
+            let mut kv = session.cache().head_mut(head / config.kv_heads, head % config.kv_heads);
+            let mut left = context;
+            while left > 0 {
+                let n = left.min(1024) * config.head_dim;
+                kv.append(&rows[..n], &rows[..n])?;
+                left -= left.min(1024);
+            }
+        }
+        session.cache_mut().set_len(context)?;
+        session.refresh();
+        let numbers = config.layers * config.kv_heads * config.head_dim;
+        let supplied = Supplied {
+            queries: vec![0.01; numbers * config.group()],
+            keys: vec![0.01; numbers],
+            values: vec![0.01; numbers],
+        };
+        Ok((session, supplied))
+    };
+    make().unwrap_or_else(|e| panic!("{e}"))
+}

@@ -7,9 +7,9 @@
 //!
 //! ```
 //! use longbit::{HeadFormat, Model, Session, SessionOptions, preset};
-//! let team = longbit_sys::Team::new(1, false)?.into();
+//! let team = std::sync::Arc::new(longbit_sys::Team::new(1, false)?);
 //! let model = Model::synthetic(preset("tiny")?, HeadFormat::Bf16, 1, &team)?;
-//! let mut session = Session::new(model.into(), team, SessionOptions { capacity: 64, ..Default::default() })?;
+//! let mut session = Session::new(model.into(), team.clone(), SessionOptions { capacity: 64, ..Default::default() })?;
 //! session.prefill(&[1, 2, 3])?;
 //! let logits = session.decode(4)?;
 //! assert_eq!(logits.len(), 512);

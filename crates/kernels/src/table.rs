@@ -40,11 +40,11 @@ macro_rules! for_each_float_op {
                 = quantize::quantize_activations;
             quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()
                 = quantize::quantize_rows_int8;
-            scores_f32(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) -> () = attention::scores_f32;
-            scores_bf16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) -> () = attention::scores_bf16;
-            accumulate_f32(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) -> ()
+            scores_f32(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32], upcoming: &[f32]) -> () = attention::scores_f32;
+            scores_bf16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32], upcoming: &[u16]) -> () = attention::scores_bf16;
+            accumulate_f32(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32], upcoming: &[f32]) -> ()
                 = attention::accumulate_f32;
-            accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) -> ()
+            accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32], upcoming: &[u16]) -> ()
                 = attention::accumulate_bf16;
             head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
             head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;

@@ -221,10 +221,10 @@ conform! {
             for n in ROWS {
                 let (queries, rows, narrow) = (random.floats(g * d), random.floats(n * d), random.bf16(n * d));
                 let (mut got, mut want) = (vec![1.0; g * n], vec![2.0; g * n]);
-                k.scores_f32(&queries, &rows, d, &mut got);
+                k.scores_f32(&queries, &rows, d, &mut got, &rows);
                 oracle::scores_f32(&queries, &rows, d, &mut want);
                 same(k, &format!("scores_f32 d={d} g={g} n={n}"), &got, &want);
-                k.scores_bf16(&queries, &narrow, d, &mut got);
+                k.scores_bf16(&queries, &narrow, d, &mut got, &narrow[..n / 2 * d]);
                 oracle::scores_bf16(&queries, &narrow, d, &mut want);
                 same(k, &format!("scores_bf16 d={d} g={g} n={n}"), &got, &want);
             }
@@ -237,10 +237,10 @@ conform! {
                 let (weights, rows, narrow) = (random.floats(g * n), random.floats(n * d), random.bf16(n * d));
                 let start = random.floats(g * d);
                 let (mut got, mut want) = (start.clone(), start);
-                k.accumulate_f32(&weights, &rows, d, &mut got);
+                k.accumulate_f32(&weights, &rows, d, &mut got, &[]);
                 oracle::accumulate_f32(&weights, &rows, d, &mut want);
                 same(k, &format!("accumulate_f32 d={d} g={g} n={n}"), &got, &want);
-                k.accumulate_bf16(&weights, &narrow, d, &mut got);
+                k.accumulate_bf16(&weights, &narrow, d, &mut got, &narrow);
                 oracle::accumulate_bf16(&weights, &narrow, d, &mut want);
                 same(k, &format!("accumulate_bf16 d={d} g={g} n={n}"), &got, &want);
             }
@@ -256,7 +256,7 @@ fn infinite_scores_and_values_pass_through() {
         rows[2 * 33 + 32] = f32::INFINITY;
         let queries = vec![1.0; 4 * 33];
         let mut out = vec![0.0; 20];
-        k.scores_f32(&queries, &rows, 33, &mut out);
+        k.scores_f32(&queries, &rows, 33, &mut out, &[]);
         assert_eq!(&out[..5], &[33.0, f32::NEG_INFINITY, f32::INFINITY, 33.0, 33.0], "{}", k.isa());
     }
 }
@@ -268,9 +268,9 @@ fn empty_inputs_are_allowed() {
         assert_eq!(k.max(&[]), f32::NEG_INFINITY);
         assert_eq!(k.exp_sum(&mut [], 0.0).to_bits(), 0);
         assert_eq!(k.quantize_activations(&[], &mut [3, 4]).sum, 0);
-        k.scores_f32(&[1.0; 8], &[], 4, &mut []);
+        k.scores_f32(&[1.0; 8], &[], 4, &mut [], &[]);
         let mut acc = [1.5; 8];
-        k.accumulate_bf16(&[], &[], 4, &mut acc);
+        k.accumulate_bf16(&[], &[], 4, &mut acc, &[]);
         assert_eq!(acc, [1.5; 8]);
     }
 }

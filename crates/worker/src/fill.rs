@@ -230,14 +230,14 @@ impl<'a> Exact<'a> {
         let steps =
             self.queries.chunks_exact(self.group * d).zip(self.done.partials.chunks_exact_mut(self.group));
         for (queries, partials) in steps {
-            kernels.scores_f32(queries, keys, d, weights);
+            kernels.scores_f32(queries, keys, d, weights, values);
             self.acc.fill(0.0);
             let mut blocks = Vec::with_capacity(self.group);
             for logits in weights.chunks_exact_mut(n) {
                 let max = kernels.max(logits);
                 blocks.push((max, kernels.exp_sum(logits, max)));
             }
-            kernels.accumulate_f32(weights, values, d, &mut self.acc);
+            kernels.accumulate_f32(weights, values, d, &mut self.acc, &[]);
             for ((partial, (max, sum)), acc) in partials.iter_mut().zip(blocks).zip(self.acc.chunks_exact(d))
             {
                 partial.merge(f64::from(max), f64::from(sum), acc);

@@ -30,12 +30,14 @@ pub(crate) fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize
 }
 
 /// Attends `queries` (`[group][head_dim]`, scaled) to the tokens of `pieces`, in order, and writes the partials of the
-/// group. `scratch` grows as needed and keeps nothing.
+/// group. `next` is what will be attended afterwards, if it is of the same head: its keys are requested in time.
+/// `scratch` grows as needed and keeps nothing.
 pub(crate) fn attend_chunk(
     kernels: &Kernels,
     queries: &[f32],
     kv: &KvHead,
     pieces: &[Range<usize>],
+    next: Option<&Range<usize>>,
     scratch: &mut Vec<f32>,
     partials: &mut [f32],
 ) {
@@ -45,7 +47,9 @@ pub(crate) fn attend_chunk(
     let (weights, accumulators) = scratch.split_at_mut(group * PAGE_TOKENS);
     accumulators.fill(0.0);
     super::partial::clear(partials, d);
-    for run in pieces.iter().cloned().flat_map(KvHead::runs) {
+    let after = next.cloned().map(KvHead::runs).and_then(|mut runs| runs.next());
+    let mut runs = pieces.iter().cloned().flat_map(KvHead::runs).peekable();
+    while let Some(run) = runs.next() {
         let n = run.len();
         let weights = &mut weights[..group * n];
         kv.scores(queries, &run, weights);
@@ -60,7 +64,7 @@ pub(crate) fn attend_chunk(
             }
             partial[0] = max;
         }
-        kv.accumulate(weights, &run, accumulators);
+        kv.accumulate(weights, &run, runs.peek().or(after.as_ref()), accumulators);
     }
     for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(accumulators.chunks_exact(d)) {
         partial[2..].copy_from_slice(acc);

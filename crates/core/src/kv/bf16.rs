@@ -28,11 +28,29 @@ impl KvDtype for Bf16 {
         kernels.bf16_to_f32(bytemuck::cast_slice(rows), out);
     }
 
-    fn scores(&self, kernels: &Kernels, queries: &[f32], rows: &[u8], head_dim: usize, out: &mut [f32]) {
-        kernels.scores_bf16(queries, bytemuck::cast_slice(rows), head_dim, out);
+    fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        out: &mut [f32],
+        upcoming: &[u8],
+    ) {
+        let upcoming = bytemuck::cast_slice(upcoming);
+        kernels.scores_bf16(queries, bytemuck::cast_slice(rows), head_dim, out, upcoming);
     }
 
-    fn accumulate(&self, kernels: &Kernels, weights: &[f32], rows: &[u8], head_dim: usize, acc: &mut [f32]) {
-        kernels.accumulate_bf16(weights, bytemuck::cast_slice(rows), head_dim, acc);
+    fn accumulate(
+        &self,
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        acc: &mut [f32],
+        upcoming: &[u8],
+    ) {
+        let upcoming = bytemuck::cast_slice(upcoming);
+        kernels.accumulate_bf16(weights, bytemuck::cast_slice(rows), head_dim, acc, upcoming);
     }
 }

@@ -27,11 +27,29 @@ impl KvDtype for F32 {
         out.copy_from_slice(bytemuck::cast_slice(rows));
     }
 
-    fn scores(&self, kernels: &Kernels, queries: &[f32], rows: &[u8], head_dim: usize, out: &mut [f32]) {
-        kernels.scores_f32(queries, bytemuck::cast_slice(rows), head_dim, out);
+    fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        out: &mut [f32],
+        upcoming: &[u8],
+    ) {
+        let upcoming = bytemuck::cast_slice(upcoming);
+        kernels.scores_f32(queries, bytemuck::cast_slice(rows), head_dim, out, upcoming);
     }
 
-    fn accumulate(&self, kernels: &Kernels, weights: &[f32], rows: &[u8], head_dim: usize, acc: &mut [f32]) {
-        kernels.accumulate_f32(weights, bytemuck::cast_slice(rows), head_dim, acc);
+    fn accumulate(
+        &self,
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        acc: &mut [f32],
+        upcoming: &[u8],
+    ) {
+        let upcoming = bytemuck::cast_slice(upcoming);
+        kernels.accumulate_f32(weights, bytemuck::cast_slice(rows), head_dim, acc, upcoming);
     }
 }

@@ -33,11 +33,28 @@ pub trait KvDtype: Send + Sync {
     fn decode(&self, kernels: &Kernels, rows: &[u8], head_dim: usize, out: &mut [f32]);
 
     /// Dot products: `out[h][t] = queries[h] . rows[t]`, with `queries` `[group][head_dim]` and `out` `[group][n]`.
-    fn scores(&self, kernels: &Kernels, queries: &[f32], rows: &[u8], head_dim: usize, out: &mut [f32]);
+    /// `upcoming` are encoded rows that are read next, to be requested from memory meanwhile; they change no result.
+    fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        out: &mut [f32],
+        upcoming: &[u8],
+    );
 
     /// Weighted sum: `acc[h] += sum_t weights[h][t] * rows[t]`, with `weights` `[group][n]` and `acc`
-    /// `[group][head_dim]`.
-    fn accumulate(&self, kernels: &Kernels, weights: &[f32], rows: &[u8], head_dim: usize, acc: &mut [f32]);
+    /// `[group][head_dim]`; `upcoming` as for [`KvDtype::scores`].
+    fn accumulate(
+        &self,
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: &[u8],
+        head_dim: usize,
+        acc: &mut [f32],
+        upcoming: &[u8],
+    );
 }
 
 /// Every KV dtype.

@@ -258,7 +258,9 @@ impl CheckpointConfig {
         let rope_theta = theta.ok_or_else(|| fail("rope_theta is missing".into()))?;
         let head_dim = match raw.head_dim {
             Some(d) => d,
-            None if raw.num_attention_heads > 0 && raw.hidden_size % raw.num_attention_heads == 0 => {
+            None if raw.num_attention_heads > 0
+                && raw.hidden_size.is_multiple_of(raw.num_attention_heads) =>
+            {
                 raw.hidden_size / raw.num_attention_heads
             }
             None => {

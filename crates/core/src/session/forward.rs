@@ -320,7 +320,12 @@ impl Pass<'_> {
             let width = self.model.config.group() * d;
             let queries = &queries[kv_head * width..(kv_head + 1) * width];
             let kv = self.cache.head(l, kv_head);
-            attend_chunk(kernels, queries, &kv, &pieces[range], &mut p.attend, &mut s.partials.write(slot));
+            let next = match tasks.get(slot + 1) {
+                Some((head, range)) if *head == kv_head => pieces.get(range.start),
+                _ => None,
+            };
+            let mut out = s.partials.write(slot);
+            attend_chunk(kernels, queries, &kv, &pieces[range], next, &mut p.attend, &mut out);
         }
         worker.barrier();
         let slot_len = self.model.config.group() * partial::stride(d);
@@ -373,7 +378,7 @@ impl Pass<'_> {
                         continue;
                     }
                     let query = &queries[j * width..(j + 1) * width];
-                    attend_chunk(kernels, query, &kv, &[visible], &mut p.attend, part);
+                    attend_chunk(kernels, query, &kv, &[visible], None, &mut p.attend, part);
                     partial::merge(kernels, &mut running[i * slot..(i + 1) * slot], part, d);
                 }
             }

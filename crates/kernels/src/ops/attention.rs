@@ -13,12 +13,40 @@ const ROW_BLOCK: usize = 64;
 /// Bytes by which requests run ahead of the reading, at least.
 const AHEAD_BYTES: usize = 2048;
 
-/// The rows to request while the row at `here` is read, of the `n` that are left. At the end that row itself, which costs
-/// nothing: what lies behind the last row may never be read.
-#[inline(always)]
-fn ahead<E>(here: *const E, d: usize, n: usize) -> *const E {
-    let rows = AHEAD_BYTES.div_ceil(d * size_of::<E>()) + 4;
-    here.wrapping_add(if rows + 4 <= n { rows * d } else { 0 })
+/// What is read after these rows, for as many rows as it has, beside the row at hand.
+pub(crate) struct Upcoming<E>(*const E, usize);
+
+impl<E> Clone for Upcoming<E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for Upcoming<E> {}
+
+impl<E> Upcoming<E> {
+    #[inline(always)]
+    pub(crate) fn of(rows: &[E], d: usize) -> Self {
+        Upcoming(rows.as_ptr(), rows.len() / d)
+    }
+
+    /// From `t` rows on.
+    #[inline(always)]
+    fn skip(self, t: usize, d: usize) -> Self {
+        Upcoming(self.0.wrapping_add(t * d), self.1.saturating_sub(t))
+    }
+
+    /// The rows to request while `count` rows at `here` are read, of the `n` that are left: those that are read after
+    /// all of these, so that memory works while scores turn into weights; without any, some rows further on; at the end
+    /// those at hand, which costs nothing: what lies behind the last row may never be read.
+    #[inline(always)]
+    fn ahead(self, here: *const E, d: usize, n: usize, count: usize) -> *const E {
+        if self.1 >= count {
+            return self.0;
+        }
+        let rows = AHEAD_BYTES.div_ceil(d * size_of::<E>()) + 4;
+        here.wrapping_add(if rows + 4 <= n { rows * d } else { 0 })
+    }
 }
 
 /// Query values that [`Queries`] has room for: four heads of dimension 256.
@@ -142,6 +170,7 @@ pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const MODE
     d: usize,
     out: *mut f32,
     stride: usize,
+    upcoming: Upcoming<E>,
 ) where
     V: F32x16,
     E: Element,
@@ -154,7 +183,7 @@ pub(crate) unsafe fn score_rows<V, E, const G: usize, const N: usize, const MODE
                 let here = rows.add(t * d);
                 score_tile::<V, E, G, N, MODE, false>(
                     q,
-                    (here, ahead(here, d, n - t)),
+                    (here, upcoming.skip(t, d).ahead(here, d, n - t, N)),
                     d,
                     out.add(t),
                     stride,
@@ -180,26 +209,26 @@ unsafe fn score_heads<V: F32x16, E: Element, const MODE: u8>(
     q: *const f32,
     rows: *const E,
     (n, d): (usize, usize),
-    out: *mut f32,
-    stride: usize,
+    (out, stride): (*mut f32, usize),
+    upcoming: Upcoming<E>,
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
         match (g, V::WIDE) {
-            (1, true) => score_rows::<V, E, 1, 8, MODE>(q, rows, n, d, out, stride),
-            (1, false) => score_rows::<V, E, 1, 4, MODE>(q, rows, n, d, out, stride),
-            (2, true) => score_rows::<V, E, 2, 4, MODE>(q, rows, n, d, out, stride),
-            (2, false) => score_rows::<V, E, 2, 2, MODE>(q, rows, n, d, out, stride),
-            (3, true) => score_rows::<V, E, 3, 4, MODE>(q, rows, n, d, out, stride),
-            (3, false) => score_rows::<V, E, 3, 1, MODE>(q, rows, n, d, out, stride),
-            (_, true) => score_rows::<V, E, 4, 4, MODE>(q, rows, n, d, out, stride),
-            (_, false) => score_rows::<V, E, 4, 1, MODE>(q, rows, n, d, out, stride),
+            (1, true) => score_rows::<V, E, 1, 8, MODE>(q, rows, n, d, out, stride, upcoming),
+            (1, false) => score_rows::<V, E, 1, 4, MODE>(q, rows, n, d, out, stride, upcoming),
+            (2, true) => score_rows::<V, E, 2, 4, MODE>(q, rows, n, d, out, stride, upcoming),
+            (2, false) => score_rows::<V, E, 2, 2, MODE>(q, rows, n, d, out, stride, upcoming),
+            (3, true) => score_rows::<V, E, 3, 4, MODE>(q, rows, n, d, out, stride, upcoming),
+            (3, false) => score_rows::<V, E, 3, 1, MODE>(q, rows, n, d, out, stride, upcoming),
+            (_, true) => score_rows::<V, E, 4, 4, MODE>(q, rows, n, d, out, stride, upcoming),
+            (_, false) => score_rows::<V, E, 4, 1, MODE>(q, rows, n, d, out, stride, upcoming),
         }
     }
 }
 
 #[inline(always)]
-fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mut [f32]) {
+fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mut [f32], upcoming: &[E]) {
     let (g, n) = (queries.len() / d, rows.len() / d);
     assert!(queries.len() >= g * d && rows.len() >= n * d && out.len() >= g * n);
     let mut room = Queries([MaybeUninit::uninit(); PREPARED]);
@@ -215,15 +244,16 @@ fn scores<V: F32x16, E: Element>(queries: &[f32], rows: &[E], d: usize, out: &mu
                 let q = queries.as_ptr().add(h * d);
                 let rows = rows.as_ptr().add(t * d);
                 let out = out.as_mut_ptr().add(h * n + t);
+                let upcoming = Upcoming::of(upcoming, d).skip(t, d);
                 if heads * d.next_multiple_of(LANES) <= PREPARED {
                     if prepared != h {
                         room.fill::<V, E>(q, heads, d);
                         prepared = h;
                     }
                     let q = room.0.as_ptr().cast();
-                    score_heads::<V, E, READY>(heads, q, rows, (block, d), out, n);
+                    score_heads::<V, E, READY>(heads, q, rows, (block, d), (out, n), upcoming);
                 } else {
-                    score_heads::<V, E, PLAIN>(heads, q, rows, (block, d), out, n);
+                    score_heads::<V, E, PLAIN>(heads, q, rows, (block, d), (out, n), upcoming);
                 }
             }
             h += 4;
@@ -240,9 +270,9 @@ unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>
     weights: *const f32,
     stride: usize,
     rows: *const E,
-    n: usize,
-    d: usize,
+    (n, d): (usize, usize),
     out: *mut f32,
+    upcoming: Upcoming<E>,
 ) {
     let mut acc = [[V::splat(0.0); C]; G];
     // SAFETY: the caller vouches for every place.
@@ -254,7 +284,7 @@ unsafe fn accumulate_tile<V: F32x16, E: Element, const G: usize, const C: usize>
         }
         for t in 0..n {
             let row = rows.add(t * d);
-            let next = ahead(row, d, n - t);
+            let next = upcoming.skip(t, d).ahead(row, d, n - t, 1);
             let mut x = [V::splat(0.0); C];
             for c in 0..C {
                 x[c] = E::load::<V>(row.add(c * LANES));
@@ -284,19 +314,21 @@ unsafe fn accumulate_heads<V: F32x16, E: Element, const G: usize>(
     weights: *const f32,
     stride: usize,
     rows: *const E,
-    n: usize,
-    d: usize,
+    (n, d): (usize, usize),
     out: *mut f32,
+    upcoming: Upcoming<E>,
 ) {
     // SAFETY: the columns j.. of each part end at or before d; the caller vouches for the rest.
     unsafe {
         let mut j = 0;
         while V::WIDE && j + 4 * LANES <= d {
-            accumulate_tile::<V, E, G, 4>(weights, stride, rows.add(j), n, d, out.add(j));
+            let upcoming = Upcoming(upcoming.0.wrapping_add(j), upcoming.1);
+            accumulate_tile::<V, E, G, 4>(weights, stride, rows.add(j), (n, d), out.add(j), upcoming);
             j += 4 * LANES;
         }
         while j + LANES <= d {
-            accumulate_tile::<V, E, G, 1>(weights, stride, rows.add(j), n, d, out.add(j));
+            let upcoming = Upcoming(upcoming.0.wrapping_add(j), upcoming.1);
+            accumulate_tile::<V, E, G, 1>(weights, stride, rows.add(j), (n, d), out.add(j), upcoming);
             j += LANES;
         }
         if j < d {
@@ -314,7 +346,7 @@ unsafe fn accumulate_heads<V: F32x16, E: Element, const G: usize>(
 }
 
 #[inline(always)]
-fn accumulate<V: F32x16, E: Element>(weights: &[f32], rows: &[E], d: usize, acc: &mut [f32]) {
+fn accumulate<V: F32x16, E: Element>(weights: &[f32], rows: &[E], d: usize, acc: &mut [f32], upcoming: &[E]) {
     let (g, n) = (acc.len() / d, rows.len() / d);
     assert!(weights.len() >= g * n && rows.len() >= n * d && acc.len() >= g * d);
     for t in (0..n).step_by(ROW_BLOCK) {
@@ -326,11 +358,12 @@ fn accumulate<V: F32x16, E: Element>(weights: &[f32], rows: &[E], d: usize, acc:
                 let weights = weights.as_ptr().add(h * n + t);
                 let rows = rows.as_ptr().add(t * d);
                 let out = acc.as_mut_ptr().add(h * d);
+                let upcoming = Upcoming::of(upcoming, d).skip(t, d);
                 match g - h {
-                    1 => accumulate_heads::<V, E, 1>(weights, n, rows, block, d, out),
-                    2 => accumulate_heads::<V, E, 2>(weights, n, rows, block, d, out),
-                    3 => accumulate_heads::<V, E, 3>(weights, n, rows, block, d, out),
-                    _ => accumulate_heads::<V, E, 4>(weights, n, rows, block, d, out),
+                    1 => accumulate_heads::<V, E, 1>(weights, n, rows, (block, d), out, upcoming),
+                    2 => accumulate_heads::<V, E, 2>(weights, n, rows, (block, d), out, upcoming),
+                    3 => accumulate_heads::<V, E, 3>(weights, n, rows, (block, d), out, upcoming),
+                    _ => accumulate_heads::<V, E, 4>(weights, n, rows, (block, d), out, upcoming),
                 }
             }
             h += 4;
@@ -339,23 +372,47 @@ fn accumulate<V: F32x16, E: Element>(weights: &[f32], rows: &[E], d: usize, acc:
 }
 
 #[inline(always)]
-pub(crate) fn scores_f32<V: F32x16>(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) {
-    scores::<V, f32>(queries, rows, d, out);
+pub(crate) fn scores_f32<V: F32x16>(
+    queries: &[f32],
+    rows: &[f32],
+    d: usize,
+    out: &mut [f32],
+    upcoming: &[f32],
+) {
+    scores::<V, f32>(queries, rows, d, out, upcoming);
 }
 
 #[inline(always)]
-pub(crate) fn scores_bf16<V: F32x16>(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) {
-    scores::<V, u16>(queries, rows, d, out);
+pub(crate) fn scores_bf16<V: F32x16>(
+    queries: &[f32],
+    rows: &[u16],
+    d: usize,
+    out: &mut [f32],
+    upcoming: &[u16],
+) {
+    scores::<V, u16>(queries, rows, d, out, upcoming);
 }
 
 #[inline(always)]
-pub(crate) fn accumulate_f32<V: F32x16>(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) {
-    accumulate::<V, f32>(weights, rows, d, acc);
+pub(crate) fn accumulate_f32<V: F32x16>(
+    weights: &[f32],
+    rows: &[f32],
+    d: usize,
+    acc: &mut [f32],
+    upcoming: &[f32],
+) {
+    accumulate::<V, f32>(weights, rows, d, acc, upcoming);
 }
 
 #[inline(always)]
-pub(crate) fn accumulate_bf16<V: F32x16>(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) {
-    accumulate::<V, u16>(weights, rows, d, acc);
+pub(crate) fn accumulate_bf16<V: F32x16>(
+    weights: &[f32],
+    rows: &[u16],
+    d: usize,
+    acc: &mut [f32],
+    upcoming: &[u16],
+) {
+    accumulate::<V, u16>(weights, rows, d, acc, upcoming);
 }
 
 /// Checks `heads` `[g][d]`, `rows` `[n][d]` and `pairs` `[g][n]`.
@@ -369,31 +426,40 @@ fn check(op: &str, heads: usize, rows: usize, d: usize, pairs: usize) {
 impl Kernels {
     /// Plain dot products of `g` query heads with `n` rows: `queries` `[g][d]`, `rows` `[n][d]`, `out` `[g][n]`. Each in
     /// the 16-lane semantics. The caller has scaled the queries. Any `g`; four at a time share the reading of a row.
-    pub fn scores_f32(&self, queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) {
+    /// `upcoming` are rows that will be read next (none is fine): they are requested from memory meanwhile, which
+    /// changes no result.
+    pub fn scores_f32(&self, queries: &[f32], rows: &[f32], d: usize, out: &mut [f32], upcoming: &[f32]) {
         check("scores_f32", queries.len(), rows.len(), d, out.len());
         // SAFETY: this table was handed out against proof of its instruction set.
-        unsafe { (self.float.scores_f32)(queries, rows, d, out) }
+        unsafe { (self.float.scores_f32)(queries, rows, d, out, upcoming) }
     }
 
     /// [`Kernels::scores_f32`] for rows of bfloat16 bits.
-    pub fn scores_bf16(&self, queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) {
+    pub fn scores_bf16(&self, queries: &[f32], rows: &[u16], d: usize, out: &mut [f32], upcoming: &[u16]) {
         check("scores_bf16", queries.len(), rows.len(), d, out.len());
         // SAFETY: this table was handed out against proof of its instruction set.
-        unsafe { (self.float.scores_bf16)(queries, rows, d, out) }
+        unsafe { (self.float.scores_bf16)(queries, rows, d, out, upcoming) }
     }
 
     /// Adds weighted rows: `acc[h][j] = fma(weights[h][t], rows[t][j], acc[h][j])` for ascending `t`. `weights`
-    /// `[g][n]`, `rows` `[n][d]`, `acc` `[g][d]`, which is added to.
-    pub fn accumulate_f32(&self, weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) {
+    /// `[g][n]`, `rows` `[n][d]`, `acc` `[g][d]`, which is added to; `upcoming` as for [`Kernels::scores_f32`].
+    pub fn accumulate_f32(&self, weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32], upcoming: &[f32]) {
         check("accumulate_f32", acc.len(), rows.len(), d, weights.len());
         // SAFETY: this table was handed out against proof of its instruction set.
-        unsafe { (self.float.accumulate_f32)(weights, rows, d, acc) }
+        unsafe { (self.float.accumulate_f32)(weights, rows, d, acc, upcoming) }
     }
 
     /// [`Kernels::accumulate_f32`] for rows of bfloat16 bits.
-    pub fn accumulate_bf16(&self, weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) {
+    pub fn accumulate_bf16(
+        &self,
+        weights: &[f32],
+        rows: &[u16],
+        d: usize,
+        acc: &mut [f32],
+        upcoming: &[u16],
+    ) {
         check("accumulate_bf16", acc.len(), rows.len(), d, weights.len());
         // SAFETY: this table was handed out against proof of its instruction set.
-        unsafe { (self.float.accumulate_bf16)(weights, rows, d, acc) }
+        unsafe { (self.float.accumulate_bf16)(weights, rows, d, acc, upcoming) }
     }
 }

@@ -1,6 +1,6 @@
 //! The language-model head: a tall matrix in bfloat16 or int8 times one vector, bound by memory.
 
-use super::attention::{PLAIN, score_rows};
+use super::attention::{PLAIN, Upcoming, score_rows};
 use crate::Kernels;
 use crate::vector::{Element, F32x16};
 
@@ -10,7 +10,17 @@ fn rows_times<V: F32x16, E: Element>(rows: &[E], x: &[f32], out: &mut [f32]) {
     let (n, k) = (out.len(), x.len());
     assert!(rows.len() >= n * k);
     // SAFETY: rows holds n * k elements, x holds k, and out holds n.
-    unsafe { score_rows::<V, E, 1, 4, PLAIN>(x.as_ptr(), rows.as_ptr(), n, k, out.as_mut_ptr(), n) }
+    unsafe {
+        score_rows::<V, E, 1, 4, PLAIN>(
+            x.as_ptr(),
+            rows.as_ptr(),
+            n,
+            k,
+            out.as_mut_ptr(),
+            n,
+            Upcoming::of(&[], k),
+        )
+    }
 }
 
 #[inline(always)]

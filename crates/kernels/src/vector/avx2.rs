@@ -164,7 +164,7 @@ impl F32x16 for A16 {
     #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch of any address does not fault, and SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     #[inline(always)]

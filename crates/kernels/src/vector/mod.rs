@@ -99,7 +99,8 @@ pub(crate) trait F32x16: Copy {
         Self::sum16(v)
     }
 
-    /// Requests the cache line at an address, which need not be valid.
+    /// Requests the cache line at an address, which need not be valid, into the second-level cache: what is requested here
+    /// is a page of rows ahead, more than the first level holds.
     #[inline(always)]
     fn prefetch(p: *const u8) {
         let _ = p;
