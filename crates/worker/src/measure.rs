@@ -60,7 +60,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         build_ns,
         fill_ns,
         huge_page_bytes: ProcessFacts::now().anon_huge_bytes,
-        workload_stats: BTreeMap::new(),
+        workload_stats: statistics(&session, &filled),
     })))?;
 
     let mut cells = Vec::new();
@@ -136,6 +136,26 @@ fn filled_session<W: Write>(
         events.send(&phase("filling the cache", done, total))
     })?;
     Ok((session, filled, clock.elapsed().as_nanos() as u64))
+}
+
+/// How the mass of the first step's queries lies, for the first head of each type: mean over its query group.
+fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
+    let mut stats = BTreeMap::new();
+    for (i, head) in filled.heads.iter().enumerate() {
+        let kind = filled.types[i].name();
+        if filled.types[..i].contains(&filled.types[i]) {
+            continue;
+        }
+        let rope = session.rope();
+        let queries = head.statistics(0, |positions| (rope.cos(positions.clone()), rope.sin(positions)));
+        let n = queries.len() as f64;
+        let mut put = |name: &str, value: f64| stats.insert(format!("{kind}.{name}"), value);
+        put("sink_mass", queries.iter().map(|q| q.sink_mass).sum::<f64>() / n);
+        put("top_percent_mass", queries.iter().map(|q| q.top_percent_mass).sum::<f64>() / n);
+        put("effective_tokens", queries.iter().map(|q| q.effective_tokens).sum::<f64>() / n);
+        put("density_95", queries.iter().map(|q| q.density_95).sum::<f64>() / n);
+    }
+    stats
 }
 
 /// Quality of every cell that lacks it. Threads do not change a bit, so cells of one method share one comparison.

@@ -258,7 +258,8 @@ impl Session {
             )));
         }
         let stripes = config.layers * tokens.len();
-        let trace = Tracing { forced, out: Shared::even(stripes, config.hidden, stripes, 0.0) };
+        let trace =
+            Tracing { forced, out: Shared::even(stripes, config.hidden, stripes, 0.0).named("trace") };
         self.traced_pass(tokens, None, Want::Last, false, Some(&trace))?;
         let out = trace.out.read().to_vec();
         Ok(out)

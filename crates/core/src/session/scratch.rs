@@ -26,8 +26,9 @@ impl ActBuffer {
     fn new(cols: usize, tokens: usize) -> Self {
         let padded = TernaryShape { rows: 1, cols }.padded_cols();
         ActBuffer {
-            codes: Shared::even(tokens, padded, tokens, 0),
-            quantized: Shared::even(tokens, 1, tokens, Quantized { scale: 1.0, sum: 0 }),
+            codes: Shared::even(tokens, padded, tokens, 0).named("codes"),
+            quantized: Shared::even(tokens, 1, tokens, Quantized { scale: 1.0, sum: 0 })
+                .named("activation scales"),
             padded,
         }
     }
@@ -107,7 +108,7 @@ pub(super) fn max_tasks(capacity: usize) -> usize {
 impl Scratch {
     pub(super) fn new(config: &ModelConfig, threads: usize, tokens: usize, capacity: usize) -> Self {
         let [q, k, v, o, gate, _, down] = config.linears().map(|(_, rows, cols)| TernaryShape { rows, cols });
-        let stage = |parts: &[TernaryShape]| Stage::new(parts, tokens, threads);
+        let stage = |name, parts: &[TernaryShape]| Stage::new(name, parts, tokens, threads);
         let (heads, width) = (config.kv_heads, config.group() * config.head_dim);
         let blocks = tokens.div_ceil(BLOCK_TOKENS);
         let block = BLOCK_TOKENS.min(tokens);
@@ -120,20 +121,20 @@ impl Scratch {
         }
         Scratch {
             tokens,
-            qkv: stage(&[q, k, v]),
-            o: stage(&[o]),
-            ffn: stage(&[gate]),
-            down: stage(&[down]),
+            qkv: stage("query, key and value rows", &[q, k, v]),
+            o: stage("output projection", &[o]),
+            ffn: stage("feed-forward rows", &[gate]),
+            down: stage("down projection", &[down]),
             hidden_acts: ActBuffer::new(config.hidden, tokens),
             attn_acts: ActBuffer::new(config.q_rows(), tokens),
             ffn_acts: ActBuffer::new(config.intermediate, tokens),
-            queries: Shared::even(heads, tokens * width, heads, 0.0),
+            queries: Shared::even(heads, tokens * width, heads, 0.0).named("queries"),
             selections: (0..heads).map(|_| RwLock::default()).collect(),
-            partials: Shared::even(slots.max(1), slot, slots.max(1), 0.0),
-            attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0),
+            partials: Shared::even(slots.max(1), slot, slots.max(1), 0.0).named("partials"),
+            attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0).named("attention output"),
             blocks,
-            normed: Shared::even(tokens, config.hidden, tokens, 0.0),
-            logits: Shared::striped(bounds[threads], &bounds, 0.0),
+            normed: Shared::even(tokens, config.hidden, tokens, 0.0).named("normalised rows"),
+            logits: Shared::striped(bounds[threads], &bounds, 0.0).named("logits"),
             vocab,
             private: (0..threads).map(|_| Mutex::default()).collect(),
             capture: OnceLock::new(),
@@ -167,7 +168,9 @@ impl Scratch {
     /// Makes room for captured attention output.
     pub(super) fn prepare_capture(&self, config: &ModelConfig) {
         let stripes = config.layers * config.kv_heads;
-        self.capture.get_or_init(|| Shared::even(stripes, config.group() * config.head_dim, stripes, 0.0));
+        self.capture.get_or_init(|| {
+            Shared::even(stripes, config.group() * config.head_dim, stripes, 0.0).named("capture")
+        });
     }
 
     /// Keeps the attention output of (`layer`, `kv_head`), stripe `layer * kv_heads + kv_head`.

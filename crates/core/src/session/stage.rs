@@ -39,7 +39,7 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    pub(super) fn new(parts: &[TernaryShape], tokens: usize, threads: usize) -> Self {
+    pub(super) fn new(name: &'static str, parts: &[TernaryShape], tokens: usize, threads: usize) -> Self {
         let total: usize = parts.iter().map(|p| p.tiles()).sum();
         let mut pieces = Vec::with_capacity(threads);
         let mut starts = vec![0];
@@ -63,7 +63,7 @@ impl Stage {
             pieces.push(owned);
         }
         let len = starts[threads];
-        let shared = Shared::striped(len, &starts, 0.0);
+        let shared = Shared::striped(len, &starts, 0.0).named(name);
         Stage { shared, starts, pieces, rows: parts.iter().map(|p| p.rows).sum() }
     }
 

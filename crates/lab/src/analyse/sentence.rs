@@ -5,7 +5,7 @@ use longbit_protocol::Status;
 use super::label::{DENSE, Labels, REFERENCE_KV, context, digits, percent};
 use crate::record::Record;
 
-/// What the records show, e.g. "At 32k tokens dense attention keeps 43 % of its 2k speed (12.1 of 28.0 tok/s); window
+/// What the records show, e.g. "At 32k tokens dense attention keeps 43 % of its speed at 2k tokens (12.1 of 28.0 tok/s); window
 /// keeps 99 % but its output is off by 61 % (median relative L2)."
 ///
 /// It speaks of one KV dtype (the one with the most measured cells) and the largest number of threads, and names the
@@ -93,7 +93,7 @@ fn statement(records: &[Record], measured: &[&Record]) -> String {
     if let Some(d) = dense {
         clauses.push(match near_of(d) {
             Some(near) => format!(
-                "dense attention keeps {} of its {} speed ({} of {} tok/s)",
+                "dense attention keeps {} of its speed at {} tokens ({} of {} tok/s)",
                 percent(speed(d) / speed(near)),
                 context(near.context_tokens),
                 digits(speed(d)),
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn a_full_sweep_names_dense_the_fastest_and_the_most_accurate() {
         let text = of(Sweep { kv_dtypes: vec!["bf16"], ..Sweep::default() });
-        assert!(text.starts_with("At 96k tokens dense attention keeps 15 % of its 2k speed ("), "{text}");
+        assert!(text.starts_with("At 96k tokens dense attention keeps 15 % of its speed at 2k tokens ("), "{text}");
         assert!(text.contains("; window keeps ") && text.contains("but its output is off by 75 %"), "{text}");
         assert!(text.contains("quest, the most accurate of the faster ones, keeps"), "{text}");
         assert!(text.ends_with("(median relative L2)."), "{text}");

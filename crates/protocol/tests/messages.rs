@@ -1,0 +1,77 @@
+//! The messages are the contract with other engines: they survive the trip through JSON, on one line, and a request with
+//! an unknown field is refused instead of half understood.
+
+use longbit_protocol::{
+    Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, Traffic,
+};
+
+fn job() -> Job {
+    Job {
+        protocol: PROTOCOL,
+        model: ModelSpec { preset: "tiny".into(), path: String::new(), head: "bf16".into(), seed: 1 },
+        context: 4096,
+        kv_dtype: "bf16".into(),
+        workload: "mix:eta=1".into(),
+        seed: u64::MAX,
+        cells: Vec::new(),
+        measure: Measure {
+            reps: 6,
+            gen_tokens: 50,
+            warmup_tokens: 2,
+            quality_steps: 4,
+            pin: true,
+            probe_bytes: 1 << 30,
+        },
+        limits: Limits { address_space_bytes: None },
+    }
+}
+
+#[test]
+fn requests_and_events_survive_json_on_one_line() {
+    for request in [
+        Request::Capabilities,
+        Request::Probe { threads: vec![1, 2], bytes: 9 },
+        Request::Measure(Box::new(job())),
+    ] {
+        let line = serde_json::to_string(&request).unwrap();
+        assert!(!line.contains('\n'));
+        assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+    }
+    let sample = Sample {
+        cell: "a\nb".into(),
+        tok_ns: vec![1, u64::MAX],
+        traffic: Traffic { kv_bytes: 3, index_bytes: 0, rows: 7 },
+        khz: Some((1, 2)),
+        steal_pct: Some(0.1),
+        ..Sample::default()
+    };
+    let quality = Quality { rel_l2_p50: 1.0 / 3.0, needle_accuracy: None, ..Quality::default() };
+    for event in [Event::Sample(Box::new(sample)), Event::Quality(Box::new(quality)), Event::End] {
+        let line = serde_json::to_string(&event).unwrap();
+        assert!(!line.contains('\n'));
+        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+    }
+}
+
+#[test]
+fn an_unknown_field_of_a_request_is_refused() {
+    let mut value = serde_json::to_value(Request::Measure(Box::new(job()))).unwrap();
+    value["measure"]["repz"] = 3.into();
+    let message = serde_json::from_value::<Request>(value).unwrap_err().to_string();
+    assert!(message.contains("repz"), "{message}");
+}
+
+#[test]
+fn status_words_are_the_ones_that_are_serialised() {
+    for status in [
+        Status::Ok,
+        Status::Skipped,
+        Status::Timeout,
+        Status::Oom,
+        Status::VerifyFailed,
+        Status::Unstable,
+        Status::Error,
+    ] {
+        assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
+    }
+}
