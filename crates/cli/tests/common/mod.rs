@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) type Row = BTreeMap<String, String>;
 
 /// Only a hang takes this long.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(400);
 
 /// Root of the repository.
 pub(crate) fn root() -> PathBuf {
