@@ -68,7 +68,7 @@ pub(crate) fn kib_field(text: &str, name: &str) -> Option<u64> {
 }
 
 /// Limits the address space of this process to `bytes` (`RLIMIT_AS`, the soft limit), so that a too large request fails
-/// with an error instead of calling the out-of-memory killer. It cannot exceed the hard limit.
+/// with an error instead of calling the out-of-memory killer. A hard limit below `bytes`, as batch systems set, stays.
 ///
 /// # Errors
 /// [`SysError::Limit`] when it is refused, [`SysError::Unsupported`] outside Linux.
@@ -76,7 +76,8 @@ pub(crate) fn kib_field(text: &str, name: &str) -> Option<u64> {
 pub fn set_address_space_limit(bytes: u64) -> Result<(), SysError> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let maximum = getrlimit(Resource::As).maximum;
-    setrlimit(Resource::As, Rlimit { current: Some(bytes), maximum })
+    let current = Some(maximum.map_or(bytes, |hard| hard.min(bytes)));
+    setrlimit(Resource::As, Rlimit { current, maximum })
         .map_err(|error| SysError::Limit { bytes, source: error.into() })
 }
 

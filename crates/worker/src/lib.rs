@@ -45,9 +45,12 @@ pub enum WorkerError {
 impl WorkerError {
     /// Whether memory ran out.
     fn status(&self) -> Status {
-        match self {
-            WorkerError::Core(longbit::Error::Sys(SysError::Memory { .. } | SysError::TooLarge { .. }))
-            | WorkerError::Sys(SysError::Memory { .. } | SysError::TooLarge { .. }) => Status::Oom,
+        let (WorkerError::Core(longbit::Error::Sys(error)) | WorkerError::Sys(error)) = self else {
+            return Status::Error;
+        };
+        match error {
+            SysError::Memory { .. } | SysError::TooLarge { .. } => Status::Oom,
+            SysError::File { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory => Status::Oom,
             _ => Status::Error,
         }
     }

@@ -13,7 +13,7 @@ use longbit::kv::kv_dtype;
 use longbit::workload::{HeadShape, Workload, WorkloadSpec};
 use longbit::{HeadFormat, Model, Session, SessionOptions};
 use longbit_protocol::{CellJob, Event, Fill, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
-use longbit_sys::{ProcessFacts, ReadProbe, Team};
+use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
 use crate::fill::{Filled, fill, stored};
 use crate::{Events, WorkerError, capabilities, estimate, quality, text, timing};
@@ -34,7 +34,11 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         )));
     }
     if let Some(bytes) = job.limits.address_space_bytes {
-        longbit_sys::set_address_space_limit(bytes)?;
+        match longbit_sys::set_address_space_limit(bytes) {
+            // Where there is no such limit the runner's prediction is the only guard.
+            Ok(()) | Err(SysError::Unsupported { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     let mut teams = Teams { pin: job.measure.pin, made: BTreeMap::new() };
     let widest = job.cells.iter().map(|c| c.threads).max().unwrap_or(1);

@@ -160,7 +160,10 @@ mod tests {
     #[test]
     fn a_full_sweep_names_dense_the_fastest_and_the_most_accurate() {
         let text = of(Sweep { kv_dtypes: vec!["bf16"], ..Sweep::default() });
-        assert!(text.starts_with("At 96k tokens dense attention keeps 15 % of its speed at 2k tokens ("), "{text}");
+        assert!(
+            text.starts_with("At 96k tokens dense attention keeps 15 % of its speed at 2k tokens ("),
+            "{text}"
+        );
         assert!(text.contains("; window keeps ") && text.contains("but its output is off by 75 %"), "{text}");
         assert!(text.contains("quest, the most accurate of the faster ones, keeps"), "{text}");
         assert!(text.ends_with("(median relative L2)."), "{text}");
