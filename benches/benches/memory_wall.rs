@@ -8,7 +8,7 @@ use std::time::Instant;
 use longbit::{HeadFormat, Model, preset};
 use longbit_benches::{attention_session, probe, team, thread_counts};
 use longbit_kernels::TernaryShape;
-use longbit_sys::{ReadProbe, Shared, Team};
+use longbit_sys::{ReadProbe, Segment, Shared, Team};
 
 /// Rounds of A B B A.
 const ROUNDS: usize = 5;
@@ -49,7 +49,8 @@ fn main() {
     let config = preset("bitnet-2b-4t").expect("a preset");
     let model = Model::synthetic(config, HeadFormat::Bf16, 1, &builders).expect("a model");
     let matrices = 140;
-    let mut data = vec![0u8; matrices * shape.bytes()];
+    // On huge pages, as a model's weights are.
+    let mut data = Segment::new(matrices * shape.bytes()).expect("memory");
     for (i, matrix) in data.chunks_mut(shape.bytes()).enumerate() {
         shape.fill_random(0..shape.tiles(), i as u64, matrix);
     }

@@ -43,7 +43,7 @@ unsafe fn tile_sums<const T: usize>(
                 let unit = tile.wrapping_add(block * BLOCK_BYTES + row * UNIT + half);
                 if half == 0 {
                     // A request beyond the end of the matrix is harmless: prefetches do not fault.
-                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(PREFETCH_BYTES).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(unit.wrapping_add(PREFETCH_BYTES).cast());
                 }
                 // SAFETY: block < blocks; half a unit has 32 bytes.
                 let mut w = unsafe { _mm256_loadu_si256(unit.cast()) };

@@ -53,7 +53,7 @@ unsafe fn tile_sums<const T: usize>(
         for row in 0..TILE_ROWS {
             let unit = tile.wrapping_add(block * BLOCK_BYTES + row * UNIT);
             // A request beyond the end of the matrix is harmless: prefetches do not fault.
-            _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(PREFETCH_BYTES).cast());
+            _mm_prefetch::<_MM_HINT_T1>(unit.wrapping_add(PREFETCH_BYTES).cast());
             // SAFETY: block < blocks; a unit has 64 bytes.
             let w = unsafe { _mm512_loadu_si512(unit.cast()) };
             let groups = [

@@ -39,7 +39,7 @@ const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
 /// How far ahead of the arithmetic the stream of weights is requested: hardware prefetchers stop at every 4 KiB.
 #[cfg(target_arch = "x86_64")]
-pub(crate) const PREFETCH_BYTES: usize = 4096;
+pub(crate) const PREFETCH_BYTES: usize = 8192;
 
 /// Consecutive tiles of a matrix.
 #[derive(Clone, Copy)]
