@@ -179,6 +179,11 @@ fn columns(panels: usize) -> usize {
     }
 }
 
+/// Median speed: the figure that the interval belongs to.
+fn median_speed(r: &Record) -> Option<f64> {
+    Some(1e9 / r.tpot_p50_ns?.max(1) as f64)
+}
+
 /// Median speed interval as rates; the faster end belongs to the shorter time.
 fn speed_whisker(r: &Record) -> Option<(f64, f64)> {
     let (lo, hi) = r.tpot_p50_lo95_ns.zip(r.tpot_p50_hi95_ns)?;
@@ -194,7 +199,7 @@ fn speed(look: &Look<'_>) -> Figure {
         .map(|&(kv, threads)| Panel {
             title: look.facet_title((kv, threads), shown.len() > 1),
             series: look.series(&|r| r.threads == threads && kv.is_none_or(|k| r.kv_dtype == k), &|r| {
-                Some(Point { x: r.context_tokens as f64, y: r.decode_tok_s?, whisker: speed_whisker(r) })
+                Some(Point { x: r.context_tokens as f64, y: median_speed(r)?, whisker: speed_whisker(r) })
             }),
         })
         .collect();
@@ -203,7 +208,7 @@ fn speed(look: &Look<'_>) -> Figure {
     for (panel, &(kv, threads)) in panels.iter_mut().zip(&facets) {
         panel.series.extend(limits(look, kv, threads));
     }
-    let fastest = look.max(|r| r.decode_tok_s);
+    let fastest = look.max(median_speed);
     // Where the cache serves the bytes the limit lies far above what is measured; it must not squeeze the data.
     let top = panels.iter().flat_map(|p| &p.series).flat_map(|s| &s.points).map(|p| p.y).fold(0.0, f64::max);
     Figure {
@@ -211,7 +216,7 @@ fn speed(look: &Look<'_>) -> Figure {
         title: "Decode speed against context".into(),
         subtitle: format!("{} · bars: 95 % interval of the median over repetitions", look.conditions(&shown)),
         x,
-        y: Axis::from_zero("Decode speed (tokens/s)", top.min(1.5 * fastest).max(fastest)),
+        y: Axis::from_zero("Median decode speed (tokens/s)", top.min(1.5 * fastest).max(fastest)),
         columns: columns(panels.len()),
         panels,
     }
@@ -308,7 +313,7 @@ fn threads(look: &Look<'_>) -> Option<Figure> {
         .map(|kv| Panel {
             title: kv.map(|k| format!("{k} KV")).unwrap_or_default(),
             series: look.series(&|r| r.context_tokens == far && kv.is_none_or(|k| r.kv_dtype == k), &|r| {
-                Some(Point { x: r.threads as f64, y: r.decode_tok_s?, whisker: speed_whisker(r) })
+                Some(Point { x: r.threads as f64, y: median_speed(r)?, whisker: speed_whisker(r) })
             }),
         })
         .collect();
