@@ -51,7 +51,7 @@ Examples:
     /// Show what `run` would measure, with predicted time, memory and disk; measures nothing.
     #[command(after_help = "Example:\n  longbit plan experiments/long.toml --list")]
     Plan(PlanVerbArgs),
-    /// Compare every method with exact attention, without timing; exit code 4 when [verify] is violated.
+    /// Compare every method with exact attention, without timing; exit code 4 when the limits of the file are violated.
     #[command(after_help = "Example:\n  longbit verify experiments/smoke.toml")]
     Verify(VerifyArgs),
     /// Describe this machine: CPU, memory, measured read bandwidth, what may disturb a measurement.
