@@ -6,8 +6,8 @@ use longbit_kernels::{Isa, Kernels};
 use std::hint::black_box;
 
 const D: usize = 128;
-/// Rows of a page.
-const PAGE: usize = 64;
+/// Rows that the engine hands to a kernel at a time.
+const PAGE: usize = longbit::kv::PAGE_TOKENS;
 
 fn tables() -> impl Iterator<Item = &'static Kernels> {
     Isa::available().into_iter().filter_map(Kernels::for_isa).filter(|k| k.isa() != Isa::Scalar)

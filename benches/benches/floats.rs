@@ -5,20 +5,22 @@ use longbit_kernels::{Isa, Kernels};
 use std::hint::black_box;
 
 /// The feed-forward width of a 2B model.
-const WIDTH: usize = 6912;
+fn width() -> usize {
+    longbit_benches::model_2b().intermediate
+}
 
 fn vector(seed: usize) -> Vec<f32> {
-    (0..WIDTH).map(|i| ((i * 37 + seed) % 101) as f32 * 0.02 - 1.0).collect()
+    (0..width()).map(|i| ((i * 37 + seed) % 101) as f32 * 0.02 - 1.0).collect()
 }
 
 fn operations(c: &mut Criterion) {
     let (x, y) = (vector(0), vector(11));
-    let mut out = vec![0.0f32; WIDTH];
-    let mut codes = vec![0i8; WIDTH];
-    let mut narrow = vec![0u16; WIDTH];
+    let mut out = vec![0.0f32; width()];
+    let mut codes = vec![0i8; width()];
+    let mut narrow = vec![0u16; width()];
     for k in Isa::available().into_iter().filter_map(Kernels::for_isa) {
         let mut group = c.benchmark_group("floats/L1");
-        group.throughput(Throughput::Bytes(4 * WIDTH as u64));
+        group.throughput(Throughput::Bytes(4 * width() as u64));
         macro_rules! op {
             ($name:literal, $call:expr) => {
                 group.bench_function(BenchmarkId::new($name, k.isa()), |b| b.iter(|| $call));

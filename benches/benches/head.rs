@@ -4,29 +4,33 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use longbit_kernels::{Isa, Kernels};
 use std::hint::black_box;
 
-const WIDTH: usize = 2560;
-/// Vocabulary of the Llama 3 tokenizer.
-const VOCABULARY: usize = 128_256;
 const SLICE: usize = 200;
 
+/// Columns and rows of the head.
+fn shape() -> (usize, usize) {
+    let config = longbit_benches::model_2b();
+    (config.hidden, config.vocab)
+}
+
 fn heads(c: &mut Criterion) {
-    let x: Vec<f32> = (0..WIDTH).map(|i| (i % 101) as f32 * 0.02 - 1.0).collect();
-    let mut out = vec![0.0f32; VOCABULARY];
-    let scales = vec![0.01f32; VOCABULARY];
-    let bf16: Vec<u16> = (0..VOCABULARY * WIDTH).map(|i| 0x3f00 + (i % 77) as u16).collect();
-    let int8: Vec<i8> = (0..VOCABULARY * WIDTH).map(|i| (i % 255) as u8 as i8).collect();
+    let (width, vocabulary) = shape();
+    let x: Vec<f32> = (0..width).map(|i| (i % 101) as f32 * 0.02 - 1.0).collect();
+    let mut out = vec![0.0f32; vocabulary];
+    let scales = vec![0.01f32; vocabulary];
+    let bf16: Vec<u16> = (0..vocabulary * width).map(|i| 0x3f00 + (i % 77) as u16).collect();
+    let int8: Vec<i8> = (0..vocabulary * width).map(|i| (i % 255) as u8 as i8).collect();
     for k in Isa::available().into_iter().filter_map(Kernels::for_isa).filter(|k| k.isa() != Isa::Scalar) {
-        for (place, rows) in [("L2", SLICE), ("memory", VOCABULARY)] {
+        for (place, rows) in [("L2", SLICE), ("memory", vocabulary)] {
             let mut group = c.benchmark_group(format!("head/{place}"));
             group.sample_size(10);
-            group.throughput(Throughput::Bytes((2 * rows * WIDTH) as u64));
+            group.throughput(Throughput::Bytes((2 * rows * width) as u64));
             group.bench_function(BenchmarkId::new("bf16", k.isa()), |b| {
-                b.iter(|| k.head_bf16(&bf16[..rows * WIDTH], black_box(&x), &mut out[..rows]));
+                b.iter(|| k.head_bf16(&bf16[..rows * width], black_box(&x), &mut out[..rows]));
             });
-            group.throughput(Throughput::Bytes((rows * WIDTH) as u64));
+            group.throughput(Throughput::Bytes((rows * width) as u64));
             group.bench_function(BenchmarkId::new("int8", k.isa()), |b| {
                 b.iter(|| {
-                    k.head_int8(&int8[..rows * WIDTH], &scales[..rows], black_box(&x), &mut out[..rows])
+                    k.head_int8(&int8[..rows * width], &scales[..rows], black_box(&x), &mut out[..rows])
                 });
             });
         }
@@ -34,13 +38,14 @@ fn heads(c: &mut Criterion) {
 }
 
 fn quantize(c: &mut Criterion) {
-    let bf16: Vec<u16> = (0..SLICE * WIDTH).map(|i| 0x3f00 + (i % 77) as u16).collect();
+    let (width, _) = shape();
+    let bf16: Vec<u16> = (0..SLICE * width).map(|i| 0x3f00 + (i % 77) as u16).collect();
     let (mut codes, mut scales) = (vec![0i8; bf16.len()], vec![0.0f32; SLICE]);
     let mut group = c.benchmark_group("head/quantize");
     group.throughput(Throughput::Bytes(2 * bf16.len() as u64));
     for k in Isa::available().into_iter().filter_map(Kernels::for_isa) {
         group.bench_function(BenchmarkId::new("int8", k.isa()), |b| {
-            b.iter(|| k.quantize_rows_int8(black_box(&bf16), WIDTH, &mut codes, &mut scales));
+            b.iter(|| k.quantize_rows_int8(black_box(&bf16), width, &mut codes, &mut scales));
         });
     }
 }

@@ -5,8 +5,8 @@
 
 use std::time::Instant;
 
-use longbit::{HeadFormat, Model, preset};
-use longbit_benches::{attention_session, probe, team, thread_counts};
+use longbit::{HeadFormat, Model};
+use longbit_benches::{attention_session, model_2b, probe, team, thread_counts};
 use longbit_kernels::TernaryShape;
 use longbit_sys::{ReadProbe, Segment, Shared, Team};
 
@@ -44,9 +44,9 @@ fn line(name: &str, threads: usize, probe: &ReadProbe, team: &Team, mut operatio
 fn main() {
     let probe = probe();
     println!("{:<44} {:>7} {:>7} {:>10} {:>9}", "operation", "threads", "GB/s", "read GB/s", "fraction");
-    let shape = TernaryShape { rows: 2560, cols: 6912 };
+    let config = model_2b();
+    let shape = TernaryShape { rows: config.hidden, cols: config.intermediate };
     let builders = team(*thread_counts().last().unwrap_or(&1));
-    let config = preset("bitnet-2b-4t").expect("a preset");
     let model = Model::synthetic(config, HeadFormat::Bf16, 1, &builders).expect("a model");
     let matrices = 140;
     // On huge pages, as a model's weights are.
@@ -59,25 +59,37 @@ fn main() {
     for threads in thread_counts() {
         let team = team(threads);
         let out = Shared::even(shape.tiles(), longbit_kernels::TILE_ROWS, threads, 0f32);
-        line("ternary GEMV 2560x6912, 140 matrices", threads, &probe, &team, || {
-            team.run(|worker| {
-                let tiles = worker.range(shape.tiles());
-                for matrix in data.chunks(shape.bytes()) {
-                    let mut out = out.write(worker.index());
-                    let sum = shape.cols as i32;
-                    model.kernels.ternary_gemv(shape, matrix, tiles.clone(), &codes, sum, 0.1, &mut out);
-                }
-            });
-            data.len() as u64
-        });
+        line(
+            &format!("ternary GEMV {}x{}, {matrices} matrices", shape.rows, shape.cols),
+            threads,
+            &probe,
+            &team,
+            || {
+                team.run(|worker| {
+                    let tiles = worker.range(shape.tiles());
+                    for matrix in data.chunks(shape.bytes()) {
+                        let mut out = out.write(worker.index());
+                        let sum = shape.cols as i32;
+                        model.kernels.ternary_gemv(shape, matrix, tiles.clone(), &codes, sum, 0.1, &mut out);
+                    }
+                });
+                data.len() as u64
+            },
+        );
         let logits = Shared::even(model.config.vocab, 1, threads, 0f32);
-        line("head bf16 128256x2560", threads, &probe, &team, || {
-            team.run(|worker| {
-                let rows = model.embedding.range(worker.range(model.config.vocab));
-                model.kernels.head_bf16(rows, &x, &mut logits.write(worker.index()));
-            });
-            (model.config.vocab * model.config.hidden * 2) as u64
-        });
+        line(
+            &format!("head bf16 {}x{}", model.config.vocab, model.config.hidden),
+            threads,
+            &probe,
+            &team,
+            || {
+                team.run(|worker| {
+                    let rows = model.embedding.range(worker.range(model.config.vocab));
+                    model.kernels.head_bf16(rows, &x, &mut logits.write(worker.index()));
+                });
+                (model.config.vocab * model.config.hidden * 2) as u64
+            },
+        );
         for kv in ["bf16", "f32"] {
             let context = 32_768;
             let (mut session, supplied) = attention_session(context, kv, threads);

@@ -2,6 +2,7 @@
 //! stream from memory comes to the bandwidth of the machine.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use longbit_benches::model_2b;
 use longbit_kernels::{Isa, Kernels, TernaryShape};
 use std::hint::black_box;
 
@@ -57,10 +58,12 @@ fn tables() -> impl Iterator<Item = &'static Kernels> {
 /// 320 KB of weights.
 fn gemv_from_l2(c: &mut Criterion) {
     let mut group = c.benchmark_group("ternary/gemv/L2");
-    let mut product = Product::new(512, 2560, 1);
+    let cols = model_2b().hidden;
+    let mut product = Product::new(512, cols, 1);
     group.throughput(Throughput::Bytes(product.data.len() as u64));
     for k in tables() {
-        group.bench_function(BenchmarkId::new("512x2560", k.isa()), |b| b.iter(|| product.gemv(k)));
+        group
+            .bench_function(BenchmarkId::new(format!("512x{cols}"), k.isa()), |b| b.iter(|| product.gemv(k)));
     }
 }
 
@@ -68,10 +71,13 @@ fn gemv_from_l2(c: &mut Criterion) {
 fn gemv_from_memory(c: &mut Criterion) {
     let mut group = c.benchmark_group("ternary/gemv/memory");
     group.sample_size(10);
-    let mut product = Product::new(140 * 2560, 6912, 1);
+    let (rows, cols) = (model_2b().hidden, model_2b().intermediate);
+    let mut product = Product::new(140 * rows, cols, 1);
     group.throughput(Throughput::Bytes(product.data.len() as u64));
     for k in tables().filter(|k| k.isa() != Isa::Scalar) {
-        group.bench_function(BenchmarkId::new("140 of 2560x6912", k.isa()), |b| b.iter(|| product.gemv(k)));
+        group.bench_function(BenchmarkId::new(format!("140 of {rows}x{cols}"), k.isa()), |b| {
+            b.iter(|| product.gemv(k))
+        });
     }
 }
 
@@ -80,10 +86,11 @@ fn gemm_from_l2(c: &mut Criterion) {
     let mut group = c.benchmark_group("ternary/gemm/L2");
     group.sample_size(20);
     for tokens in [4, 64, 256] {
-        let mut product = Product::new(640, 2560, tokens);
-        group.throughput(Throughput::Elements((640 * 2560 * tokens) as u64));
+        let cols = model_2b().hidden;
+        let mut product = Product::new(640, cols, tokens);
+        group.throughput(Throughput::Elements((640 * cols * tokens) as u64));
         for k in tables().filter(|k| k.isa() != Isa::Scalar) {
-            let id = BenchmarkId::new(format!("640x2560 by {tokens} tokens"), k.isa());
+            let id = BenchmarkId::new(format!("640x{cols} by {tokens} tokens"), k.isa());
             group.bench_function(id, |b| b.iter(|| product.gemm(k)));
         }
     }
@@ -92,7 +99,7 @@ fn gemm_from_l2(c: &mut Criterion) {
 /// Filling a matrix, which every synthetic cell does.
 fn fill(c: &mut Criterion) {
     let mut group = c.benchmark_group("ternary/fill");
-    let shape = TernaryShape { rows: 512, cols: 2560 };
+    let shape = TernaryShape { rows: 512, cols: model_2b().hidden };
     let mut data = vec![0; shape.bytes()];
     group.throughput(Throughput::Bytes(data.len() as u64));
     group.bench_function("random", |b| {

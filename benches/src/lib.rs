@@ -7,7 +7,7 @@ use std::sync::Arc;
 use criterion::Criterion;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::{Activation, HeadFormat, Model, ModelConfig, Session, SessionOptions, Supplied};
+use longbit::{HeadFormat, Model, ModelConfig, Session, SessionOptions, Supplied, preset};
 use longbit_sys::{ReadProbe, Team, allowed_cpus};
 
 /// Buffer of the bandwidth probe: larger than the last-level cache of any machine in sight.
@@ -48,6 +48,14 @@ pub fn criterion() -> Criterion {
     Criterion::default()
 }
 
+/// The shape that the figures are about.
+///
+/// # Panics
+/// When the preset is gone.
+pub fn model_2b() -> ModelConfig {
+    preset("bitnet-2b-4t").unwrap_or_else(|e| panic!("{e}"))
+}
+
 /// A session whose decode step is attention and little else: the heads of a 2B model over 30 layers on a residual stream
 /// of 256, with `context` tokens of arbitrary rows cached.
 ///
@@ -59,16 +67,7 @@ pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, 
         vocab: 256,
         hidden: 256,
         intermediate: 256,
-        layers: 30,
-        heads: 20,
-        kv_heads: 5,
-        head_dim: 128,
-        rope_theta: 500_000.0,
-        rms_eps: 1e-5,
-        activation: Activation::Relu2,
-        sub_norms: true,
-        tied_head: true,
-        trained_positions: 4096,
+        ..model_2b()
     };
     let team = team(threads);
     let make = || -> longbit::Result<(Session, Supplied)> {

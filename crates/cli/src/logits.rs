@@ -1,6 +1,7 @@
 //! `longbit logits`: what a checkpoint says after every token, in a file that any framework reads.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +10,6 @@ use longbit::kv::kv_dtype;
 use longbit::{HeadFormat, Model, Session, SessionOptions};
 use longbit_lab::{Exit, LabError};
 use longbit_sys::{Team, allowed_cpus};
-use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use crate::Failure;
 use crate::args::LogitsArgs;
@@ -25,15 +25,35 @@ pub(crate) fn run(args: &LogitsArgs, out: &mut dyn Write) -> Result<Exit, Failur
     let vocab = model.config.vocab;
     let options =
         SessionOptions { capacity: tokens.len(), kv: kv_dtype(&args.kv)?, method: method("dense")? };
-    let logits = Session::new(model, team, options)?.logits_of(&tokens, args.chunk)?;
+    let mut session = Session::new(model, team, options)?;
+    // No more than a chunk of logits is held: those of a long text would not fit.
+    let chunk = args.chunk.min(tokens.len());
     match &args.out {
         Some(path) => {
-            write(path, &logits, vocab)?;
+            write(path, [tokens.len(), vocab], |file| {
+                session.each_logits(&tokens, chunk, |rows| {
+                    let bytes: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    file.write_all(&bytes).map_err(|e| failed(path, e))
+                })
+            })?;
             writeln!(out, "wrote {}: logits f32 [{}, {vocab}]", path.display(), tokens.len())?;
         }
-        None => show(&tokens, &logits, vocab, out)?,
+        None => {
+            writeln!(out, "{:>8}  {:>8}  likeliest next tokens (logit)", "position", "token")?;
+            let mut position = 0;
+            session.each_logits(&tokens, chunk, |rows| {
+                let shown = &tokens[position..position + rows.len() / vocab];
+                show(position, shown, rows, vocab, out)?;
+                position += shown.len();
+                Ok::<(), Failure>(())
+            })?;
+        }
     }
     Ok(Exit::Ok)
+}
+
+fn failed(path: &Path, source: std::io::Error) -> Failure {
+    Failure::Lab(LabError::Io { action: "write", path: path.into(), source })
 }
 
 /// Ids from the flag itself or from the file that it names.
@@ -56,25 +76,43 @@ fn tokens(text: &str) -> Result<Vec<u32>, Failure> {
     }
 }
 
-/// Writes beside the target and renames, so that a reader never sees half a file.
-fn write(path: &Path, logits: &[f32], vocab: usize) -> Result<(), Failure> {
-    let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let failed = |source| Failure::Lab(LabError::Io { action: "write", path: path.into(), source });
-    let view = TensorView::new(Dtype::F32, vec![logits.len() / vocab, vocab], &bytes)
-        .map_err(|e| failed(std::io::Error::other(e.to_string())))?;
-    let file =
-        serialize([("logits", view)], None).map_err(|e| failed(std::io::Error::other(e.to_string())))?;
+/// Writes a safetensors file with the one tensor `logits`, f32 of `shape`, whose bytes `fill` writes; beside the target
+/// and renamed, so that a reader never sees half a file.
+fn write(
+    path: &Path,
+    shape: [usize; 2],
+    fill: impl FnOnce(&mut BufWriter<File>) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let bytes = shape[0] * shape[1] * size_of::<f32>();
+    let tensor = serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [0, bytes] });
+    let mut header = serde_json::json!({ "logits": tensor }).to_string();
+    // The format wants its data on a multiple of 8 bytes.
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     let beside = path.with_extension("partial");
-    std::fs::write(&beside, file).and_then(|()| std::fs::rename(&beside, path)).map_err(|e| {
+    let written = File::create(&beside).map_err(|e| failed(path, e)).and_then(|file| {
+        let mut file = BufWriter::new(file);
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(|e| failed(path, e))?;
+        file.write_all(header.as_bytes()).map_err(|e| failed(path, e))?;
+        fill(&mut file)?;
+        file.flush().map_err(|e| failed(path, e))?;
+        std::fs::rename(&beside, path).map_err(|e| failed(path, e))
+    });
+    if written.is_err() {
         // Leave nothing behind that looks like a result.
         let _ = std::fs::remove_file(&beside);
-        failed(e)
-    })
+    }
+    written
 }
 
-fn show(tokens: &[u32], logits: &[f32], vocab: usize, out: &mut dyn Write) -> Result<(), Failure> {
-    writeln!(out, "{:>8}  {:>8}  likeliest next tokens (logit)", "position", "token")?;
-    for (position, (token, row)) in tokens.iter().zip(logits.chunks_exact(vocab)).enumerate() {
+fn show(
+    first: usize,
+    tokens: &[u32],
+    logits: &[f32],
+    vocab: usize,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    for (i, (token, row)) in tokens.iter().zip(logits.chunks_exact(vocab)).enumerate() {
+        let position = first + i;
         let mut order: Vec<usize> = (0..vocab).collect();
         let shown = SHOWN.min(vocab);
         order.select_nth_unstable_by(shown - 1, |&a, &b| row[b].total_cmp(&row[a]));

@@ -17,6 +17,7 @@ use args::{Cli, Colour, Command, filters};
 fn main() -> ExitCode {
     // The engine's own process, started by the runner: no command line to parse, no terminal to serve.
     if std::env::args_os().nth(1).is_some_and(|verb| verb == longbit_lab::engine::ENGINE_VERB) {
+        longbit_sys::die_with_parent();
         let code = longbit_worker::serve(std::io::stdin().lock(), std::io::stdout().lock());
         return ExitCode::from(code);
     }

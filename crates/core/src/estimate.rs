@@ -32,18 +32,18 @@ pub fn footprint(
     threads: usize,
 ) -> Footprint {
     let model = ModelBytes::of(config, head);
-    let capacity = (context + headroom).next_multiple_of(PAGE_TOKENS);
+    let capacity = context.saturating_add(headroom).div_ceil(PAGE_TOKENS).saturating_mul(PAGE_TOKENS);
     let shape = CacheShape::new(config, capacity);
-    let rope = capacity as u64 * config.head_dim as u64 * 4;
+    let rope = (capacity as u64).saturating_mul(config.head_dim as u64 * 4);
     // Partials of decode tasks, logits, and rows private to each thread.
-    let partials = 2 * capacity as u64 / 512 * (config.heads * (config.head_dim + 2) * 4) as u64;
+    let partials = (capacity as u64 / 256).saturating_mul((config.heads * (config.head_dim + 2) * 4) as u64);
     let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;
     let read = method.predicted_reads(context);
     Footprint {
         weights: model.resident,
         cache: shape.row_bytes(kv, capacity),
         index: 0,
-        scratch: rope + partials + rows,
+        scratch: rope.saturating_add(partials).saturating_add(rows),
         weights_per_token: model.per_token,
         kv_per_token: shape.row_bytes(kv, read),
     }

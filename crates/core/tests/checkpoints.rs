@@ -121,9 +121,12 @@ fn other_shape(
 
 #[test]
 fn other_shapes_load_and_follow_the_reference() {
-    for (hidden, inter, heads, kv, head_dim, tied) in
-        [(96, 200, 6, 3, 16, true), (320, 128, 5, 1, 64, false), (64, 72, 2, 2, 48, true)]
-    {
+    for (hidden, inter, heads, kv, head_dim, tied) in [
+        (96, 200, 6, 3, 16, true),
+        (320, 128, 5, 1, 64, false),
+        (64, 72, 2, 2, 48, true),
+        (64, 96, 16, 1, 16, true),
+    ] {
         let (config, tensors) = other_shape(hidden, inter, heads, kv, head_dim, tied);
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &config, &tensors);
@@ -164,6 +167,12 @@ fn wrong_types_and_shapes_are_named() {
     assert!(message.contains(Q) && message.contains("[64, 256]"), "{message}");
     let message = refusal(|c, _| *c = c.replace("\"intermediate_size\": 512", "\"intermediate_size\": 768"));
     assert!(message.contains("mlp.gate_proj") && message.contains("[192, 256]"), "{message}");
+    // However large the shape: nothing is allocated for a file that does not have it.
+    let message =
+        refusal(|c, _| *c = c.replace("\"intermediate_size\": 512", "\"intermediate_size\": 16000000"));
+    assert!(message.contains("mlp.gate_proj") && message.contains("[4000000, 256]"), "{message}");
+    let message = refusal(|c, _| *c = c.replace("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 3"));
+    assert!(message.contains("model.layers.3.") && message.contains("not part"), "{message}");
     let message = refusal(|c, _| *c = c.replace("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 5"));
     assert!(message.contains("model.layers.4") && message.contains("missing"), "{message}");
     let message = refusal(|c, _| *c = c.replace("\"vocab_size\": 512", "\"vocab_size\": 513"));
@@ -177,6 +186,13 @@ fn impossible_numbers_are_named() {
         let message = refusal(|_, t| t.get_mut(&scale).unwrap().2 = bits.to_le_bytes().to_vec());
         assert!(message.contains(&scale), "{bits:x}: {message}");
     }
+    let table = "model.embed_tokens.weight";
+    let message =
+        refusal(|_, t| t.get_mut(table).unwrap().2[4000..4002].copy_from_slice(&0xFF80u16.to_le_bytes()));
+    assert!(message.contains(table) && message.contains("finite"), "{message}");
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    let message = refusal(|_, t| drop(t.insert(bias.into(), (Dtype::BF16, vec![256], vec![0; 512]))));
+    assert!(message.contains(bias) && message.contains("not part"), "{message}");
     let norm = "model.layers.0.input_layernorm.weight";
     let message =
         refusal(|_, t| t.get_mut(norm).unwrap().2[10..12].copy_from_slice(&0x7FC0u16.to_le_bytes()));

@@ -5,7 +5,7 @@ mod common;
 
 use common::{argmax, fixture, session, team};
 use longbit::reference::{Reference, quantize, rms_norm};
-use longbit::{HeadFormat, Model};
+use longbit::{Activation, HeadFormat, Model, ModelConfig};
 use safetensors::SafeTensors;
 use std::sync::Arc;
 
@@ -170,6 +170,50 @@ fn the_reference_follows_hugging_face() {
         let good =
             ours.iter().zip(&theirs).filter(|(a, b)| a.iter().zip(*b).all(|(x, y)| (x - y).abs() < 1e-4));
         assert!(good.count() >= 47, "layer {l}");
+    }
+}
+
+/// The other branches of the forward pass: silu, no sub-norms, a head of its own, in both formats.
+#[test]
+fn llama_shaped_models_follow_the_reference() {
+    let config = ModelConfig {
+        name: "llama-shaped".into(),
+        vocab: 300,
+        hidden: 192,
+        intermediate: 320,
+        layers: 3,
+        heads: 6,
+        kv_heads: 6,
+        head_dim: 32,
+        rope_theta: 10_000.0,
+        rms_eps: 1e-6,
+        activation: Activation::Silu,
+        sub_norms: false,
+        tied_head: false,
+        trained_positions: 64,
+    };
+    let ids = common::tokens(24, 300);
+    for head in HeadFormat::ALL {
+        let model = Arc::new(Model::synthetic(config.clone(), head, 5, &team(2)).unwrap());
+        let reference = Reference::new(&model);
+        let trace = reference.run(&ids);
+        // Embeddings are short binary fractions, and ratios of such numbers often end exactly on a rounding boundary: the
+        // layers are compared on inputs that are a little off.
+        let off = |(i, v): (usize, &f64)| f64::from((v + 1e-3 * (i as f64 * 0.7).sin()) as f32);
+        let inputs: Vec<Vec<Vec<f64>>> = trace.hidden[..3]
+            .iter()
+            .map(|rows| rows.iter().map(|row| row.iter().enumerate().map(off).collect()).collect())
+            .collect();
+        let flat = |layers: &[Vec<Vec<f64>>]| -> Vec<f32> {
+            layers.iter().flatten().flatten().map(|&v| v as f32).collect()
+        };
+        let outputs: Vec<_> = inputs.iter().enumerate().map(|(l, rows)| reference.layer(l, rows)).collect();
+        let out = session(&model, 2, 64, "f32", "dense").trace_layers(&ids, Some(&flat(&inputs))).unwrap();
+        let share = rows_within(&out, &flat(&outputs), config.hidden, 1e-4);
+        assert!(share >= 0.95, "{share} with a {} head", head.as_str());
+        let logits = session(&model, 2, 64, "f32", "dense").logits_of(&ids, 5).unwrap();
+        let same = logits.chunks(300).zip(&trace.logits).filter(|(a, b)| argmax(a) == argmax(b)).count();
+        assert!(same >= 22, "top-1 {same} of 24 with a {} head", head.as_str());
     }
 }
 

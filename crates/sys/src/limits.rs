@@ -90,6 +90,17 @@ pub fn set_address_space_limit(_bytes: u64) -> Result<(), SysError> {
     Err(SysError::Unsupported { what: "an address-space limit" })
 }
 
+/// Asks the system to end this process when the thread that started it ends, so that a killed runner leaves no worker
+/// behind that goes on using the machine. Where the system cannot be asked, nothing happens.
+pub fn die_with_parent() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Signal, set_parent_process_death_signal};
+        // Refusal leaves a worker that ends at its next write to the runner.
+        let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

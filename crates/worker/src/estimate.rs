@@ -4,11 +4,15 @@ use std::path::Path;
 
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
+use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
 use longbit::{CheckpointConfig, Error, HeadFormat, ModelConfig, footprint, preset};
 use longbit_protocol::{Estimate, EstimateRequest, ModelSpec};
 
 /// What the process takes beside its data: code, stacks, allocator.
-const PROCESS_BYTES: u64 = 24 << 20;
+const PROCESS_BYTES: u64 = 64 << 20;
+/// Times that each decoded step's queries, keys and values are held at once, at the most: by the generators, by the
+/// steps, and on the way from the one to the other.
+const STEP_COPIES: u64 = 3;
 
 /// Bytes of one configuration; impossible ones say why.
 pub(crate) fn estimate(request: &EstimateRequest) -> Estimate {
@@ -17,6 +21,18 @@ pub(crate) fn estimate(request: &EstimateRequest) -> Estimate {
 
 fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     let config = shape(&request.model)?;
+    if request.context < MIN_CONTEXT {
+        return Err(Error::Invalid(format!(
+            "a context of {} is too short; at least {MIN_CONTEXT}",
+            request.context
+        )));
+    }
+    if request.headroom > MAX_STEPS {
+        return Err(Error::Invalid(format!(
+            "{} decoded tokens a repetition are too many; warm-up and timed tokens together are at most {MAX_STEPS}",
+            request.headroom
+        )));
+    }
     let f = footprint(
         &config,
         HeadFormat::parse(&request.model.head)?,
@@ -27,13 +43,15 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
         request.threads,
     );
     // Each decoded step's queries, keys and values are made beforehand.
-    let supplied =
-        4 * request.headroom as u64 * (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
+    let supplied = STEP_COPIES
+        * 4
+        * request.headroom as u64
+        * (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
     Ok(Estimate {
         weight_bytes: f.weights,
         cache_bytes: f.cache,
         index_bytes: f.index,
-        scratch_bytes: f.scratch + supplied + PROCESS_BYTES,
+        scratch_bytes: f.scratch.saturating_add(supplied + PROCESS_BYTES),
         weight_bytes_per_token: f.weights_per_token,
         kv_bytes_per_token: f.kv_per_token,
         fill_bytes: f.cache,
@@ -46,9 +64,7 @@ pub(crate) fn shape(model: &ModelSpec) -> Result<ModelConfig, Error> {
     if model.path.is_empty() {
         return preset(&model.preset);
     }
-    let path = Path::new(&model.path).join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    Ok(CheckpointConfig::parse(&path, &text)?.model)
+    Ok(CheckpointConfig::read(Path::new(&model.path))?.model)
 }
 
 #[cfg(test)]

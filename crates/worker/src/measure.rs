@@ -117,7 +117,7 @@ fn filled_session<W: Write>(
     events: &mut Events<W>,
 ) -> Result<(Session, Filled, u64), WorkerError> {
     let measure = &job.measure;
-    let steps = (measure.warmup_tokens + measure.gen_tokens).max(measure.quality_steps) as usize;
+    let steps = measure.warmup_tokens.saturating_add(measure.gen_tokens).max(measure.quality_steps) as usize;
     let config = &model.config;
     let shape = HeadShape {
         layers: config.layers,
@@ -128,12 +128,12 @@ fn filled_session<W: Write>(
     };
     let spec = WorkloadSpec::parse(&job.workload)?;
     let options = SessionOptions {
-        capacity: job.context + steps,
+        capacity: job.context.saturating_add(steps),
         kv: kv_dtype(&job.kv_dtype)?,
         method: method("dense")?,
     };
-    let mut session = Session::new(model, team, options)?;
     let workload = Workload::new(&spec, &shape, job.context, steps, job.seed)?;
+    let mut session = Session::new(model, team, options)?;
     let clock = Instant::now();
     let compared = measure.quality_steps as usize;
     let filled = fill(&mut session, &workload, job.context, steps, compared, |done, total| {
@@ -254,12 +254,14 @@ fn with_cell<T>(
     cell: &mut Cell<'_>,
     work: impl FnOnce(&mut Session) -> Result<T, WorkerError>,
 ) -> Result<T, WorkerError> {
-    session.set_team(cell.team.clone());
     let Some(attention) = cell.attention.take() else {
         return Err(WorkerError::Request("the cell's method state was lost in an earlier failure".into()));
     };
     let other = session.swap_attention(attention);
-    let outcome = catch_unwind(AssertUnwindSafe(|| work(session)));
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        session.set_team(cell.team.clone());
+        work(session)
+    }));
     cell.attention = Some(session.swap_attention(other));
     outcome
         .unwrap_or_else(|panic| Err(WorkerError::Request(format!("the engine panicked: {}", text(&*panic)))))

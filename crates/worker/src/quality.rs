@@ -74,8 +74,12 @@ pub(crate) fn token(step: usize, vocab: usize) -> u32 {
     (step.wrapping_mul(7919) % vocab) as u32
 }
 
-/// `|ours - exact| / |exact|` and the cosine; an exact zero vector is met by zero alone.
+/// `|ours - exact| / |exact|` and the cosine; an exact zero vector is met by zero alone. Output that is not finite is as
+/// wrong as can be said in a finite number.
 fn compare(ours: &[f32], exact: &[f64]) -> Compared {
+    if ours.iter().any(|v| !v.is_finite()) {
+        return Compared { relative_l2: f64::MAX.sqrt(), cosine: -1.0 };
+    }
     let (mut difference, mut ours2, mut exact2, mut dot) = (0.0, 0.0, 0.0, 0.0);
     for (a, b) in ours.iter().map(|v| f64::from(*v)).zip(exact) {
         difference += (a - b) * (a - b);
@@ -115,6 +119,8 @@ mod tests {
         assert!((turned.relative_l2 - 2f64.sqrt()).abs() < 1e-12 && turned.cosine == 0.0);
         let twice = compare(&[2.0, 0.0], &[1.0, 0.0]);
         assert_eq!((twice.relative_l2, twice.cosine), (1.0, 1.0));
+        let broken = compare(&[0.0, -f32::NAN], &[1.0, 0.0]);
+        assert!(broken.relative_l2 > 1e100 && broken.cosine == -1.0);
         let zero = compare(&[0.0, 0.0], &[0.0, 0.0]);
         assert_eq!((zero.relative_l2, zero.cosine), (0.0, 1.0));
     }

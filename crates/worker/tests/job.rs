@@ -128,12 +128,16 @@ fn a_job_that_cannot_start_is_fatal_and_says_why() {
     unknown.cells.truncate(1);
     let mut workload = job("bf16", &["dense"], measure(1));
     workload.workload = "mixed".into();
-    let huge = Job { context: 1 << 46, ..job("bf16", &["dense"], measure(1)) };
+    let endless = Job { context: usize::MAX, ..job("bf16", &["dense"], measure(1)) };
+    let wrapping = Job { context: 1 << 60, ..job("bf16", &["dense"], measure(1)) };
+    let huge = Job { context: 1 << 30, ..job("bf16", &["dense"], measure(1)) };
     for (job, status, says) in [
         (bad, Status::Error, "protocol 99"),
         (unknown, Status::Error, "bf16"),
         (workload, Status::Error, "mix"),
         (huge, Status::Oom, "bytes"),
+        (wrapping, Status::Error, "2^30"),
+        (endless, Status::Error, "2^30"),
     ] {
         let (code, events) = run(job);
         assert_eq!(code, 1);

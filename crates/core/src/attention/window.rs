@@ -46,3 +46,33 @@ impl HeadMethod for Window {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::{CacheShape, KV_DTYPES, KvCache};
+    use longbit_kernels::Kernels;
+
+    #[test]
+    fn the_first_and_the_newest_tokens_are_read_and_no_others() {
+        let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: 16, capacity: 1024 };
+        let rows = vec![0.0; 1000 * 16];
+        for (len, sinks, window, spans) in [
+            (1, 4, 8, &[(0, 1)][..]),
+            (4, 4, 8, &[(0, 4)][..]),
+            (12, 4, 8, &[(0, 12)][..]),
+            (13, 4, 8, &[(0, 4), (5, 13)][..]),
+            (1000, 4, 8, &[(0, 4), (992, 1000)][..]),
+            (1000, 0, 1, &[(999, 1000)][..]),
+            (1000, 0, 5000, &[(0, 1000)][..]),
+        ] {
+            let cache = KvCache::new(shape, KV_DTYPES[0], Kernels::best()).unwrap();
+            cache.head_mut(0, 0).append(&rows[..len * 16], &rows[..len * 16]).unwrap();
+            let mut selection = Selection::default();
+            let query = GroupQuery { rows: &[0.0; 16], head_dim: 16 };
+            Window { sinks, window }.select(query, &cache.head(0, 0), &mut selection);
+            let spans: Vec<_> = spans.iter().map(|&(start, end)| start..end).collect();
+            assert_eq!(selection.spans, spans, "{len} tokens, {sinks} sinks, window {window}");
+        }
+    }
+}

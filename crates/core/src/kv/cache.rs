@@ -40,12 +40,13 @@ impl CacheShape {
 
     /// Bytes of the rows of `tokens` tokens.
     pub fn row_bytes(&self, dtype: &dyn KvDtype, tokens: usize) -> u64 {
-        (self.layers * self.kv_heads) as u64 * 2 * dtype.row_bytes(self.head_dim) as u64 * tokens as u64
+        let a_token = (self.layers * self.kv_heads) as u64 * 2 * dtype.row_bytes(self.head_dim) as u64;
+        a_token.saturating_mul(tokens as u64)
     }
 
     /// Bytes that the cache maps: whole pages.
     pub fn mapped_bytes(&self, dtype: &dyn KvDtype) -> u64 {
-        self.row_bytes(dtype, self.capacity.next_multiple_of(PAGE_TOKENS))
+        self.row_bytes(dtype, self.capacity.div_ceil(PAGE_TOKENS).saturating_mul(PAGE_TOKENS))
     }
 }
 
@@ -189,8 +190,11 @@ impl KvCache {
         let row_bytes = dtype.row_bytes(shape.head_dim);
         let pages = shape.capacity.div_ceil(PAGE_TOKENS);
         let page_bytes = PAGE_TOKENS * row_bytes;
-        let count = shape.layers * shape.kv_heads * 2 * pages;
-        let mut arena = Arena::new(count * page_bytes.next_multiple_of(SLACK), true)?;
+        let bytes = pages
+            .checked_mul(shape.layers * shape.kv_heads * 2)
+            .and_then(|count| count.checked_mul(page_bytes.next_multiple_of(SLACK)))
+            .ok_or(longbit_sys::SysError::TooLarge { len: shape.capacity, size: row_bytes })?;
+        let mut arena = Arena::new(bytes, true)?;
         let mut take = || -> Result<Vec<Segment>> {
             (0..pages)
                 .map(|_| match arena.take(page_bytes) {

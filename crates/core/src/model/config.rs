@@ -136,9 +136,6 @@ impl ModelConfig {
                 self.heads, self.kv_heads
             ));
         }
-        if self.group() > 8 {
-            return Err(format!("{} query heads share a KV head; at most 8 are supported", self.group()));
-        }
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim is {}; rotary embedding needs an even number", self.head_dim));
         }
@@ -179,6 +176,8 @@ struct RawConfig {
     rope_scaling: Option<serde_json::Value>,
     max_position_embeddings: Option<usize>,
     tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    partial_rotary_factor: Option<f64>,
     quantization_config: Option<RawQuantization>,
 }
 
@@ -197,6 +196,15 @@ struct RawQuantization {
 }
 
 impl CheckpointConfig {
+    /// Reads the `config.json` of checkpoint directory `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Read`], and as [`CheckpointConfig::parse`].
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        Self::parse(&path, &super::read_text(&path)?)
+    }
+
     /// Reads the text of a Hugging Face `config.json`; `path` is only for messages and the model's name.
     ///
     /// # Errors
@@ -244,6 +252,14 @@ impl CheckpointConfig {
                 return Err(fail(format!("hidden_act is {other:?}; supported are \"relu2\" and \"silu\"")));
             }
         };
+        if raw.attention_bias == Some(true) {
+            return Err(fail("attention_bias is true; projections with a bias are not supported".into()));
+        }
+        if let Some(factor) = raw.partial_rotary_factor.filter(|f| *f != 1.0) {
+            return Err(fail(format!(
+                "partial_rotary_factor is {factor}; only the full rotary embedding is supported"
+            )));
+        }
         if let Some(scaling) = raw.rope_scaling.as_ref().filter(|s| !s.is_null()) {
             return Err(fail(format!(
                 "rope_scaling {scaling} is not supported; only the plain rotary embedding is"
@@ -340,6 +356,8 @@ mod tests {
                 "\"rope_scaling\":{\"type\":\"yarn\"},\"tie_word_embeddings\"",
                 "rope_scaling",
             ),
+            ("\"vocab_size\"", "\"attention_bias\":true,\"vocab_size\"", "attention_bias"),
+            ("\"vocab_size\"", "\"partial_rotary_factor\":0.5,\"vocab_size\"", "partial_rotary_factor"),
         ] {
             let message = parse(&PACKED.replace(from, to)).unwrap_err().to_string();
             assert!(message.contains(names), "{to}: {message}");

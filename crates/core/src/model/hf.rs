@@ -27,7 +27,8 @@ impl Model {
     /// Names the file, the tensor or key, and what was expected instead; a damaged file never panics.
     pub fn load(dir: &Path, head_format: HeadFormat, team: &Team) -> Result<Model> {
         let config_path = dir.join("config.json");
-        let checkpoint = CheckpointConfig::parse(&config_path, &read_text(&config_path)?)?;
+        let text = read_text(&config_path)?;
+        let checkpoint = CheckpointConfig::parse(&config_path, &text)?;
         let path = dir.join("model.safetensors");
         if !path.exists() && dir.join("model.safetensors.index.json").exists() {
             return Err(Error::Container {
@@ -40,13 +41,18 @@ impl Model {
         let tensors = SafeTensors::deserialize(&map)
             .map_err(|e| Error::Container { path: path.clone(), reason: e.to_string() })?;
         let source = Source { path: &path, tensors: &tensors };
+        // All shapes first: a configuration that disagrees with the file is refused before it decides how much memory is
+        // asked for.
+        source.check(&checkpoint.model)?;
         let model = source.model(&checkpoint, head_format, team)?;
-        let sha256 = hash_in_pieces(&map, team)?;
+        let weights = hash_in_pieces(&map, team)?;
+        let sha256 = crate::hex(&Sha256::digest(format!("{text}\n{weights}\n{}", head_format.as_str())));
         Ok(Model { sha256, ..model })
     }
 }
 
-fn read_text(path: &Path) -> Result<String> {
+/// Reads a `config.json`, which must be of a sane size.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     let fail = |source| Error::Read { path: path.to_path_buf(), source };
     let length = std::fs::metadata(path).map_err(fail)?.len();
     if length > MAX_CONFIG {
@@ -121,6 +127,48 @@ impl<'a> Source<'a> {
         Ok(values)
     }
 
+    /// Every tensor that `config` implies is there in its type and shape, and none besides.
+    fn check(&self, config: &ModelConfig) -> Result<()> {
+        let mut expected = std::collections::BTreeSet::new();
+        let mut expect = |name: String, dtypes: &[Dtype], shape: &[usize]| -> Result<()> {
+            self.tensor(&name, dtypes, shape)?;
+            expected.insert(name);
+            Ok(())
+        };
+        const VECTOR: [Dtype; 2] = [Dtype::BF16, Dtype::F32];
+        let table = [config.vocab, config.hidden];
+        expect("model.embed_tokens.weight".into(), &[Dtype::BF16], &table)?;
+        if !config.tied_head {
+            expect("lm_head.weight".into(), &[Dtype::BF16], &table)?;
+        }
+        expect("model.norm.weight".into(), &VECTOR, &[config.hidden])?;
+        for l in 0..config.layers {
+            let prefix = format!("model.layers.{l}.");
+            for (name, rows, cols) in config.linears() {
+                self.packed(&prefix, name, TernaryShape { rows, cols })?;
+                expect(format!("{prefix}{name}.weight"), &[Dtype::U8], &[rows / 4, cols])?;
+                expect(format!("{prefix}{name}.weight_scale"), &VECTOR, &[1])?;
+            }
+            for (name, len) in [
+                ("input_layernorm", config.hidden),
+                ("self_attn.attn_sub_norm", config.q_rows()),
+                ("post_attention_layernorm", config.hidden),
+                ("mlp.ffn_sub_norm", config.intermediate),
+            ] {
+                expect(format!("{prefix}{name}.weight"), &VECTOR, &[len])?;
+            }
+        }
+        // A tied head is often stored a second time, and old exports keep the rotary frequencies.
+        let known =
+            |name: &str| expected.contains(name) || name == "lm_head.weight" || name.ends_with("inv_freq");
+        match self.tensors.names().into_iter().filter(|name| !known(name)).min() {
+            Some(name) => {
+                Err(self.fail(name, "is not part of the architecture that config.json describes".into()))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn model(&self, checkpoint: &CheckpointConfig, head_format: HeadFormat, team: &Team) -> Result<Model> {
         let config = &checkpoint.model;
         let kernels = Kernels::from_env()?;
@@ -144,9 +192,9 @@ impl<'a> Source<'a> {
         for (l, layer) in layers.iter_mut().enumerate() {
             self.repack_jobs(config, l, layer, &mut jobs)?;
         }
-        copy_jobs(embedding_view.data(), &mut embedding, &mut jobs);
+        self.copy_jobs("model.embed_tokens.weight", embedding_view.data(), &mut embedding, &mut jobs);
         if let (Some(view), Some(own)) = (&head_view, own.as_mut()) {
-            copy_jobs(view.data(), own, &mut jobs);
+            self.copy_jobs("lm_head.weight", view.data(), own, &mut jobs);
         }
         run_all(team, jobs)?;
 
@@ -246,13 +294,24 @@ impl<'a> Source<'a> {
         }
         Ok(())
     }
-}
 
-fn copy_jobs<'j>(from: &'j [u8], to: &'j mut [u8], jobs: &mut Vec<Job<'j>>) {
-    for (from, to) in from.chunks(COPY_A_JOB).zip(to.chunks_mut(COPY_A_JOB)) {
-        jobs.push(Box::new(move || {
-            to.copy_from_slice(from);
-            Ok(())
-        }));
+    /// Copies a bf16 table whose numbers must all be finite.
+    fn copy_jobs<'j>(
+        &'j self,
+        name: &'static str,
+        from: &'j [u8],
+        to: &'j mut [u8],
+        jobs: &mut Vec<Job<'j>>,
+    ) {
+        for (from, to) in from.chunks(COPY_A_JOB).zip(to.chunks_mut(COPY_A_JOB)) {
+            jobs.push(Box::new(move || {
+                // All exponent bits set: infinite or not a number.
+                if from.as_chunks::<2>().0.iter().any(|b| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80) {
+                    return Err(self.fail(name, "holds a number that is not finite".into()));
+                }
+                to.copy_from_slice(from);
+                Ok(())
+            }));
+        }
     }
 }

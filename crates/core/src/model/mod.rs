@@ -9,6 +9,8 @@ mod rope;
 mod synthetic;
 mod weights;
 
+use hf::read_text;
+
 pub use config::{Activation, CheckpointConfig, ModelConfig, ScaleUse};
 pub use presets::{PRESETS, Preset, preset};
 pub use rope::RopeTable;

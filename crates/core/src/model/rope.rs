@@ -4,7 +4,9 @@
 //! is the f32 product `position * inv_freq_i`, as in the reference implementations; its cosine and sine come from
 //! `libm` in f64, so that the table has the same bits on every machine.
 
-use longbit_sys::Team;
+use longbit_sys::{Shared, Team};
+
+use crate::error::Result;
 
 /// Cosines and sines for positions `0..len`, each `[len][head_dim / 2]`.
 #[derive(Clone, Debug)]
@@ -16,12 +18,17 @@ pub struct RopeTable {
 
 impl RopeTable {
     /// Computes the table for `len` positions, split over `team`.
-    pub fn new(theta: f64, head_dim: usize, len: usize, team: &Team) -> Self {
+    ///
+    /// # Errors
+    /// When memory for it cannot be had.
+    pub fn new(theta: f64, head_dim: usize, len: usize, team: &Team) -> Result<Self> {
         let half = head_dim / 2;
         let inv_freq: Vec<f32> =
             (0..half).map(|i| (1.0 / libm::pow(theta, (2 * i) as f64 / head_dim as f64)) as f32).collect();
-        let cos = longbit_sys::Shared::even(len, half, team.threads(), 0.0f32);
-        let sin = longbit_sys::Shared::even(len, half, team.threads(), 0.0f32);
+        let mut bounds = vec![0];
+        bounds.extend((0..team.threads()).map(|w| longbit_sys::share(len, w, team.threads()).end * half));
+        let cos = Shared::try_striped(len * half, &bounds, 0.0f32)?;
+        let sin = Shared::try_striped(len * half, &bounds, 0.0f32)?;
         team.run(|worker| {
             let (mut c, mut s) = (cos.write(worker.index()), sin.write(worker.index()));
             for (row, position) in worker.range(len).enumerate() {
@@ -32,7 +39,15 @@ impl RopeTable {
                 }
             }
         });
-        RopeTable { half, cos: cos.read().to_vec(), sin: sin.read().to_vec() }
+        let unshare = |table: &Shared<f32>| -> Result<Vec<f32>> {
+            let mut plain = Vec::new();
+            plain
+                .try_reserve_exact(table.len())
+                .map_err(|_| longbit_sys::SysError::TooLarge { len: table.len(), size: 4 })?;
+            plain.extend_from_slice(&table.read());
+            Ok(plain)
+        };
+        Ok(RopeTable { half, cos: unshare(&cos)?, sin: unshare(&sin)? })
     }
 
     /// Positions in the table.

@@ -141,14 +141,14 @@ pub struct Model {
     pub head_format: HeadFormat,
     /// Kernels chosen for this process.
     pub kernels: &'static Kernels,
-    /// SHA-256 that identifies the weights: of the file, or of the synthetic recipe.
+    /// SHA-256 that identifies the model: over configuration, weights and head format, or over the synthetic recipe.
     pub sha256: String,
 }
 
 /// What a model of a given shape weighs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelBytes {
-    /// Everything that stays in memory.
+    /// Everything that is in memory at once.
     pub resident: u64,
     /// What one decode step reads: ternary weights, norms, head, one embedding row.
     pub per_token: u64,
@@ -166,8 +166,10 @@ impl ModelBytes {
         let head_bytes = head.bytes(config.vocab, config.hidden);
         let table = 2 * config.vocab as u64 * config.hidden as u64;
         let own_head = !(config.tied_head && head == HeadFormat::Bf16);
+        // Quantising a head of its own needs the published one beside it for a while.
+        let source = if !config.tied_head && head == HeadFormat::Int8 { table } else { 0 };
         ModelBytes {
-            resident: layers + table + if own_head { head_bytes } else { 0 },
+            resident: layers + table + source + if own_head { head_bytes } else { 0 },
             per_token: layers + head_bytes + 2 * config.hidden as u64,
         }
     }

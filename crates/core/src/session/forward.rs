@@ -47,6 +47,8 @@ pub(super) struct Pass<'a> {
     pub(super) position: usize,
     pub(super) supplied: Option<&'a Supplied>,
     pub(super) want: Want,
+    /// A decode step, which the method serves; anything else is prefill, dense and causal, whatever its length.
+    pub(super) decoding: bool,
     pub(super) capture: bool,
     pub(super) tracing: Option<&'a Tracing<'a>>,
 }
@@ -283,7 +285,12 @@ impl Pass<'_> {
         if n == 1 {
             let mut selection = self.scratch.selections[kv_head].write().unwrap_or_else(|e| e.into_inner());
             selection.clear();
-            state.select(GroupQuery { rows: &queries[..width], head_dim: d }, &kv, &mut selection);
+            match self.decoding {
+                true => {
+                    state.select(GroupQuery { rows: &queries[..width], head_dim: d }, &kv, &mut selection)
+                }
+                false => selection.spans.push(0..kv.len()),
+            }
             let rows = selection.tokens() as u64;
             self.scratch.count(rows * 2 * kv.row_bytes() as u64, selection.index_bytes, rows);
         }

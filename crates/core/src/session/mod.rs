@@ -66,6 +66,14 @@ impl Default for SessionOptions {
     }
 }
 
+/// What a pass is for.
+enum Kind<'a> {
+    /// Dense and causal, any number of tokens.
+    Prefill(Want),
+    /// One token, served by the method.
+    Decode { supplied: Option<&'a Supplied>, capture: bool },
+}
+
 /// A sequence being decoded.
 pub struct Session {
     model: Arc<Model>,
@@ -92,7 +100,7 @@ impl Session {
         let shape = CacheShape::new(config, options.capacity);
         let cache = KvCache::new(shape, options.kv, model.kernels)?;
         let capacity = options.capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
-        let rope = RopeTable::new(config.rope_theta, config.head_dim, capacity, &team);
+        let rope = RopeTable::new(config.rope_theta, config.head_dim, capacity, &team)?;
         let attention = Attention::new(options.method, &cache);
         let decode = Scratch::new(config, team.threads(), 1, capacity);
         Ok(Session {
@@ -187,7 +195,7 @@ impl Session {
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         self.check(tokens)?;
         for chunk in tokens.chunks(Self::DEFAULT_CHUNK) {
-            self.pass(chunk, None, Want::Last, false)?;
+            self.pass(chunk, Kind::Prefill(Want::Last))?;
         }
         Ok(&self.logits)
     }
@@ -195,20 +203,37 @@ impl Session {
     /// Tokens that prefill takes at a time: enough to reuse a row of weights often, few enough for the caches.
     pub const DEFAULT_CHUNK: usize = 128;
 
-    /// Runs `tokens` through the model `chunk` at a time; returns the logits of every one, `[tokens][vocab]`.
+    /// Runs `tokens` through the model `chunk` at a time and hands the logits of each chunk, `[chunk][vocab]`, to `each`.
     ///
     /// # Errors
-    /// As [`Session::prefill`]; also a chunk of zero.
-    pub fn logits_of(&mut self, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+    /// As [`Session::prefill`]; also a chunk of zero, and what `each` returns.
+    pub fn each_logits<E: From<Error>>(
+        &mut self,
+        tokens: &[u32],
+        chunk: usize,
+        mut each: impl FnMut(&[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
         if chunk == 0 {
-            return Err(Error::Invalid("the chunk must be at least one token".into()));
+            return Err(Error::Invalid("the chunk must be at least one token".into()).into());
         }
         self.check(tokens)?;
-        let mut all = Vec::with_capacity(tokens.len() * self.model.config.vocab);
         for piece in tokens.chunks(chunk) {
-            self.pass(piece, None, Want::All, false)?;
-            all.extend_from_slice(&self.logits);
+            self.pass(piece, Kind::Prefill(Want::All))?;
+            each(&self.logits)?;
         }
+        Ok(())
+    }
+
+    /// As [`Session::each_logits`], with all of them returned together, `[tokens][vocab]`.
+    ///
+    /// # Errors
+    /// As [`Session::each_logits`].
+    pub fn logits_of(&mut self, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        self.each_logits(tokens, chunk, |rows| {
+            all.extend_from_slice(rows);
+            Ok::<(), Error>(())
+        })?;
         Ok(all)
     }
 
@@ -218,7 +243,7 @@ impl Session {
     /// An unknown token or a full cache; nothing is changed then.
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
         self.check(&[token])?;
-        self.pass(&[token], None, Want::Last, false)?;
+        self.pass(&[token], Kind::Decode { supplied: None, capture: false })?;
         Ok(&self.logits)
     }
 
@@ -238,7 +263,7 @@ impl Session {
                 [rows * config.group(), rows, rows]
             )));
         }
-        self.pass(&[token], Some(supplied), Want::Last, capture)?;
+        self.pass(&[token], Kind::Decode { supplied: Some(supplied), capture })?;
         Ok(&self.logits)
     }
 
@@ -260,7 +285,7 @@ impl Session {
         let stripes = config.layers * tokens.len();
         let trace =
             Tracing { forced, out: Shared::even(stripes, config.hidden, stripes, 0.0).named("trace") };
-        self.traced_pass(tokens, None, Want::Last, false, Some(&trace))?;
+        self.traced_pass(tokens, Kind::Prefill(Want::Last), Some(&trace))?;
         let out = trace.out.read().to_vec();
         Ok(out)
     }
@@ -286,18 +311,15 @@ impl Session {
         Ok(())
     }
 
-    fn pass(&mut self, tokens: &[u32], supplied: Option<&Supplied>, want: Want, capture: bool) -> Result<()> {
-        self.traced_pass(tokens, supplied, want, capture, None)
+    fn pass(&mut self, tokens: &[u32], kind: Kind<'_>) -> Result<()> {
+        self.traced_pass(tokens, kind, None)
     }
 
-    fn traced_pass(
-        &mut self,
-        tokens: &[u32],
-        supplied: Option<&Supplied>,
-        want: Want,
-        capture: bool,
-        tracing: Option<&Tracing<'_>>,
-    ) -> Result<()> {
+    fn traced_pass(&mut self, tokens: &[u32], kind: Kind<'_>, tracing: Option<&Tracing<'_>>) -> Result<()> {
+        let (decoding, want, supplied, capture) = match kind {
+            Kind::Prefill(want) => (false, want, None, false),
+            Kind::Decode { supplied, capture } => (true, Want::Last, supplied, capture),
+        };
         let config = &self.model.config;
         let capacity = self.rope.len();
         if tokens.len() > 1 && self.prefill.as_ref().is_none_or(|s| s.tokens() < tokens.len()) {
@@ -320,12 +342,17 @@ impl Session {
             position: self.cache.len(),
             supplied,
             want,
+            decoding,
             capture,
             tracing,
         };
+        // What a pass that panicked had counted does not belong to this one.
+        scratch.take_traffic();
         self.team.run(|worker| pass.run(worker));
         pass.logits(&mut self.logits);
-        self.traffic = scratch.take_traffic();
+        if decoding {
+            self.traffic = scratch.take_traffic();
+        }
         self.cache.set_len(self.cache.len() + tokens.len())
     }
 }
