@@ -27,13 +27,10 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     let colour = cli.colour;
-    let mut out = std::io::stdout().lock();
-    match dispatch(cli, &matches, &mut out) {
+    let mut out = Patient { to: std::io::stdout().lock(), gone: false };
+    let done = dispatch(cli, &matches, &mut out).and_then(|exit| Ok(out.flush().map(|()| exit)?));
+    match done {
         Ok(exit) => ExitCode::from(exit.code()),
-        // A reader that closes the pipe early (`| head`) has what it wants.
-        Err(Failure::Lab(LabError::Output(e))) if e.kind() == std::io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
         Err(failure) => {
             let (text, exit) = match failure {
                 Failure::Lab(error) => (error.to_string(), error.exit()),
@@ -50,9 +47,46 @@ fn main() -> ExitCode {
                 "error:"
             };
             let _ = out.flush();
-            eprintln!("{label} {text}");
+            let _ = writeln!(std::io::stderr(), "{label} {text}"); // nobody is left to tell
             ExitCode::from(exit.code())
         }
+    }
+}
+
+/// Standard output whose reader may leave early (`| head`): the rest is dropped, and the verb keeps its own exit code.
+struct Patient<W> {
+    to: W,
+    gone: bool,
+}
+
+impl<W> Patient<W> {
+    /// `none` in place of an error that says only that the reader has gone.
+    fn forgive<T>(&mut self, result: std::io::Result<T>, none: T) -> std::io::Result<T> {
+        match result {
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.gone = true;
+                Ok(none)
+            }
+            other => other,
+        }
+    }
+}
+
+impl<W: Write> Write for Patient<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.gone {
+            return Ok(bytes.len());
+        }
+        let written = self.to.write(bytes);
+        self.forgive(written, bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.gone {
+            return Ok(());
+        }
+        let flushed = self.to.flush();
+        self.forgive(flushed, ())
     }
 }
 

@@ -317,6 +317,33 @@ fn report_gives_csv_json_and_parts_of_a_page() {
 }
 
 #[test]
+fn a_reader_that_leaves_does_not_change_the_exit_code() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let slower = doctored(dir.path(), "slower", |mut line| {
+        if let Some(tokens) = line.pointer_mut("/sample/tok_ns").and_then(|t| t.as_array_mut()) {
+            tokens.iter_mut().for_each(|t| *t = (t.as_u64().unwrap_or(0) * 3).into());
+        }
+        Some(line)
+    });
+    // Both ends of the reader are closed before the program starts: its first write fails.
+    let deaf = |args: &[&str]| {
+        let (reader, out) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let (reader, err) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let status = longbit(dir.path(), args).stdout(out).stderr(err).status().expect("it starts");
+        status.code().expect("no signal ends it")
+    };
+    assert_eq!(deaf(&["check", path(&result()), path(&slower)]), 3);
+    assert_eq!(deaf(&["report", path(&result())]), 0);
+    let rest = "[verify]\ncosine_min = 0.999999999\nmethods = [\"window\"]\n".to_owned();
+    let file = Experiment { rest, ..Experiment::default() }.write(dir.path());
+    assert_eq!(deaf(&["run", file, "--out", "strict"]), 4);
+    assert!(dir.path().join("strict/cells.csv").exists());
+    assert_eq!(deaf(&["run", "absent.toml"]), 1);
+}
+
+#[test]
 fn colour_is_never_forced_on_a_reader() {
     let out = result();
     let views: [&[&str]; 4] = [&["report"], &["cmp"], &["check", path(&out)], &["report", "--format", "csv"]];

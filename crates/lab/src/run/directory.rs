@@ -22,6 +22,17 @@ const OWN_FILES: [&str; 8] = [
     "verdicts.csv",
 ];
 
+/// What stands where a run is to write.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Nothing, or the remains of a start that was cut short.
+    Nothing,
+    /// A run of the same plan, commit and machine, with its plan.
+    Same(Directory, Box<Plan>),
+    /// What `--fresh` removes once the new run is known to be possible.
+    Old(Directory),
+}
+
 /// An open results directory. While it is open no other run writes into it.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -42,22 +53,22 @@ impl Directory {
             .map_err(|e| LabError::io("append to", self.path.join("run.log"), e))
     }
 
-    /// Opens a directory that holds a run of the same plan, commit and machine, with its plan. None when it holds
-    /// nothing, or nothing any more because of `fresh`.
-    pub(super) fn resume(path: &Path, plan: &Plan, fresh: bool) -> Result<Option<(Directory, Plan)>> {
+    /// Opens a directory that holds a run of the same plan, commit and machine, or one that `fresh` will clear. Removes
+    /// nothing itself.
+    pub(super) fn resume(path: &Path, plan: &Plan, fresh: bool) -> Result<Found> {
         let stored_at = path.join("plan.json");
         let text = match std::fs::read(&stored_at) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                foreign(path)?;
-                return Ok(None);
+                return match foreign(path, fresh)? {
+                    true => Ok(Found::Old(Directory::open(path)?)),
+                    false => Ok(Found::Nothing),
+                };
             }
             Err(e) => return Err(LabError::io("read", &stored_at, e)),
         };
         if fresh {
-            let directory = Directory::open(path)?;
-            directory.clear()?;
-            return Ok(None);
+            return Ok(Found::Old(Directory::open(path)?));
         }
         let help = "--fresh removes that result and starts anew; --out DIR keeps it and writes elsewhere";
         let stored: Plan = match serde_json::from_slice(&text) {
@@ -85,7 +96,7 @@ impl Directory {
         if !complaints.is_empty() {
             return Err(LabError::Invalid(complaints));
         }
-        Ok(Some((Directory::open(path)?, stored)))
+        Ok(Found::Same(Directory::open(path)?, Box::new(stored)))
     }
 
     /// Makes the directory with `machine.json` and, last, `plan.json`: from then on it is a result.
@@ -116,7 +127,7 @@ impl Directory {
     }
 
     /// Removes what Longbit wrote, `plan.json` first: a half-cleared directory is not a result.
-    fn clear(&self) -> Result<()> {
+    pub(super) fn clear(self) -> Result<()> {
         for name in OWN_FILES {
             remove(&self.path.join(name))?;
         }
@@ -139,23 +150,35 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Refuses a directory without a plan that holds anything but the remains of a start that was cut short.
-fn foreign(path: &Path) -> Result<()> {
+/// Refuses a directory without a plan that holds anything but the remains of a start that was cut short. With `fresh` the
+/// remains of a result that was half removed pass, too: true when there is something to remove.
+fn foreign(path: &Path, fresh: bool) -> Result<bool> {
     let entries = match std::fs::read_dir(path) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(LabError::io("read", path, e)),
     };
+    let mut remains = false;
     for entry in entries {
         let entry = entry.map_err(|e| LabError::io("read", path, e))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name != "machine.json" && name != "run.log" && !name.starts_with(".writing-") {
+        if name == "machine.json" || name == "run.log" || name.starts_with(".writing-") {
+            continue;
+        }
+        let own = OWN_FILES.contains(&name.as_str()) || name == "plots";
+        remains |= own;
+        if !(own && fresh) {
             let what =
                 format!("{} is not a results directory: it holds {name} and no plan.json", path.display());
-            return Err(LabError::invalid(what, "", "choose another --out"));
+            let help = if own {
+                "--fresh removes what is left there, or choose another --out"
+            } else {
+                "choose another --out"
+            };
+            return Err(LabError::invalid(what, "", help));
         }
     }
-    Ok(())
+    Ok(remains)
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {

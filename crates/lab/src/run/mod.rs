@@ -20,7 +20,7 @@ use crate::engine::Engine;
 use crate::plan::{self, Plan, PlanOptions, VerifySpec};
 use crate::spec::{self, Experiment};
 use crate::{Exit, LabError, Result, emit, machine};
-use directory::Directory;
+use directory::{Directory, Found};
 use progress::Progress;
 use schedule::Scheduler;
 
@@ -70,7 +70,7 @@ pub fn run(
             Ok(one) => exit = exit.worst(one),
             // What is wrong with one experiment does not stop the others.
             Err(error @ LabError::Invalid(_)) if experiments.len() > 1 && !options.fail_fast => {
-                writeln!(err, "error: {error}")?;
+                let _ = writeln!(err, "error: {error}");
                 exit = exit.worst(error.exit());
                 continue;
             }
@@ -145,32 +145,37 @@ pub(crate) fn measure(
     let mut here = options.machine.clone().unwrap_or_else(machine::gather);
     let mut plan = plan::outline(experiment, capabilities, &here, &options.plan)?;
     let directory = match Directory::resume(dir, &plan, options.fresh)? {
-        Some((directory, mut stored)) => {
+        Found::Same(directory, mut stored) => {
             // Limits say how long to wait, not what is measured: those of today count.
             stored.limits = plan.limits;
-            plan = stored;
+            plan = *stored;
             directory
         }
-        None => {
+        found @ (Found::Nothing | Found::Old(_)) => {
             let mut threads: BTreeSet<usize> = plan.cells.iter().map(|c| c.threads).collect();
             threads.extend([1, here.cpus_allowed]);
             threads.retain(|&t| t <= here.cpus_allowed);
             let threads: Vec<usize> = threads.into_iter().collect();
             let probes = machine::probe(&mut here, engine, &threads)?;
             plan::predict(&mut plan, engine, experiment.on_exceed, &probes)?;
+            // The old result goes only now: what is refused, or fails, costs nothing.
+            if let Found::Old(old) = found {
+                old.clear()?;
+            }
             Directory::create(dir, &plan, &here)?
         }
     };
+    // What is said on the way is advice: a reader that is gone does not end a measurement.
     if !options.quiet {
         for warning in &here.warnings {
-            writeln!(err, "warning: {warning}")?;
+            let _ = writeln!(err, "warning: {warning}");
         }
         if plan.git_dirty == Some(true) {
-            writeln!(
+            let _ = writeln!(
                 err,
                 "warning: the work tree differs from commit {}; results name the commit alone",
                 plan.git_sha
-            )?;
+            );
         }
     }
     let (store, lines) = store::Store::open(&directory.samples())?;

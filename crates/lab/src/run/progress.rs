@@ -7,7 +7,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use longbit_protocol::Sample;
 
 use super::{RunOptions, wanted};
-use crate::Result;
 use crate::plan::{Plan, PlannedCell};
 use crate::spec::units::show_seconds;
 
@@ -89,14 +88,7 @@ impl<'a> Progress<'a> {
     }
 
     /// A cohort is over.
-    pub(super) fn cohort(
-        &mut self,
-        number: usize,
-        of: usize,
-        cell: &PlannedCell,
-        done: usize,
-        cells: usize,
-    ) -> Result<()> {
+    pub(super) fn cohort(&mut self, number: usize, of: usize, cell: &PlannedCell, done: usize, cells: usize) {
         let speed = self.last_tok_s.map(|s| format!(", last {s:.2} tok/s")).unwrap_or_default();
         let line = format!(
             "[{number}/{of}] context={} kv={}: {done} of {cells} cells measured{speed}, {}",
@@ -104,17 +96,20 @@ impl<'a> Progress<'a> {
             cell.kv_dtype,
             self.eta()
         );
-        if self.bar.is_some() { Ok(()) } else { self.say(&line) }
+        if self.bar.is_none() {
+            self.say(&line);
+        }
     }
 
-    /// A line that stays.
-    pub(super) fn say(&mut self, line: &str) -> Result<()> {
+    /// A line that stays. A reader that is gone does not end a measurement.
+    pub(super) fn say(&mut self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None if !self.quiet => writeln!(self.err, "{line}")?,
+            None if !self.quiet => {
+                let _ = writeln!(self.err, "{line}");
+            }
             None => {}
         }
-        Ok(())
     }
 
     pub(super) fn finish(&self) {

@@ -113,14 +113,14 @@ impl<'a> Scheduler<'a> {
                 ended?;
                 let cell = &self.plan.cells[pending[0]];
                 let done = pending.iter().filter(|&&i| self.state(i).end == Some(Status::Ok)).count();
-                self.progress.cohort(cohort + 1, cohorts, cell, done, pending.len())?;
+                self.progress.cohort(cohort + 1, cohorts, cell, done, pending.len());
             }
             if self.violated && self.plan.verify.as_ref().is_some_and(|v| v.on_fail == OnFail::Stop) {
-                self.progress.say("stopped: a cell violates [verify], and on_fail is \"stop\"")?;
+                self.progress.say("stopped: a cell violates [verify], and on_fail is \"stop\"");
                 break;
             }
             if self.fail_fast && self.any_failed() {
-                self.progress.say("stopped: a cell failed, and --fail-fast was given")?;
+                self.progress.say("stopped: a cell failed, and --fail-fast was given");
                 break;
             }
         }
@@ -170,7 +170,7 @@ impl<'a> Scheduler<'a> {
             return self.fail_all(&left, status, &error);
         }
         self.progress
-            .say(&format!("worker: {error}; its {} unfinished cells are tried one by one", left.len()))?;
+            .say(&format!("worker: {error}; its {} unfinished cells are tried one by one", left.len()));
         for (n, &i) in left.iter().enumerate() {
             if self.fail_fast && self.any_failed() {
                 break;
@@ -222,7 +222,8 @@ impl<'a> Scheduler<'a> {
         self.store.append(&Line::Failed { outcome })?;
         self.states.entry(cell.id.clone()).or_default().end = Some(status);
         self.progress.advance(rest);
-        self.progress.say(&format!("{}: {}: {error}", status.as_str(), short(cell)))
+        self.progress.say(&format!("{}: {}: {error}", status.as_str(), short(cell)));
+        Ok(())
     }
 
     /// One worker for these cells.
@@ -378,7 +379,7 @@ impl<'a> Scheduler<'a> {
         let cell = &self.plan.cells[i];
         if let Some(why) = violation(self.plan.verify.as_ref(), &cell.method, &quality) {
             self.violated = true;
-            self.progress.say(&format!("verify_failed: {}: {why}", short(cell)))?;
+            self.progress.say(&format!("verify_failed: {}: {why}", short(cell)));
         }
         self.progress.advance(self.part_seconds(i));
         self.store.append(&Line::Quality { quality: Box::new(quality) })?;

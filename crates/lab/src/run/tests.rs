@@ -305,6 +305,36 @@ fn fresh_removes_only_what_longbit_wrote() {
 }
 
 #[test]
+fn fresh_removes_nothing_before_the_new_run_is_possible() {
+    let mut lab = Lab::new(AXES, &format!("{MEASURE}\n[limits]\non_exceed = \"refuse\""));
+    lab.run(&MockEngine::default());
+    let before = std::fs::read(lab.out().join("samples.jsonl")).unwrap();
+    lab.options.fresh = true;
+    lab.options.plan.max_rss = Some(crate::spec::MemoryLimit::Bytes(1));
+    let error = lab.try_run(&MockEngine::default()).unwrap_err();
+    assert!(error.to_string().contains("exceeds the limit"), "{error}");
+    assert_eq!(std::fs::read(lab.out().join("samples.jsonl")).unwrap(), before);
+    assert_eq!(lab.plan().cells.len(), 6);
+}
+
+#[test]
+fn fresh_goes_on_where_removing_was_cut_short() {
+    let mut lab = Lab::new(AXES, MEASURE);
+    lab.run(&MockEngine::default());
+    std::fs::remove_file(lab.out().join("plan.json")).unwrap();
+    let error = lab.try_run(&MockEngine::default()).unwrap_err().to_string();
+    assert!(error.contains("samples.jsonl") && error.contains("--fresh"), "{error}");
+    lab.options.fresh = true;
+    let engine = MockEngine::default();
+    assert_eq!(lab.run(&engine), Exit::Ok);
+    assert_eq!(engine.sent.borrow().len(), 18, "old samples do not count");
+    std::fs::remove_file(lab.out().join("plan.json")).unwrap();
+    std::fs::write(lab.out().join("thesis.tex"), "x").unwrap();
+    assert!(lab.try_run(&MockEngine::default()).unwrap_err().to_string().contains("thesis.tex"));
+    assert!(lab.out().join("samples.jsonl").exists());
+}
+
+#[test]
 fn a_foreign_directory_and_a_second_writer_are_refused() {
     let lab = Lab::new(AXES, MEASURE);
     std::fs::create_dir(lab.out()).unwrap();
