@@ -5,9 +5,16 @@ use std::process::Command;
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let sha = git(&["rev-parse", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
+    // The answer below depends on the work tree, not on the index alone.
+    for source in ["../../crates", "../../Cargo.toml", "../../Cargo.lock"] {
+        // A path that does not exist would make every build run this again.
+        if std::path::Path::new(source).exists() {
+            println!("cargo:rerun-if-changed={source}");
+        }
+    }
     // Only what decides the binary: an edited report does not make it another one.
     let sources =
-        ["status", "--porcelain", "--untracked-files=no", "--", ":/crates", ":/Cargo.toml", ":/Cargo.lock"];
+        ["status", "--porcelain", "--untracked-files=all", "--", ":/crates", ":/Cargo.toml", ":/Cargo.lock"];
     let dirty = git(&sources).map(|s| (!s.is_empty()).to_string()).unwrap_or_default();
     let branch = git(&["symbolic-ref", "-q", "HEAD"]);
     for file in ["HEAD", "index", "packed-refs"].into_iter().chain(branch.as_deref()) {

@@ -81,7 +81,8 @@ Example:
     #[command(after_help = "\
 Examples:
   longbit report results/long
-  longbit report results/long --splice REPORT.md")]
+  longbit report results/long --splice REPORT.md
+  longbit report --rebuild runs/main-quick")]
     Report(ReportArgs),
     /// Write the f32 logits of every position, to hold a checkpoint against another engine.
     #[command(after_help = "\
@@ -253,6 +254,9 @@ pub(crate) struct ReportArgs {
     /// Rewrite the marked parts of this page.
     #[arg(long, value_name = "FILE")]
     pub(crate) splice: Option<PathBuf>,
+    /// Write the derived files of the directories anew from their logs, whatever commit measured them.
+    #[arg(long)]
+    pub(crate) rebuild: bool,
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(crate) format: Format,
 }

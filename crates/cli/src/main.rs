@@ -185,6 +185,7 @@ fn dispatch(cli: Cli, matches: &clap::ArgMatches, out: &mut dyn Write) -> Result
                 results: a.results,
                 format: a.format.into(),
                 splice: a.splice,
+                rebuild: a.rebuild,
                 color,
             };
             report::report(&options, out)?

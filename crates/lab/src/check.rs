@@ -1,6 +1,6 @@
 //! The verb `check`: what HEAD changed against BASE, with verdicts and an exit code.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -55,7 +55,8 @@ impl Default for CheckOptions {
 struct Loaded {
     side: Side,
     gate: Option<Gate>,
-    class: Option<String>,
+    /// Machine classes of its rows.
+    classes: BTreeSet<String>,
 }
 
 fn load(path: &Path) -> Result<Loaded> {
@@ -63,7 +64,11 @@ fn load(path: &Path) -> Result<Loaded> {
     if path.is_dir() && dir.join("plan.json").is_file() {
         let results = Results::read(dir)?;
         let side = Side { records: results.records(), times: summarise::token_times(&results.lines) };
-        return Ok(Loaded { side, gate: Some(results.plan.gate), class: Some(results.plan.machine_class) });
+        return Ok(Loaded {
+            side,
+            gate: Some(results.plan.gate),
+            classes: [results.plan.machine_class].into(),
+        });
     }
     let csv = if path.is_dir() { path.join("cells.csv") } else { path.to_path_buf() };
     if !csv.is_file() {
@@ -74,8 +79,8 @@ fn load(path: &Path) -> Result<Loaded> {
         ));
     }
     let records = Record::read_csv(&csv)?;
-    let class = records.first().map(|r| r.machine_class.clone());
-    Ok(Loaded { side: Side { records, times: BTreeMap::new() }, gate: None, class })
+    let classes = records.iter().map(|r| r.machine_class.clone()).collect();
+    Ok(Loaded { side: Side { records, times: BTreeMap::new() }, gate: None, classes })
 }
 
 /// The whole answer, as printed in JSON.
@@ -108,14 +113,16 @@ pub fn report(options: &CheckOptions) -> Result<Report> {
             "",
         ));
     }
-    let differ = base.class.is_some() && head.class.is_some() && base.class != head.class;
+    // A side without rows has no class; one whose rows come from several cannot be held against anything.
+    let known = !base.classes.is_empty() && !head.classes.is_empty();
+    let differ = known && base.classes.union(&head.classes).count() > 1;
     if differ && !options.allow_machine_mismatch {
-        let name = |c: &Option<String>| c.clone().unwrap_or_default();
+        let name = |c: &BTreeSet<String>| c.iter().cloned().collect::<Vec<_>>().join("`, `");
         return Err(LabError::invalid(
             format!(
                 "the results come from different kinds of machine: BASE `{}`, HEAD `{}`",
-                name(&base.class),
-                name(&head.class)
+                name(&base.classes),
+                name(&head.classes)
             ),
             "machine_class",
             "measure both on one machine, or pass --allow-machine-mismatch for advice without a verdict",
@@ -350,6 +357,22 @@ mod tests {
         let (exit, text) = run(&options);
         assert_eq!(exit, Exit::Ok);
         assert!(text.contains("improved"), "{text}");
+    }
+
+    #[test]
+    fn one_row_of_another_machine_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut records = testing::records();
+        let put = |name: &str, records: &[Record]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, crate::emit::csv::to_string(records)).unwrap();
+            path
+        };
+        let base = put("base.csv", &records);
+        records.last_mut().unwrap().machine_class = "0000000000000001".into();
+        let options = CheckOptions { base, head: put("head.csv", &records), ..CheckOptions::default() };
+        let text = check(&options, &mut Vec::new()).unwrap_err().to_string();
+        assert!(text.contains("`0000000000000001`, `fedcba9876543210`"), "{text}");
     }
 
     #[test]

@@ -118,7 +118,7 @@ columns! {
     run_id: String, "-", "Stamp, commit and machine of the run.";
     cell_id: String, "-", "16 hexadecimal digits over the canonical configuration of the cell.";
     experiment: String, "-", "`group/name`.";
-    status: Status, "-", "How the cell ended: ok, skipped, timeout, oom, verify_failed, unstable or error.";
+    status: Status, "-", "How the cell ended: ok, skipped, timeout, oom, verify_failed, unstable (reserved: nothing gives it yet) or error.";
     error: Option<String>, "-", "The reason for anything but ok.";
     context_tokens: u64, "tokens", "Tokens in the KV cache when a decode step is timed.";
     threads: u64, "count", "Threads of the decode team.";
@@ -138,7 +138,7 @@ columns! {
     reps: u64, "count", "Repetitions recorded.";
     tokens_timed: u64, "tokens", "Timed tokens over all repetitions.";
     tokens_warmup: u64, "tokens", "Untimed tokens before them, over all repetitions.";
-    fill_ns: Option<u64>, "ns", "Time to fill the cache.";
+    fill_ns: Option<u64>, "ns", "Time to fill the cache, with exact attention of the compared steps and the digest of the rows.";
     decode_tok_s: Option<f64>, "tokens/s", "Timed tokens divided by their summed time (not a mean of rates).";
     tpot_p50_ns: Option<u64>, "ns", "Median time per output token, over all timed tokens.";
     tpot_p90_ns: Option<u64>, "ns", "90th percentile (nearest rank).";
@@ -231,8 +231,10 @@ impl Record {
         let mut places = Vec::with_capacity(COLUMNS.len());
         for column in COLUMNS {
             let place = header.iter().position(|h| h == column.name).ok_or_else(|| {
-                let what =
-                    format!("the column `{}` is missing; rebuild the file from samples.jsonl", column.name);
+                let what = format!(
+                    "the column `{}` is missing; `longbit report --rebuild DIR` writes the file anew",
+                    column.name
+                );
                 LabError::data(path, Some(1), what)
             })?;
             places.push(place);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
 use crate::analyse::{Results, sentence::sentence};
-use crate::emit::{Format, csv, json, markdown, plot, table, terminal_table, write_file};
+use crate::emit::{Format, csv, json, markdown, plot, table, terminal_table, write_all, write_file};
 use crate::record::Record;
 use crate::{Exit, LabError, Result};
 
@@ -17,6 +17,8 @@ pub struct ReportOptions {
     pub format: Format,
     /// The page whose marked parts are rewritten.
     pub splice: Option<PathBuf>,
+    /// Writes the derived files of each directory anew from its log, whatever commit measured it, instead of printing.
+    pub rebuild: bool,
     /// Colours in the table.
     pub color: bool,
 }
@@ -37,7 +39,13 @@ struct Loaded {
 /// closed, and what reading and writing say. The page is replaced whole or not at all.
 pub fn report(options: &ReportOptions, out: &mut dyn Write) -> Result<Exit> {
     let mut loaded = Vec::new();
+    let mut text = String::new();
     for dir in &options.results {
+        if options.rebuild {
+            for file in write_all(dir)?.files {
+                text.push_str(&format!("wrote {}\n", file.display()));
+            }
+        }
         let results = Results::read(dir)?;
         let records = results.records();
         loaded.push(Loaded { results, records });
@@ -45,10 +53,11 @@ pub fn report(options: &ReportOptions, out: &mut dyn Write) -> Result<Exit> {
     if loaded.is_empty() {
         return Err(LabError::invalid("no results directory given", "", "longbit report runs/main-speed"));
     }
-    let text = match &options.splice {
-        Some(page) => splice_page(page, &loaded)?,
-        None => print(options, &loaded)?,
-    };
+    match &options.splice {
+        Some(page) => text.push_str(&splice_page(page, &loaded)?),
+        None if options.rebuild => {}
+        None => text.push_str(&print(options, &loaded)?),
+    }
     out.write_all(text.as_bytes()).map_err(LabError::Output)?;
     let whole = |r: &Record| r.measured() || r.status == longbit_protocol::Status::Skipped;
     Ok(if loaded.iter().flat_map(|l| &l.records).all(whole) { Exit::Ok } else { Exit::Incomplete })
@@ -287,6 +296,22 @@ mod tests {
         let error = report(&options, &mut Vec::new()).unwrap_err().to_string();
         assert!(error.contains("no result of experiment `other`") && error.contains("REPORT.md:"), "{error}");
         assert_eq!(std::fs::read(&page).unwrap(), before);
+    }
+
+    #[test]
+    fn derived_files_are_rebuilt_from_the_log_of_any_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut plan, machine, lines) = testing::with_gaps();
+        plan.git_sha = "f".repeat(40);
+        testing::write(dir.path(), &plan, &machine, &lines);
+        std::fs::write(dir.path().join("cells.csv"), "status\n").unwrap();
+        let log = std::fs::read(dir.path().join("samples.jsonl")).unwrap();
+        let options = ReportOptions { results: vec![dir.path().into()], rebuild: true, ..Default::default() };
+        let mut out = Vec::new();
+        assert_eq!(report(&options, &mut out).unwrap(), Exit::Incomplete);
+        assert!(String::from_utf8(out).unwrap().contains("cells.csv"));
+        assert_eq!(Record::read_csv(&dir.path().join("cells.csv")).unwrap().len(), 42);
+        assert_eq!(std::fs::read(dir.path().join("samples.jsonl")).unwrap(), log);
     }
 
     #[test]

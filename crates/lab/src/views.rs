@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use longbit_protocol::{Machine, ParamInfo, ParamKind, Quality};
 
+use crate::analyse::summarise::verify_violation;
 use crate::engine::Engine;
 use crate::plan::{Plan, PlanOptions, disk_bytes, outline, predict};
 use crate::run::store::{self, Line};
-use crate::run::{self, RunOptions, violation};
+use crate::run::{self, RunOptions};
 use crate::spec::units::{show_bytes, show_seconds};
 use crate::{Exit, LabError, Result, machine};
 
@@ -325,16 +326,18 @@ fn verify_table(plan: &Plan, lines: &[Line], out: &mut dyn Write) -> Result<()> 
             _ => None,
         });
         let verdict = match (quality, &cell.skip) {
-            (Some(q), _) => match violation(plan.verify.as_ref(), &cell.method, q) {
-                Some(why) => {
-                    failed += 1;
-                    format!("FAIL: {why}")
+            (Some(q), _) => {
+                match plan.verify.as_ref().and_then(|v| verify_violation(v, &cell.method, Some(q))) {
+                    Some(why) => {
+                        failed += 1;
+                        format!("FAIL: {why}")
+                    }
+                    None => {
+                        passed += 1;
+                        "pass".to_owned()
+                    }
                 }
-                None => {
-                    passed += 1;
-                    "pass".to_owned()
-                }
-            },
+            }
             (None, Some(skip)) => format!("skipped: {skip}"),
             (None, None) => {
                 missing += 1;
@@ -434,7 +437,7 @@ mod tests {
         assert!(text.contains("2 pass, 0 fail") && good.sent.borrow().is_empty(), "{text}");
         let (exit, text) = verified(&MockEngine::with(&[("window", Fault::Cosine(0.5))]));
         assert_eq!(exit, Exit::VerifyFailed);
-        assert!(text.contains("FAIL: cosine 0.500000 is below 0.99 (verify.cosine_min)"), "{text}");
+        assert!(text.contains("FAIL: smallest cosine 0.5 is below 0.99 (verify.cosine_min)"), "{text}");
         let (_dir, bare) = file("");
         let options = RunOptions { files: vec![bare], ..options.clone() };
         assert!(verify(&good, &options, &mut Vec::new(), &mut Vec::new()).is_err());

@@ -60,7 +60,7 @@ pub enum Status {
     Oom,
     /// Its output disagrees with the reference.
     VerifyFailed,
-    /// Too noisy by the rule fixed beforehand.
+    /// Reserved for cells too noisy by a rule fixed beforehand; nothing gives it yet.
     Unstable,
     /// Anything else; the reason is beside it.
     Error,
@@ -113,7 +113,7 @@ pub struct Ready {
     pub fill_sha256: String,
     /// Time to build or load the model.
     pub build_ns: u64,
-    /// Time to fill the cache.
+    /// Time to fill the cache, with exact attention of the compared steps and the digest of the rows.
     pub fill_ns: u64,
     /// Bytes of anonymous huge pages in use, where the system says.
     #[serde(default)]
@@ -205,20 +205,27 @@ pub struct Sample {
     pub t0: String,
     /// Wall time of each token.
     pub tok_ns: Vec<u64>,
-    /// User time of the process during the repetition.
-    pub user_ns: u64,
+    /// User time of the process during the repetition; this and what follows is none where the system does not say.
+    #[serde(default)]
+    pub user_ns: Option<u64>,
     /// System time of the process.
-    pub sys_ns: u64,
+    #[serde(default)]
+    pub sys_ns: Option<u64>,
     /// Voluntary context switches.
-    pub nvcsw: u64,
+    #[serde(default)]
+    pub nvcsw: Option<u64>,
     /// Involuntary context switches.
-    pub nivcsw: u64,
+    #[serde(default)]
+    pub nivcsw: Option<u64>,
     /// Minor page faults.
-    pub minflt: u64,
+    #[serde(default)]
+    pub minflt: Option<u64>,
     /// Major page faults.
-    pub majflt: u64,
+    #[serde(default)]
+    pub majflt: Option<u64>,
     /// Peak resident bytes of the process so far.
-    pub rss_peak_bytes: u64,
+    #[serde(default)]
+    pub rss_peak_bytes: Option<u64>,
     /// Share of CPU time stolen by the host during the repetition, percent; none where the system does not say.
     #[serde(default)]
     pub steal_pct: Option<f64>,

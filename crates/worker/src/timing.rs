@@ -38,8 +38,9 @@ pub(crate) fn repetition(
     let wall = start.elapsed();
     let (process_after, host_after) = (ProcessFacts::counters(), HostFacts::now());
     session.rewind(context);
-    let spent =
-        |f: fn(&ProcessFacts) -> Option<u64>| f(&process_after).zip(f(&process)).map_or(0, |(b, a)| b - a);
+    let spent = |f: fn(&ProcessFacts) -> Option<u64>| {
+        f(&process_after).zip(f(&process)).map(|(b, a)| b.saturating_sub(a))
+    };
     Ok(Sample {
         user_ns: spent(|p| p.user_ns),
         sys_ns: spent(|p| p.sys_ns),
@@ -47,7 +48,7 @@ pub(crate) fn repetition(
         nivcsw: spent(|p| p.nivcsw),
         minflt: spent(|p| p.minflt),
         majflt: spent(|p| p.majflt),
-        rss_peak_bytes: process_after.rss_peak_bytes.unwrap_or(0),
+        rss_peak_bytes: process_after.rss_peak_bytes,
         steal_pct: steal_pct(&host, &host_after),
         throttled_us: host_after.throttled_us.zip(host.throttled_us).map(|(b, a)| b.saturating_sub(a)),
         psi_cpu_pct: psi_pct(&host, &host_after, wall),

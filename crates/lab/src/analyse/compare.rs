@@ -215,17 +215,23 @@ pub fn compare(base: &Side, head: &Side, gate: &Gate, confidence: f64) -> Compar
                 out.changes
                     .extend(METRICS.iter().filter_map(|m| change(*m, b, h, base, head, gate, confidence)));
             }
+            Some(h) if h.status == Status::VerifyFailed => out.verify_failed.push(gap()),
             _ if b.measured() => out.missing.push(gap()),
             _ => out.others.push(gap()),
         }
     }
     for h in head.records.iter().filter(|h| !before.contains_key(h.cell_id.as_str())) {
-        out.others.push(Gap {
+        let failed = h.status == Status::VerifyFailed;
+        let list = if failed { &mut out.verify_failed } else { &mut out.others };
+        list.push(Gap {
             cell_id: h.cell_id.clone(),
             cell: describe(h),
             base: None,
             head: Some(h.status.as_str().to_owned()),
-            reason: "not in BASE".to_owned(),
+            reason: match h.error.as_ref().filter(|_| failed) {
+                Some(error) => format!("not in BASE; {error}"),
+                None => "not in BASE".to_owned(),
+            },
         });
     }
     let size = |c: &Change| c.estimate.map_or(f64::INFINITY, f64::abs);

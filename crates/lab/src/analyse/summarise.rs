@@ -103,13 +103,16 @@ pub fn verify_violation(verify: &VerifySpec, method: &str, quality: Option<&Qual
     if let Some(limit) = verify.cosine_min
         && !matches!(quality.cosine_min.partial_cmp(&limit), Some(o) if o.is_ge())
     {
-        violations.push(format!("smallest cosine {} is below {limit}", significant(quality.cosine_min)));
+        violations.push(format!(
+            "smallest cosine {} is below {limit} (verify.cosine_min)",
+            significant(quality.cosine_min)
+        ));
     }
     if let Some(limit) = verify.rel_l2_max
         && !matches!(quality.rel_l2_max.partial_cmp(&limit), Some(o) if o.is_le())
     {
-        violations
-            .push(format!("largest relative L2 error {} exceeds {limit}", significant(quality.rel_l2_max)));
+        let found = significant(quality.rel_l2_max);
+        violations.push(format!("largest relative L2 error {found} exceeds {limit} (verify.rel_l2_max)"));
     }
     (!violations.is_empty()).then(|| violations.join("; "))
 }
@@ -366,9 +369,10 @@ fn add_traffic(record: &mut Record, samples: &[&Sample]) {
 }
 
 fn add_process(record: &mut Record, samples: &[&Sample]) {
-    let sum = |f: fn(&Sample) -> u64| Some(samples.iter().map(|s| f(s)).sum());
+    // What no sample says stays empty: unknown is not zero.
+    let sum = |f: fn(&Sample) -> Option<u64>| samples.iter().filter_map(|s| f(s)).reduce(u64::saturating_add);
     let some = |f: fn(&Sample) -> Option<f64>| samples.iter().filter_map(|s| f(s)).collect::<Vec<_>>();
-    record.rss_peak_bytes = samples.iter().map(|s| s.rss_peak_bytes).max().filter(|b| *b > 0);
+    record.rss_peak_bytes = samples.iter().filter_map(|s| s.rss_peak_bytes).max().filter(|b| *b > 0);
     record.user_ns = sum(|s| s.user_ns);
     record.sys_ns = sum(|s| s.sys_ns);
     record.invol_switches = sum(|s| s.nivcsw);

@@ -13,13 +13,14 @@ pub fn formats_doc() -> String {
     page.push_str(&table(&["file", "written", "content"], &FILES, &[0, 1, 2]));
     page.push_str(
         "\nOnly `samples.jsonl` is measured; `cells.csv`, `percentiles.csv`, `summary.md` and `plots/` are rebuilt from it \
-         with `plan.json` and `machine.json`, byte for byte. Derived files are written beside their place and renamed.\n",
+         with `plan.json` and `machine.json`, byte for byte, by `longbit report --rebuild DIR`, whatever commit measured it. \
+         Derived files are written beside their place and renamed.\n",
     );
     page.push_str(
         "\n## cells.csv\n\nOne row for each planned cell, in the order of the plan, whatever became of it. Comma-separated, \
          UTF-8, a header line, quoted where needed. Units stand in the names. An empty field means \"not measured\": it is \
          never a zero and never NaN. Times and bytes are integers; other numbers have the shortest digits that read back \
-         as the same number. Only rows with status ok, verify_failed or unstable have timings.\n\n",
+         as the same number. Only rows with status ok, verify_failed or unstable (reserved) have timings.\n\n",
     );
     let columns: Vec<[&str; 4]> = COLUMNS.iter().map(|c| [c.name, c.unit, c.kind, c.meaning]).collect();
     page.push_str(&table(&["column", "unit", "type", "meaning"], &columns, &[0, 1, 2, 3]));
@@ -114,14 +115,16 @@ const OTHER: [[&str; 2]; 6] = [
     ["ready.workload_stats", "statistics of the workload, by name"],
 ];
 
-const PLAN: [[&str; 2]; 14] = [
+const PLAN: [[&str; 2]; 16] = [
     ["schema", "1"],
-    ["experiment", "group, name, question, analysis, file_sha256"],
+    ["experiment", "group, name, question, analysis, file_sha256, file (as it was named; empty outside)"],
     ["plan_hash", "16 hexadecimal digits over everything that decides what is measured"],
     ["git_sha, git_dirty", "commit of the binary; whether the work tree differed, or null"],
     ["run_id, created_utc", "stamp, commit and machine; when the plan was made"],
     ["machine_id, machine_class", "this very machine; machines that can be compared with it"],
     ["engine, engine_version", "the program that measures"],
+    ["isa", "instruction set of its kernels"],
+    ["flags", "the flags that chose the cells and how they are measured"],
     ["measure", "reps, gen_tokens, warmup_tokens, quality_steps, pin, probe_bytes"],
     [
         "min_samples_p99, max_drift_pct",

@@ -4,7 +4,7 @@ use longbit_protocol::Machine;
 
 use super::table;
 use crate::analyse::label::{DENSE, distinct};
-use crate::plan::Plan;
+use crate::plan::{Plan, quoted};
 use crate::record::Record;
 
 /// The whole page.
@@ -97,7 +97,12 @@ pub fn machine_table(machine: &Machine) -> String {
 /// The command, and what it was run with.
 pub fn reproduce(plan: &Plan, machine: &Machine) -> String {
     let e = &plan.experiment;
-    let file = if e.group == "main" { e.name.clone() } else { e.full_name() };
+    let file = match (e.file.is_empty(), e.group.as_str()) {
+        (false, _) => quoted(&e.file),
+        (true, "main") => format!("experiments/{}.toml", e.name),
+        (true, _) => format!("experiments/{}.toml", e.full_name()),
+    };
+    let command = [vec![format!("longbit run {file}")], plan.flags.clone()].concat().join(" ");
     let dirty = match plan.git_dirty {
         Some(true) => " with uncommitted changes",
         Some(false) => "",
@@ -105,7 +110,7 @@ pub fn reproduce(plan: &Plan, machine: &Machine) -> String {
     };
     let m = &plan.measure;
     format!(
-        "```sh\nlongbit run experiments/{file}.toml\n```\n\nCommit `{}`{dirty}, {} build, {}, {}; engine {} {}; plan \
+        "```sh\n{command}\n```\n\nCommit `{}`{dirty}, {} build, {}, {}; engine {} {}; plan \
          `{}`; {} repetitions of {} tokens after {} to warm up.\n",
         plan.git_sha,
         machine.toolchain.profile,

@@ -30,6 +30,38 @@ pub struct PlanOptions {
     pub max_rss: Option<MemoryLimit>,
 }
 
+impl PlanOptions {
+    /// The flags that give these options again, written for a shell.
+    fn flags(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        let mut put = |flag: &str, value: &str| flags.push(format!("{flag} {}", quoted(value)));
+        for filter in &self.selection.filters {
+            put(if filter.not { "-F" } else { "-f" }, &filter.text);
+        }
+        self.selection.methods.iter().for_each(|m| put("-m", m));
+        self.selection.set.iter().for_each(|s| put("--set", s));
+        if let Some(reps) = self.reps {
+            put("--reps", &reps.to_string());
+        }
+        match self.max_rss {
+            Some(MemoryLimit::Bytes(bytes)) => put("--max-rss", &format!("{bytes}B")),
+            Some(MemoryLimit::Percent(percent)) => put("--max-rss", &format!("{percent}%")),
+            None => {}
+        }
+        flags
+    }
+}
+
+/// A word as a shell takes it.
+pub(crate) fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,%+".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
+}
+
 /// What decides the measurements of a plan, in the order in which it is hashed.
 #[derive(Serialize)]
 struct Decides<'a> {
@@ -41,6 +73,7 @@ struct Decides<'a> {
     verify: &'a Option<VerifySpec>,
     engine: &'a str,
     engine_version: &'a str,
+    isa: &'a str,
 }
 
 /// The plan of an experiment without predictions: enough to tell whether a directory already holds it.
@@ -72,6 +105,7 @@ pub fn outline(
         verify: &e.verify,
         engine: &capabilities.engine,
         engine_version: &capabilities.version,
+        isa: &capabilities.isa,
     })?;
     let now = jiff::Timestamp::now();
     let git_sha = machine.toolchain.git_sha.clone();
@@ -90,6 +124,8 @@ pub fn outline(
         machine_class: machine.machine_class.clone(),
         engine: capabilities.engine.clone(),
         engine_version: capabilities.version.clone(),
+        isa: capabilities.isa.clone(),
+        flags: options.flags(),
         measure,
         min_samples_p99: e.min_samples_p99,
         max_drift_pct: e.max_drift_pct,

@@ -9,6 +9,7 @@ use longbit_protocol::{Measure, ModelSpec};
 use serde::{Deserialize, Serialize};
 
 pub use expand::{Filter, Selection, cell_id, expand, select};
+pub(crate) use make::quoted;
 pub use make::{PlanOptions, disk_bytes, outline, predict};
 
 /// Version of `plan.json` and of the lines of `samples.jsonl`.
@@ -39,6 +40,12 @@ pub struct Plan {
     pub engine: String,
     /// Engine version.
     pub engine_version: String,
+    /// Instruction set of the kernels; empty in plans of before it was stored.
+    #[serde(default)]
+    pub isa: String,
+    /// Flags that chose the cells and how they are measured, each with its value; empty when there were none.
+    #[serde(default)]
+    pub flags: Vec<String>,
     /// How each cell is measured.
     pub measure: Measure,
     /// Below this many timed tokens the p99 columns stay empty.
@@ -70,6 +77,9 @@ pub struct ExperimentMeta {
     pub analysis: String,
     /// SHA-256 of the file.
     pub file_sha256: String,
+    /// The file as it was named, relative to where the program was started; empty when it lay elsewhere.
+    #[serde(default)]
+    pub file: String,
 }
 
 impl ExperimentMeta {

@@ -78,8 +78,11 @@ impl Directory {
                 return Err(LabError::invalid(what, stored_at.display().to_string(), help));
             }
         };
+        // A plan of before the instruction set was stored is told from this one by its hash.
+        let isa = if stored.isa.is_empty() { &plan.isa } else { &stored.isa };
         let differs = [
             ("schema", stored.schema.to_string(), SCHEMA.to_string()),
+            ("instruction set", isa.clone(), plan.isa.clone()),
             ("plan", stored.plan_hash.clone(), plan.plan_hash.clone()),
             ("commit", stored.git_sha.clone(), plan.git_sha.clone()),
             ("machine", stored.machine_id.clone(), plan.machine_id.clone()),

@@ -14,11 +14,11 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use longbit_protocol::{Capabilities, Machine, Quality, Status};
+use longbit_protocol::{Capabilities, Machine, Status};
 
 use crate::engine::Engine;
-use crate::plan::{self, Plan, PlanOptions, VerifySpec};
-use crate::spec::{self, Experiment};
+use crate::plan::{self, Plan, PlanOptions};
+use crate::spec::{self, Experiment, MemoryLimit};
 use crate::{Exit, LabError, Result, emit, machine};
 use directory::{Directory, Found};
 use progress::Progress;
@@ -146,8 +146,25 @@ pub(crate) fn measure(
     let mut plan = plan::outline(experiment, capabilities, &here, &options.plan)?;
     let directory = match Directory::resume(dir, &plan, options.fresh)? {
         Found::Same(directory, mut stored) => {
-            // Limits say how long to wait, not what is measured: those of today count.
+            continued(dir, &stored, &plan, options.retry_failed)?;
+            // Limits say how long to wait, not what is measured: those of today count. But what was planned fitted then,
+            // and a share of the memory that is free now must not kill it.
+            let asked = matches!(options.plan.max_rss.unwrap_or(experiment.max_rss), MemoryLimit::Bytes(_));
+            let before = stored.limits.max_rss_bytes;
             stored.limits = plan.limits;
+            if !asked {
+                stored.limits.max_rss_bytes = before.max(plan.limits.max_rss_bytes);
+            }
+            let limit = stored.limits.max_rss_bytes;
+            let skipped = |c: &&plan::PlannedCell| c.skip.is_some() && c.predicted.rss_bytes > before;
+            let fits = stored.cells.iter().filter(skipped).filter(|c| c.predicted.rss_bytes <= limit).count();
+            if fits > 0 && !options.quiet {
+                let _ = writeln!(
+                    err,
+                    "warning: {fits} cells that the stored plan skipped for memory would fit the limit of today and stay \
+                     skipped; --fresh plans anew"
+                );
+            }
             plan = *stored;
             directory
         }
@@ -186,24 +203,35 @@ pub(crate) fn measure(
     scheduler.run()
 }
 
-/// Why a quality record violates the limits of an experiment; none when it does not or they do not apply.
-pub fn violation(verify: Option<&VerifySpec>, method: &str, quality: &Quality) -> Option<String> {
-    let verify = verify.filter(|v| v.methods.is_empty() || v.methods.iter().any(|m| m == method))?;
-    // Written so that a number that is not one violates every limit.
-    if let Some(min) = verify.cosine_min
-        && !matches!(quality.cosine_min.partial_cmp(&min), Some(o) if o.is_ge())
-    {
-        return Some(format!("cosine {:.6} is below {min} (verify.cosine_min)", quality.cosine_min));
+/// Refuses to measure further cells with sources that were changed where those of the result were not, or the other way.
+/// A result that is complete may be written out by any binary of its commit.
+fn continued(dir: &Path, stored: &Plan, plan: &Plan, retry_failed: bool) -> Result<()> {
+    if stored.git_dirty == plan.git_dirty {
+        return Ok(());
     }
-    if let Some(max) = verify.rel_l2_max
-        && !matches!(quality.rel_l2_max.partial_cmp(&max), Some(o) if o.is_le())
-    {
-        return Some(format!(
-            "relative L2 error {:.6} exceeds {max} (verify.rel_l2_max)",
-            quality.rel_l2_max
-        ));
+    let log = dir.join("samples.jsonl");
+    let lines = if log.exists() { store::read(&log)? } else { Vec::new() };
+    let states = store::states(&lines);
+    let left = wanted(stored).any(|i| {
+        let end = states.get(&stored.cells[i].id).and_then(|s| s.end);
+        end.is_none() || (retry_failed && end != Some(Status::Ok))
+    });
+    if !left {
+        return Ok(());
     }
-    None
+    let state = |dirty| match dirty {
+        Some(true) => "changed",
+        Some(false) => "those of its commit",
+        None => "unknown to be changed or not",
+    };
+    let what = format!(
+        "{} is unfinished and holds another run: its sources were {}, those of this program are {}",
+        dir.display(),
+        state(stored.git_dirty),
+        state(plan.git_dirty)
+    );
+    let help = "--fresh removes that result and starts anew; --out DIR keeps it and writes elsewhere";
+    Err(LabError::invalid(what, dir.join("plan.json").display().to_string(), help))
 }
 
 /// Whether a cell is part of the measurement at all.

@@ -9,7 +9,8 @@ use longbit_protocol::{CellJob, Event, Job, Limits, Outcome, PROTOCOL, Quality, 
 use super::directory::Directory;
 use super::progress::{Progress, short};
 use super::store::{CellState, Line, Store, states};
-use super::{exit_of, violation, wanted};
+use super::{exit_of, wanted};
+use crate::analyse::summarise::verify_violation;
 use crate::engine::{Engine, Next, death};
 use crate::plan::{OnFail, Plan};
 use crate::{Exit, Result};
@@ -67,7 +68,9 @@ impl<'a> Scheduler<'a> {
                 }
                 Line::Quality { quality } => {
                     let method = index.get(quality.cell.as_str()).map(|&i| plan.cells[i].method.as_str());
-                    violated |= method.is_some_and(|m| violation(plan.verify.as_ref(), m, quality).is_some());
+                    violated |= method
+                        .zip(plan.verify.as_ref())
+                        .is_some_and(|(m, v)| verify_violation(v, m, Some(quality)).is_some());
                 }
                 Line::Failed { .. } | Line::Done { .. } => {}
             }
@@ -377,7 +380,8 @@ impl<'a> Scheduler<'a> {
             return Ok(Ok(()));
         }
         let cell = &self.plan.cells[i];
-        if let Some(why) = violation(self.plan.verify.as_ref(), &cell.method, &quality) {
+        let verify = self.plan.verify.as_ref();
+        if let Some(why) = verify.and_then(|v| verify_violation(v, &cell.method, Some(&quality))) {
             self.violated = true;
             self.progress.say(&format!("verify_failed: {}: {why}", short(cell)));
         }

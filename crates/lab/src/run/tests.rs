@@ -3,7 +3,7 @@
 use super::store::{CellState, Line, states};
 use super::*;
 use crate::engine::mock::{Fault, MockEngine, capabilities};
-use longbit_protocol::Toolchain;
+use longbit_protocol::{Quality, Toolchain};
 use std::collections::BTreeSet;
 
 const AXES: &str = "context = [1024, 2048]\nthreads = [1]\nkv_dtype = [\"bf16\"]\nmethod = [\"dense\", \"window\", \"topk\"]";
@@ -256,7 +256,8 @@ fn violated_limits_are_exit_four() {
     assert_eq!(stop.run(&engine), Exit::VerifyFailed);
     assert_eq!(engine.jobs.borrow().len(), 1);
     let quality = Quality { cosine_min: f64::NAN, ..Quality::default() };
-    assert!(violation(lab.experiment.verify.as_ref(), "window", &quality).is_some());
+    let verify = lab.experiment.verify.as_ref().unwrap();
+    assert!(crate::analyse::summarise::verify_violation(verify, "window", Some(&quality)).is_some());
 }
 
 #[test]
@@ -302,6 +303,48 @@ fn fresh_removes_only_what_longbit_wrote() {
     assert_eq!(lab.run(&engine), Exit::Ok);
     assert_eq!((engine.sent.borrow().len(), lab.plan().measure.reps), (12, 2));
     assert!(mine.exists() && !lab.out().join("plots").exists());
+}
+
+#[test]
+fn another_instruction_set_is_refused_by_name() {
+    let lab = Lab::new(AXES, MEASURE);
+    lab.run(&MockEngine::default());
+    let other = Capabilities { isa: "avx2".into(), ..capabilities() };
+    let run =
+        measure(&MockEngine::default(), &other, &lab.experiment, &lab.out(), &lab.options, &mut Vec::new());
+    let text = run.unwrap_err().to_string();
+    assert!(text.contains("its instruction set is scalar, this one is avx2"), "{text}");
+}
+
+#[test]
+fn changed_sources_finish_nothing_but_may_write_out() {
+    let mut lab = Lab::new(AXES, MEASURE);
+    let engine = MockEngine::with(&[("window", Fault::Fails(1))]);
+    lab.run(&engine);
+    lab.options.machine.as_mut().unwrap().toolchain.git_dirty = Some(true);
+    assert_eq!(lab.run(&MockEngine::default()), Exit::Incomplete, "every cell has its end");
+    lab.options.retry_failed = true;
+    let text = lab.try_run(&MockEngine::default()).unwrap_err().to_string();
+    assert!(text.contains("those of this program are changed") && text.contains("--fresh"), "{text}");
+}
+
+#[test]
+fn a_larger_limit_says_that_skipped_cells_stay_skipped() {
+    let mut lab = Lab::new(AXES, MEASURE);
+    lab.run(&MockEngine::default());
+    let costs: BTreeSet<u64> = lab.plan().cells.iter().map(|c| c.predicted.rss_bytes).collect();
+    lab.options.fresh = true;
+    lab.options.plan.max_rss = Some(MemoryLimit::Bytes(*costs.first().unwrap()));
+    lab.run(&MockEngine::default());
+    assert!(lab.plan().cells.iter().any(|c| c.skip.is_some()));
+    lab.options.fresh = false;
+    lab.options.quiet = false;
+    lab.options.plan.max_rss = Some(MemoryLimit::Bytes(1 << 40));
+    let mut err = Vec::new();
+    let engine = MockEngine::default();
+    measure(&engine, &capabilities(), &lab.experiment, &lab.out(), &lab.options, &mut err).unwrap();
+    let text = String::from_utf8(err).unwrap();
+    assert!(text.contains("stay skipped") && text.contains("--fresh"), "{text}");
 }
 
 #[test]

@@ -114,7 +114,18 @@ pub fn load(path: &Path, capabilities: &Capabilities) -> Result<Experiment> {
         }
         Err(e) => return Err(LabError::io("read", path, e)),
     };
-    parse(&path.display().to_string(), &group_of(path), &text, capabilities)
+    let mut experiment = parse(&path.display().to_string(), &group_of(path), &text, capabilities)?;
+    experiment.meta.file = relative(path);
+    Ok(experiment)
+}
+
+/// The path as seen from the working directory; empty outside of it, where it would mean nothing to others.
+fn relative(path: &Path) -> String {
+    if path.is_relative() {
+        return path.display().to_string();
+    }
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(here).map(|p| p.display().to_string()).unwrap_or_default()
 }
 
 /// Checks the text of an experiment file. `file` is used in messages.

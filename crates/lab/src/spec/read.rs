@@ -82,7 +82,11 @@ impl<'a> Reader<'a> {
         let on_exceed =
             self.choice(&limits, "on_exceed", &[("skip", OnExceed::Skip), ("refuse", OnExceed::Refuse)]);
         limits.end();
-        let verify = self.verify(&root.section("verify"), methods.as_deref().unwrap_or_default());
+        let verify = self.verify(
+            &root.section("verify"),
+            methods.as_deref().unwrap_or_default(),
+            measured.quality_steps,
+        );
         let gate = self.gate(&root.section("gate"));
         root.end();
         Some(Experiment {

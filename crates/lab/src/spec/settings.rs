@@ -28,7 +28,12 @@ impl<'a> Reader<'a> {
         (measure, min_samples, drift)
     }
 
-    pub(super) fn verify(&self, section: &Section<'a>, methods: &[Named]) -> Option<VerifySpec> {
+    pub(super) fn verify(
+        &self,
+        section: &Section<'a>,
+        methods: &[Named],
+        quality_steps: u32,
+    ) -> Option<VerifySpec> {
         let verify = VerifySpec {
             cosine_min: section.float("cosine_min").map(|at| at.value),
             rel_l2_max: section.float("rel_l2_max").map(|at| at.value),
@@ -54,6 +59,14 @@ impl<'a> Reader<'a> {
         if section.is_present() && !section.has("cosine_min") && !section.has("rel_l2_max") {
             let help = "give cosine_min or rel_l2_max, or remove [verify]";
             self.source.complain(&section.place, "[verify] limits nothing", help);
+        }
+        if section.is_present() && quality_steps == 0 {
+            let help = "set measure.quality_steps to 1 or more, or remove [verify]";
+            self.source.complain(
+                &section.place,
+                "[verify] needs quality, and measure.quality_steps is 0",
+                help,
+            );
         }
         section.is_present().then_some(verify)
     }

@@ -165,6 +165,7 @@ fn wrong_documents_are_complaints_never_panics() {
         ("context = [1024, 2_048]", "context = [-1]"),
         ("context = [1024, 2_048]", "context = 1.5"),
         ("reps = 3", "reps = 0"),
+        ("reps = 3", "reps = 3\nquality_steps = 0"),
         ("reps = 3", "reps = 3\nseed = 2\n[workload.seed]"),
         ("reps = 3", "reps = 99999999999999999999"),
         ("cell_timeout = \"2m\"", "cell_timeout = 3"),

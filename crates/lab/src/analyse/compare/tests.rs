@@ -138,3 +138,15 @@ fn a_metric_that_is_gone_is_not_unchanged() {
     assert_eq!(gone.len(), 1);
     assert_eq!(gone[0].verdict, Verdict::Inconclusive);
 }
+
+#[test]
+fn a_failed_verification_counts_whatever_base_was() {
+    let (mut base, mut head) = (side(1), side(2));
+    base.records[0].status = Status::Oom;
+    head.records[0].status = Status::VerifyFailed;
+    let new = base.records.remove(1).cell_id;
+    head.records[1].status = Status::VerifyFailed;
+    let found = compare(&base, &head, &Gate::default(), 0.95);
+    let ids: Vec<&str> = found.verify_failed.iter().map(|g| g.cell_id.as_str()).collect();
+    assert_eq!(ids, [base.records[0].cell_id.as_str(), new.as_str()]);
+}
