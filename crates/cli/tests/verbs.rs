@@ -134,7 +134,11 @@ fn verify_tells_pass_from_fail() {
     let good = with("[verify]\nrel_l2_max = 0.05\nmethods = [\"dense\"]\n").expect(0);
     assert!(good.out.contains("2 pass, 0 fail, 0 not measured"), "{}", good.out);
     let bad = with("[verify]\nrel_l2_max = 0.0000001\n").expect(4);
-    assert!(bad.out.contains("FAIL: relative L2 error") && bad.out.contains("0 pass, 2 fail"), "{}", bad.out);
+    assert!(
+        bad.out.contains("FAIL: largest relative L2 error") && bad.out.contains("0 pass, 2 fail"),
+        "{}",
+        bad.out
+    );
     with("").expect(2).says(&["no [verify]"]);
     assert_eq!(std::fs::read_dir(dir.path()).expect("the folder").count(), 1, "verify writes nothing here");
     // The same violation in a run: the cells are measured and marked.
