@@ -109,7 +109,7 @@ pub(crate) struct PlanArgs {
     /// Repetitions a cell, instead of the file's.
     #[arg(long, value_name = "N", env = "LONGBIT_REPS")]
     reps: Option<u32>,
-    /// Give up on a cell after this time without progress, e.g. 90s or 30m.
+    /// Give up on a cell after this time without progress, or in all its repetitions, e.g. 90s or 30m.
     #[arg(long, value_name = "DURATION", env = "LONGBIT_TIMEOUT")]
     timeout: Option<String>,
     /// Skip cells predicted to need more memory than this, e.g. 8GiB or 90%.

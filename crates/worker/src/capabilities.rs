@@ -18,11 +18,10 @@ const HEAD_DIM: usize = 128;
 /// # Errors
 /// When `LONGBIT_ISA` names what this machine lacks.
 pub fn capabilities() -> Result<Capabilities, WorkerError> {
-    let isa = longbit_isa()?;
     Ok(Capabilities {
         engine: "longbit".into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        isa,
+        isa: longbit::isa()?.into(),
         presets: PRESETS.iter().map(preset).collect(),
         kv_dtypes: KV_DTYPES
             .iter()
@@ -76,11 +75,6 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
             .collect(),
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
     })
-}
-
-/// Name of the instruction set in use.
-pub(crate) fn longbit_isa() -> Result<String, WorkerError> {
-    Ok(longbit::isa()?.into())
 }
 
 fn preset(preset: &longbit::Preset) -> PresetInfo {

@@ -4,7 +4,7 @@
 //! attended by the queries of the first decode steps: the exact partials that every method and KV dtype is held
 //! against cost one pass and no copy. Block partials are f32, their merge is f64.
 
-use longbit::kv::{KvCache, KvHead};
+use longbit::kv::KvHead;
 use longbit::workload::{BLOCK, HeadType, HeadWorkload, Workload};
 use longbit::{ModelConfig, Session, Supplied};
 use longbit_sys::Team;
@@ -265,9 +265,4 @@ impl ExactHead {
         }
         out
     }
-}
-
-/// Bytes that the filled rows of `cache` take.
-pub(crate) fn stored(cache: &KvCache) -> u64 {
-    cache.stored_bytes()
 }

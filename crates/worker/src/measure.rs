@@ -15,7 +15,7 @@ use longbit::{HeadFormat, Model, Session, SessionOptions};
 use longbit_protocol::{CellJob, Event, Fill, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
-use crate::fill::{Filled, fill, stored};
+use crate::fill::{Filled, fill};
 use crate::{Events, WorkerError, capabilities, estimate, quality, text, timing};
 
 /// A cell that is still being measured.
@@ -58,7 +58,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         isa: session.model().kernels.isa().as_str().into(),
         model_sha256: session.model().sha256.clone(),
         weight_bytes_per_token: session.model().bytes().per_token,
-        kv_bytes_stored: stored(session.cache()),
+        kv_bytes_stored: session.cache().stored_bytes(),
         fill: Fill::Synthetic,
         fill_sha256: filled.sha256.clone(),
         build_ns,

@@ -67,45 +67,10 @@ unsafe fn tile_sums<const T: usize>(
     acc
 }
 
-/// `T` tokens of one tile, into `out[token][row]`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn tile_tokens<const T: usize>(
-    tiles: &Tiles<'_>,
-    activations: &Activations<'_>,
-    tile: usize,
-    t: usize,
-    out: &mut [f32],
-) {
-    let cols = tiles.blocks * BLOCK_COLS;
-    let data = &tiles.data[tile * tiles.blocks * BLOCK_BYTES..][..tiles.blocks * BLOCK_BYTES];
-    let codes = &activations.codes[t * cols..][..T * cols];
-    // SAFETY: data is one tile and codes are T tokens.
-    let acc = unsafe { tile_sums::<T>(data.as_ptr(), tiles.blocks, codes.as_ptr()) };
-    let rows = tile * TILE_ROWS..tiles.rows.min((tile + 1) * TILE_ROWS);
-    for (i, acc) in acc.into_iter().enumerate() {
-        let out = &mut out[(t + i) * tiles.rows..][rows.clone()];
-        finish(acc, activations.sums[t + i], activations.scales[t + i], out);
-    }
-}
+// Two tokens at a time: sixteen registers hold no more.
+stamp_gemm!("avx2,fma", tile_sums, 1 to 2);
 
 #[target_feature(enable = "avx2,fma")]
 fn gemv(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
     gemm(tiles, activations, out);
-}
-
-/// Two tokens at a time: sixteen registers hold no more.
-#[target_feature(enable = "avx2,fma")]
-fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
-    let tokens = activations.sums.len();
-    for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
-        let mut t = 0;
-        while t + 2 <= tokens {
-            tile_tokens::<2>(&tiles, &activations, tile, t, out);
-            t += 2;
-        }
-        if t < tokens {
-            tile_tokens::<1>(&tiles, &activations, tile, t, out);
-        }
-    }
 }

@@ -82,41 +82,4 @@ fn gemv(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
     gemm(tiles, activations, out);
 }
 
-/// `T` tokens of one tile, into `out[token][row]`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn tile_tokens<const T: usize>(
-    tiles: &Tiles<'_>,
-    activations: &Activations<'_>,
-    tile: usize,
-    t: usize,
-    out: &mut [f32],
-) {
-    let cols = tiles.blocks * BLOCK_COLS;
-    let data = &tiles.data[tile * tiles.blocks * BLOCK_BYTES..][..tiles.blocks * BLOCK_BYTES];
-    let codes = &activations.codes[t * cols..][..T * cols];
-    // SAFETY: data is one tile and codes are T tokens.
-    let acc = unsafe { tile_sums::<T>(data.as_ptr(), tiles.blocks, codes.as_ptr()) };
-    let rows = tile * TILE_ROWS..tiles.rows.min((tile + 1) * TILE_ROWS);
-    for (i, acc) in acc.into_iter().enumerate() {
-        let out = &mut out[(t + i) * tiles.rows..][rows.clone()];
-        finish(acc, activations.sums[t + i], activations.scales[t + i], out);
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
-    let tokens = activations.sums.len();
-    for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
-        let mut t = 0;
-        while t < tokens {
-            match tokens - t {
-                1 => tile_tokens::<1>(&tiles, &activations, tile, t, out),
-                2 => tile_tokens::<2>(&tiles, &activations, tile, t, out),
-                3 => tile_tokens::<3>(&tiles, &activations, tile, t, out),
-                _ => tile_tokens::<4>(&tiles, &activations, tile, t, out),
-            }
-            t += 4;
-        }
-    }
-}
+stamp_gemm!("avx512f,avx512bw,avx512dq,avx512vl", tile_sums, 1 2 3 to 4);

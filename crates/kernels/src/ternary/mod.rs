@@ -10,6 +10,48 @@
 //!
 //! With codes `c = w + 1`, `sum(w * a) = sum(c * a) - sum(a)`.
 
+/// Stamps the walk over tiles and tokens for one instruction set: `$most` tokens at a time and what is left of them.
+/// `$sums` computes one tile for some tokens, `finish` turns its sums into results.
+#[cfg(target_arch = "x86_64")]
+macro_rules! stamp_gemm {
+    ($features:literal, $sums:ident, $($fewer:literal)+ to $most:literal) => {
+        /// `T` tokens of one tile, into `out[token][row]`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn tile_tokens<const T: usize>(
+            tiles: &Tiles<'_>,
+            activations: &Activations<'_>,
+            tile: usize,
+            t: usize,
+            out: &mut [f32],
+        ) {
+            let cols = tiles.blocks * BLOCK_COLS;
+            let data = &tiles.data[tile * tiles.blocks * BLOCK_BYTES..][..tiles.blocks * BLOCK_BYTES];
+            let codes = &activations.codes[t * cols..][..T * cols];
+            // SAFETY: data is one tile and codes are T tokens.
+            let acc = unsafe { $sums::<T>(data.as_ptr(), tiles.blocks, codes.as_ptr()) };
+            let rows = tile * TILE_ROWS..tiles.rows.min((tile + 1) * TILE_ROWS);
+            for (i, acc) in acc.into_iter().enumerate() {
+                let out = &mut out[(t + i) * tiles.rows..][rows.clone()];
+                finish(acc, activations.sums[t + i], activations.scales[t + i], out);
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
+            let tokens = activations.sums.len();
+            for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
+                for t in (0..tokens).step_by($most) {
+                    match tokens - t {
+                        $($fewer => tile_tokens::<$fewer>(&tiles, &activations, tile, t, out),)+
+                        _ => tile_tokens::<$most>(&tiles, &activations, tile, t, out),
+                    }
+                }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]

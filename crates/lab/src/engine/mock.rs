@@ -26,6 +26,8 @@ pub enum Fault {
     Load(Status),
     /// The samples have fewer tokens than asked for.
     Short,
+    /// A token takes this many nanoseconds.
+    Slow(u64),
     /// The cosine is this.
     Cosine(f64),
 }
@@ -173,7 +175,7 @@ impl MockEngine {
                     continue;
                 }
                 let fault = self.fault(&cell.method);
-                let mut tokens = job.measure.gen_tokens;
+                let (mut tokens, mut ns) = (job.measure.gen_tokens, 1_000_000 + u64::from(round));
                 match fault {
                     Some(Fault::Fails(rep)) if rep == round => {
                         let outcome = Outcome {
@@ -188,6 +190,7 @@ impl MockEngine {
                     Some(Fault::Hangs(rep)) if rep == round => return next.push_back(Next::TimedOut),
                     Some(Fault::Dies(rep, signal)) if rep == round => return next.push_back(exited(signal)),
                     Some(Fault::Short) => tokens -= 1,
+                    Some(Fault::Slow(slow)) => ns = slow,
                     _ => {}
                 }
                 next.push_back(event(Event::Sample(Box::new(Sample {
@@ -196,7 +199,7 @@ impl MockEngine {
                     round,
                     slot: slot as u32,
                     t0: "2026-01-31T12:00:00Z".into(),
-                    tok_ns: vec![1_000_000 + u64::from(round); tokens as usize],
+                    tok_ns: vec![ns; tokens as usize],
                     traffic: Traffic { kv_bytes: 1000, index_bytes: 0, rows: 10 },
                     ..Sample::default()
                 }))));

@@ -143,7 +143,8 @@ pub enum OnFail {
 /// Caps of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunLimits {
-    /// Seconds without a sample, a quality record or progress after which a worker is killed.
+    /// Seconds without a sample, a quality record or progress after which a worker is killed, and seconds that all
+    /// repetitions of one cell may take.
     pub cell_timeout_s: f64,
     /// Largest allowed predicted resident memory of a worker, bytes.
     pub max_rss_bytes: u64,

@@ -41,6 +41,8 @@ pub(super) struct Scheduler<'a> {
 enum End {
     /// It said so.
     Finished,
+    /// A cell was over its time and has its row; the worker was ended, the others go on in a new one.
+    Overdue,
     /// It broke. `ready` tells whether the cache stood; before that the cells cannot differ.
     Broken { status: Status, error: String, ready: bool, fatal: bool },
 }
@@ -163,8 +165,16 @@ impl<'a> Scheduler<'a> {
     }
 
     fn cohort(&mut self, cohort: usize, pending: &[usize]) -> Result<()> {
-        let End::Broken { status, error, ready, fatal } = self.attempt(cohort, pending)? else {
-            return self.unanswered(cohort);
+        let mut pending = pending.to_vec();
+        let (status, error, ready, fatal) = loop {
+            match self.attempt(cohort, &pending)? {
+                End::Finished => return self.unanswered(cohort),
+                End::Overdue => pending = self.pending(cohort),
+                End::Broken { status, error, ready, fatal } => break (status, error, ready, fatal),
+            }
+            if pending.is_empty() || self.fail_fast {
+                return Ok(());
+            }
         };
         let left = self.pending(cohort);
         self.directory.note(&format!("cohort {cohort}: {error}"))?;
@@ -180,6 +190,7 @@ impl<'a> Scheduler<'a> {
             }
             match self.attempt(cohort, &[i])? {
                 End::Finished => self.unanswered_cell(i)?,
+                End::Overdue => {}
                 End::Broken { status, error, ready, .. } => {
                     self.directory
                         .note(&format!("cohort {cohort}, {}: {error}", short(&self.plan.cells[i])))?;
@@ -212,6 +223,21 @@ impl<'a> Scheduler<'a> {
         let (have, reps) = (state.reps.len(), self.plan.measure.reps);
         let quality = if self.wants_quality() && !state.quality { ", and no quality record" } else { "" };
         self.fail(i, Status::Error, &format!("the engine ended after {have} of {reps} repetitions{quality}"))
+    }
+
+    /// Why an unfinished cell has had its time: its repetitions so far took longer than the limit of a cell.
+    fn overdue(&self, i: usize, limit: Duration) -> Option<String> {
+        let state = self.state(i);
+        let spent = Duration::from_nanos(state.timed_ns);
+        (state.end.is_none() && spent > limit).then(|| {
+            format!(
+                "{} of {} repetitions took {:.1} s, more than {} s (limits.cell_timeout)",
+                state.reps.len(),
+                self.plan.measure.reps,
+                spent.as_secs_f64(),
+                self.plan.limits.cell_timeout_s
+            )
+        })
     }
 
     fn fail_all(&mut self, cells: &[usize], status: Status, error: &str) -> Result<()> {
@@ -284,9 +310,17 @@ impl<'a> Scheduler<'a> {
                 }
                 Event::Probe(probe) => self.store.append(&Line::Probe { cohort, attempt, probe })?,
                 Event::Sample(sample) => {
+                    let cell = self.find(cells, &sample.cell);
                     if let Err(error) = self.sample(cohort, attempt, cells, *sample)? {
                         running.kill();
                         return broken(Status::Error, error, ready);
+                    }
+                    if let Some(i) = cell
+                        && let Some(error) = self.overdue(i, limit)
+                    {
+                        running.kill();
+                        self.fail(i, Status::Timeout, &error)?;
+                        return Ok(End::Overdue);
                     }
                 }
                 Event::Quality(quality) => {
@@ -366,9 +400,8 @@ impl<'a> Scheduler<'a> {
         }
         let seconds = self.part_seconds(i);
         self.progress.sample(&self.plan.cells[i], &sample, seconds);
-        let rep = sample.rep;
+        self.states.entry(self.plan.cells[i].id.clone()).or_default().add(&sample);
         self.store.append(&Line::Sample { cohort, attempt, sample: Box::new(sample) })?;
-        self.states.entry(self.plan.cells[i].id.clone()).or_default().reps.insert(rep);
         self.close(i).map(Ok)
     }
 

@@ -130,6 +130,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<Line>, usize)> {
 pub struct CellState {
     /// Repetitions recorded.
     pub reps: BTreeSet<u32>,
+    /// Time of all tokens of those repetitions.
+    pub timed_ns: u64,
     /// Quality recorded.
     pub quality: bool,
     /// How it ended: `Ok` for done, otherwise the status of the failure; none when unfinished.
@@ -137,6 +139,14 @@ pub struct CellState {
 }
 
 impl CellState {
+    /// Counts a repetition, once.
+    pub fn add(&mut self, sample: &Sample) {
+        if self.reps.insert(sample.rep) {
+            let spent = sample.tok_ns.iter().fold(0, |sum: u64, ns| sum.saturating_add(*ns));
+            self.timed_ns = self.timed_ns.saturating_add(spent);
+        }
+    }
+
     /// The first repetition that is missing.
     pub fn next_rep(&self) -> u32 {
         (0..).find(|r| !self.reps.contains(r)).unwrap_or(u32::MAX)
@@ -149,7 +159,7 @@ pub fn states(lines: &[Line]) -> BTreeMap<String, CellState> {
     for line in lines {
         match line {
             Line::Sample { sample, .. } => {
-                states.entry(sample.cell.clone()).or_default().reps.insert(sample.rep);
+                states.entry(sample.cell.clone()).or_default().add(sample);
             }
             Line::Quality { quality } => states.entry(quality.cell.clone()).or_default().quality = true,
             Line::Failed { outcome } => {

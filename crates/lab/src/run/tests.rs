@@ -97,7 +97,12 @@ fn an_undisturbed_run_measures_everything_once() {
     let engine = MockEngine::default();
     assert_eq!(lab.run(&engine), Exit::Ok);
     assert_eq!(engine.jobs.borrow().len(), 2);
-    let full = CellState { reps: BTreeSet::from([0, 1, 2]), quality: true, end: Some(Status::Ok) };
+    let full = CellState {
+        reps: BTreeSet::from([0, 1, 2]),
+        timed_ns: 6_000_006,
+        quality: true,
+        end: Some(Status::Ok),
+    };
     assert_eq!(lab.states().len(), 6);
     assert!(lab.states().iter().all(|(_, s)| *s == full), "{:?}", lab.states());
     assert_eq!(lab.run(&engine), Exit::Ok);
@@ -197,6 +202,26 @@ fn a_hanging_cell_times_out() {
     assert_eq!(lab.failures()[0], "1024 topk: timeout: no progress for 90 s (limits.cell_timeout)");
     assert_eq!(lab.failures().len(), 2);
     assert_eq!(lab.states().iter().filter(|(_, s)| s.end == Some(Status::Ok)).count(), 4);
+}
+
+#[test]
+fn a_slow_cell_that_goes_on_and_on_is_over_its_time_and_the_others_are_measured() {
+    let lab = Lab::new(AXES, &format!("{MEASURE}\n[limits]\ncell_timeout = \"90s\""));
+    let engine = MockEngine::with(&[("topk", Fault::Slow(40_000_000_000))]);
+    assert_eq!(lab.run(&engine), Exit::Incomplete);
+    assert_eq!(lab.failures().len(), 2);
+    let first = &lab.failures()[0];
+    assert!(
+        first.starts_with("1024 topk: timeout: ") && first.contains("more than 90 s (limits.cell_timeout)"),
+        "{first}"
+    );
+    for (name, state) in lab.states() {
+        let slow = name.contains("topk");
+        assert_eq!(state.end, Some(if slow { Status::Timeout } else { Status::Ok }), "{name}");
+        assert!(!slow || state.reps.len() < 3, "{name} was measured to its end");
+    }
+    // The culprit's worker, and one for the two others together.
+    assert_eq!(engine.jobs.borrow().iter().map(|j| j.cells.len()).collect::<Vec<_>>(), [3, 2, 3, 2]);
 }
 
 #[test]
