@@ -84,7 +84,7 @@ fn main() {
             &team,
             || {
                 team.run(|worker| {
-                    let rows = model.embedding.range(worker.range(model.config.vocab));
+                    let rows = bytemuck::cast_slice(model.embedding.bytes(worker.range(model.config.vocab)));
                     model.kernels.head_bf16(rows, &x, &mut logits.write(worker.index()));
                 });
                 (model.config.vocab * model.config.hidden * 2) as u64

@@ -19,8 +19,10 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
+mod checkpoint;
 mod error;
 mod estimate;
+pub mod formats;
 pub mod kv;
 mod model;
 pub mod reference;
@@ -28,11 +30,12 @@ mod rng;
 mod session;
 pub mod workload;
 
+pub use checkpoint::{Checkpoint, Container, OpenOptions};
 pub use error::{Error, Result};
 pub use estimate::{Footprint, footprint};
 pub use model::{
-    Activation, CheckpointConfig, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Preset,
-    RopeTable, ScaleUse, Table, TernaryLinear, preset,
+    Activation, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Preset, RopeTable, Table,
+    TableFormat, TernaryLinear, preset,
 };
 pub use session::{Session, SessionOptions, Supplied, Traffic};
 

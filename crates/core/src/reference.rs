@@ -6,7 +6,7 @@
 //!
 //! The only rounding is the model's own: activations to int8, one scale a token.
 
-use crate::model::{Activation, Head, Layer, Model, ModelConfig, Table, TernaryLinear};
+use crate::model::{Activation, Head, Layer, Model, ModelConfig, Table, TableFormat, TernaryLinear};
 
 /// A ternary matrix, unpacked: `[rows][cols]` of -1, 0, +1.
 struct Matrix {
@@ -99,7 +99,7 @@ impl<'m> Reference<'m> {
             .map(|row| {
                 let weights = match &self.model.head {
                     Head::Tied => table_row(&self.model.embedding, row),
-                    Head::Bf16(table) => table_row(table, row),
+                    Head::Own(table) => table_row(table, row),
                     Head::Int8 { codes, scales } => codes[row * x.len()..(row + 1) * x.len()]
                         .iter()
                         .map(|&code| f64::from(code as i8) * f64::from(scales[row]))
@@ -232,7 +232,16 @@ fn activate(activation: Activation, gate: f64) -> f64 {
 }
 
 fn table_row(table: &Table, row: usize) -> Vec<f64> {
-    table.range(row..row + 1).iter().map(|&bits| f64::from(f32::from_bits(u32::from(bits) << 16))).collect()
+    let bytes = table.bytes(row..row + 1);
+    match table.format() {
+        TableFormat::Bf16 => {
+            let bits = bytes.as_chunks::<2>().0.iter().map(|b| u32::from(u16::from_le_bytes(*b)) << 16);
+            bits.map(|bits| f64::from(f32::from_bits(bits))).collect()
+        }
+        TableFormat::F32 => {
+            bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+        }
+    }
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

@@ -46,6 +46,7 @@ macro_rules! for_each_float_op {
                 = attention::accumulate_f32;
             accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32], upcoming: &[u16]) -> ()
                 = attention::accumulate_bf16;
+            head_f32(rows: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_f32;
             head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
             head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;
         }

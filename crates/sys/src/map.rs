@@ -2,7 +2,7 @@
 
 use crate::error::SysError;
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 /// A whole file, mapped read-only; derefs to its bytes. The map stays valid when the file is renamed or unlinked.
@@ -42,6 +42,26 @@ impl FileMap {
         // truncates or rewrites the file in place while it is mapped.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail("map"))?;
         Ok(Self { map, path: path.to_owned() })
+    }
+
+    /// Gives the memory of the pages that lie wholly in `range` back to the system: they count no longer as resident, and
+    /// are read from the file again when they are touched. Advice only; where there is none, nothing happens.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            let page = rustix::param::page_size();
+            let (start, end) =
+                (range.start.next_multiple_of(page), range.end.min(self.map.len()) / page * page);
+            if start < end {
+                // SAFETY: the map is shared, read-only and backed by its file: dropping pages changes no byte that a
+                // reader of `self` sees, only where it comes from.
+                let _ = unsafe {
+                    self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 
     /// The path that was opened.

@@ -5,7 +5,7 @@ use std::path::Path;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
-use longbit::{CheckpointConfig, Error, HeadFormat, ModelConfig, footprint, preset};
+use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, OpenOptions, footprint, preset};
 use longbit_protocol::{Estimate, EstimateRequest, ModelSpec};
 
 /// What the process takes beside its data: code, stacks, allocator.
@@ -64,7 +64,7 @@ pub(crate) fn shape(model: &ModelSpec) -> Result<ModelConfig, Error> {
     if model.path.is_empty() {
         return preset(&model.preset);
     }
-    Ok(CheckpointConfig::read(Path::new(&model.path))?.model)
+    Checkpoint::config_of(Path::new(&model.path), &OpenOptions::default())
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::time::Instant;
 use longbit::attention::{Attention, method};
 use longbit::kv::kv_dtype;
 use longbit::workload::{HeadShape, Workload, WorkloadSpec};
-use longbit::{HeadFormat, Model, Session, SessionOptions};
+use longbit::{Checkpoint, HeadFormat, Model, OpenOptions, Session, SessionOptions};
 use longbit_protocol::{CellJob, Event, Fill, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
@@ -46,7 +46,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
 
     let clock = Instant::now();
     events.send(&phase("building the model", 0, 1))?;
-    let model = build(job, &builders)?;
+    let (model, sha256) = build(job, &builders)?;
     let build_ns = clock.elapsed().as_nanos() as u64;
 
     let (mut session, filled, fill_ns) = filled_session(job, model, builders, events)?;
@@ -56,7 +56,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         engine: caps.engine,
         engine_version: caps.version,
         isa: session.model().kernels.isa().as_str().into(),
-        model_sha256: session.model().sha256.clone(),
+        model_sha256: sha256,
         weight_bytes_per_token: session.model().bytes().per_token,
         kv_bytes_stored: session.cache().stored_bytes(),
         fill: Fill::Synthetic,
@@ -100,14 +100,17 @@ impl Teams {
     }
 }
 
-fn build(job: &Job, team: &Team) -> Result<Arc<Model>, WorkerError> {
+/// The model, and the SHA-256 that identifies it.
+fn build(job: &Job, team: &Team) -> Result<(Arc<Model>, String), WorkerError> {
     let head = HeadFormat::parse(&job.model.head)?;
-    let model = if job.model.path.is_empty() {
-        Model::synthetic(estimate::shape(&job.model)?, head, job.model.seed, team)?
-    } else {
-        Model::load(Path::new(&job.model.path), head, team)?
-    };
-    Ok(Arc::new(model))
+    if job.model.path.is_empty() {
+        let shape = estimate::shape(&job.model)?;
+        let sha256 = Model::synthetic_sha256(&shape, head, job.model.seed);
+        return Ok((Arc::new(Model::synthetic(shape, head, job.model.seed, team)?), sha256));
+    }
+    let checkpoint = Checkpoint::open(Path::new(&job.model.path), &OpenOptions::default())?;
+    let sha256 = checkpoint.sha256()?;
+    Ok((Arc::new(checkpoint.load(head, team)?), sha256))
 }
 
 fn filled_session<W: Write>(

@@ -6,14 +6,14 @@ use longbit_kernels::Kernels;
 use longbit_sys::{Arena, Segment, Team};
 
 use super::config::ModelConfig;
-use super::weights::{Head, HeadFormat, Table};
+use super::weights::{Head, HeadFormat, ModelBytes, Table};
 use crate::error::{Error, Result};
 
 /// A unit of work that owns the memory it fills.
-pub(super) type Job<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+pub(crate) type Job<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
 
 /// Runs every job on the team, each once, and returns the first error.
-pub(super) fn run_all(team: &Team, jobs: Vec<Job<'_>>) -> Result<()> {
+pub(crate) fn run_all(team: &Team, jobs: Vec<Job<'_>>) -> Result<()> {
     let queue = Mutex::new(jobs);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     team.run(|_| {
@@ -31,21 +31,21 @@ pub(super) fn run_all(team: &Team, jobs: Vec<Job<'_>>) -> Result<()> {
 }
 
 /// The arena that all weights of a model share, and the pieces cut from it.
-pub(super) struct WeightMemory(Arena);
+pub(crate) struct WeightMemory(Arena);
 
 /// Alignment slack of one segment.
 const SLACK: usize = 64;
 
 impl WeightMemory {
     /// Room for the ternary matrices, the embedding and the head of `config`.
-    pub(super) fn new(config: &ModelConfig, head: HeadFormat) -> Result<Self> {
-        let bytes = super::weights::ModelBytes::of(config, head).resident as usize;
+    pub(crate) fn new(config: &ModelConfig, head: HeadFormat) -> Result<Self> {
+        let bytes = ModelBytes::of(config, head).resident as usize;
         let pieces = config.layers * config.linears().len() + 4;
         Ok(WeightMemory(Arena::new(bytes + pieces * SLACK, true)?))
     }
 
     /// `bytes` of zeroed memory.
-    pub(super) fn take(&mut self, bytes: usize) -> Result<Segment> {
+    pub(crate) fn take(&mut self, bytes: usize) -> Result<Segment> {
         match self.0.take(bytes) {
             Some(segment) => Ok(segment),
             None => Ok(Segment::new(bytes)?),
@@ -53,7 +53,7 @@ impl WeightMemory {
     }
 
     /// The head of `config` in `format`, quantised from `source` (the embedding or a table of its own) where need be.
-    pub(super) fn head(
+    pub(crate) fn head(
         &mut self,
         config: &ModelConfig,
         format: HeadFormat,
@@ -63,8 +63,8 @@ impl WeightMemory {
         team: &Team,
     ) -> Result<Head> {
         match (format, own) {
-            (HeadFormat::Bf16, None) => Ok(Head::Tied),
-            (HeadFormat::Bf16, Some(table)) => Ok(Head::Bf16(table)),
+            (HeadFormat::Bf16 | HeadFormat::F32, None) => Ok(Head::Tied),
+            (HeadFormat::Bf16 | HeadFormat::F32, Some(table)) => Ok(Head::Own(table)),
             (HeadFormat::Int8, own) => {
                 let source = own.as_ref().unwrap_or(embedding);
                 let (vocab, hidden) = (config.vocab, config.hidden);
@@ -76,9 +76,9 @@ impl WeightMemory {
                     .zip(scales.chunks_mut(ROWS))
                     .enumerate()
                     .map(|(i, (codes, scales))| -> Job<'_> {
-                        let rows = source.range(i * ROWS..i * ROWS + scales.len());
+                        let rows = source.bytes(i * ROWS..i * ROWS + scales.len());
                         Box::new(move || {
-                            kernels.quantize_rows_int8(rows, hidden, codes, scales);
+                            kernels.quantize_rows_int8(bytemuck::cast_slice(rows), hidden, codes, scales);
                             Ok(())
                         })
                     })

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::build::{Job, WeightMemory, run_all};
 use super::config::ModelConfig;
-use super::weights::{HeadFormat, Layer, Model, Table, TernaryLinear};
+use super::weights::{HeadFormat, Layer, Model, Table, TableFormat, TernaryLinear};
 use crate::error::Result;
 use crate::rng::mix;
 
@@ -33,7 +33,8 @@ impl Model {
         for _ in 0..config.layers {
             layers.push(empty_layer(&config, &mut memory)?);
         }
-        let table_bytes = config.vocab * config.hidden * 2;
+        let format = head_format.table();
+        let table_bytes = config.vocab * config.hidden * format.size();
         let mut embedding = memory.take(table_bytes)?;
         let mut own = if config.tied_head { None } else { Some(memory.take(table_bytes)?) };
 
@@ -55,31 +56,39 @@ impl Model {
         }
         for (t, table) in std::iter::once(&mut embedding).chain(own.as_mut()).enumerate() {
             let table_seed = mix(seed, u64::MAX - t as u64);
-            for (i, out) in table.chunks_mut(ROWS_A_JOB * config.hidden * 2).enumerate() {
+            for (i, out) in table.chunks_mut(ROWS_A_JOB * config.hidden * format.size()).enumerate() {
                 let block_seed = mix(table_seed, i as u64);
                 jobs.push(Box::new(move || {
-                    uniform_bf16(block_seed, bytemuck::cast_slice_mut(out));
+                    match format {
+                        TableFormat::Bf16 => uniform(block_seed, bytemuck::cast_slice_mut(out), bf16_bits),
+                        TableFormat::F32 => uniform(block_seed, bytemuck::cast_slice_mut(out), f32::to_bits),
+                    }
                     Ok(())
                 }));
             }
         }
         run_all(team, jobs)?;
 
-        let embedding = Table::new(embedding, config.vocab, config.hidden);
-        let own = own.map(|data| Table::new(data, config.vocab, config.hidden));
+        let embedding = Table::new(embedding, config.vocab, config.hidden, format);
+        let own = own.map(|data| Table::new(data, config.vocab, config.hidden, format));
         let head = memory.head(&config, head_format, own, &embedding, kernels, team)?;
-        let recipe =
-            format!("longbit synthetic {RECIPE}; seed {seed}; head {}; {config:?}", head_format.as_str());
         Ok(Model {
             final_norm: vec![1.0; config.hidden],
-            sha256: crate::hex(&Sha256::digest(recipe)),
             config,
             embedding,
             layers,
             head,
             head_format,
             kernels,
+            rounded: 0,
         })
+    }
+
+    /// SHA-256 that identifies the model that [`Model::synthetic`] makes: over everything that it depends on.
+    pub fn synthetic_sha256(config: &ModelConfig, head_format: HeadFormat, seed: u64) -> String {
+        let head = head_format.as_str();
+        let recipe = format!("longbit synthetic {RECIPE}; seed {seed}; head {head}; {config:?}");
+        crate::hex(&Sha256::digest(recipe))
     }
 }
 
@@ -108,13 +117,18 @@ fn empty_layer(config: &ModelConfig, memory: &mut WeightMemory) -> Result<Layer>
     })
 }
 
-/// Uniform in [-1, 1), as bf16 bits.
-fn uniform_bf16(seed: u64, out: &mut [u16]) {
+/// Upper half of `value`.
+fn bf16_bits(value: f32) -> u16 {
+    (value.to_bits() >> 16) as u16
+}
+
+/// Uniform bf16 numbers in [-1, 1), in the bits of a format that holds them exactly.
+fn uniform<T>(seed: u64, out: &mut [T], bits: impl Fn(f32) -> T) {
     for (i, four) in out.chunks_mut(4).enumerate() {
-        let bits = mix(seed, i as u64);
+        let random = mix(seed, i as u64);
         for (j, slot) in four.iter_mut().enumerate() {
-            let value = f32::from((bits >> (16 * j)) as u16 as i16) / 32768.0;
-            *slot = (value.to_bits() >> 16) as u16;
+            let value = f32::from((random >> (16 * j)) as u16 as i16) / 32768.0;
+            *slot = bits(f32::from_bits(value.to_bits() & 0xFFFF_0000));
         }
     }
 }

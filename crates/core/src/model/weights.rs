@@ -1,5 +1,7 @@
 //! A model's weights, in the layout that the kernels read.
 
+use std::ops::Range;
+
 use longbit_kernels::{Kernels, TernaryShape};
 use longbit_sys::Segment;
 
@@ -16,18 +18,38 @@ pub struct TernaryLinear {
     pub scale: f32,
 }
 
-/// A bf16 matrix, row-major.
+/// Number format of a [`Table`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableFormat {
+    /// The upper half of an f32.
+    Bf16,
+    /// Exact for every format that model files use.
+    F32,
+}
+
+impl TableFormat {
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
+        match self {
+            TableFormat::Bf16 => 2,
+            TableFormat::F32 => 4,
+        }
+    }
+}
+
+/// A matrix of floats, row-major: the embedding, or a head of its own.
 pub struct Table {
     data: Segment,
     rows: usize,
     cols: usize,
+    format: TableFormat,
 }
 
 impl Table {
-    /// Wraps `data`, which holds `rows x cols` little-endian bf16 numbers.
-    pub(crate) fn new(data: Segment, rows: usize, cols: usize) -> Self {
-        debug_assert_eq!(data.len(), rows * cols * 2);
-        Table { data, rows, cols }
+    /// Wraps `data`, which holds `rows x cols` little-endian numbers of `format`.
+    pub(crate) fn new(data: Segment, rows: usize, cols: usize, format: TableFormat) -> Self {
+        debug_assert_eq!(data.len(), rows * cols * format.size());
+        Table { data, rows, cols, format }
     }
 
     /// Rows.
@@ -35,29 +57,61 @@ impl Table {
         self.rows
     }
 
-    /// Rows `range` as bf16 bits, `[range][cols]`.
-    pub fn range(&self, range: std::ops::Range<usize>) -> &[u16] {
-        &bytemuck::cast_slice(&self.data)[range.start * self.cols..range.end * self.cols]
+    /// Numbers a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number format.
+    pub fn format(&self) -> TableFormat {
+        self.format
+    }
+
+    /// The bytes of rows `range`.
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
+        let width = self.cols * self.format.size();
+        &self.data[range.start * width..range.end * width]
+    }
+
+    /// Row `row` as f32, `[cols]`.
+    pub fn read(&self, kernels: &Kernels, row: usize, out: &mut [f32]) {
+        let bytes = self.bytes(row..row + 1);
+        match self.format {
+            TableFormat::Bf16 => kernels.bf16_to_f32(bytemuck::cast_slice(bytes), out),
+            TableFormat::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    /// Dot products of rows `range` with `x` (`[cols]`), into `out` (`[range]`).
+    pub fn times(&self, kernels: &Kernels, range: Range<usize>, x: &[f32], out: &mut [f32]) {
+        let bytes = self.bytes(range);
+        match self.format {
+            TableFormat::Bf16 => kernels.head_bf16(bytemuck::cast_slice(bytes), x, out),
+            TableFormat::F32 => kernels.head_f32(bytemuck::cast_slice(bytes), x, out),
+        }
     }
 }
 
-/// Number format of the output head.
+/// Number format of the output head. A tied head is the embedding table, which then has this format too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadFormat {
-    /// As published.
+    /// As published; files with wider numbers are rounded to nearest even.
     Bf16,
+    /// Exact for every file, twice the bytes of bf16.
+    F32,
     /// 8 bits a weight with one f32 scale a row, quantised from bf16 at load.
     Int8,
 }
 
 impl HeadFormat {
     /// All formats.
-    pub const ALL: [HeadFormat; 2] = [HeadFormat::Bf16, HeadFormat::Int8];
+    pub const ALL: [HeadFormat; 3] = [HeadFormat::Bf16, HeadFormat::F32, HeadFormat::Int8];
 
     /// Name, as in experiment files.
     pub fn as_str(self) -> &'static str {
         match self {
             HeadFormat::Bf16 => "bf16",
+            HeadFormat::F32 => "f32",
             HeadFormat::Int8 => "int8",
         }
     }
@@ -74,11 +128,20 @@ impl HeadFormat {
         })
     }
 
+    /// Format of the tables that the head is made from, and of the embedding.
+    pub fn table(self) -> TableFormat {
+        match self {
+            HeadFormat::Bf16 | HeadFormat::Int8 => TableFormat::Bf16,
+            HeadFormat::F32 => TableFormat::F32,
+        }
+    }
+
     /// Bytes of a head of `rows x cols`.
     pub fn bytes(self, rows: usize, cols: usize) -> u64 {
         let (rows, cols) = (rows as u64, cols as u64);
         match self {
             HeadFormat::Bf16 => 2 * rows * cols,
+            HeadFormat::F32 => 4 * rows * cols,
             HeadFormat::Int8 => rows * cols + 4 * rows,
         }
     }
@@ -89,7 +152,7 @@ pub enum Head {
     /// The embedding table itself.
     Tied,
     /// A table of its own.
-    Bf16(Table),
+    Own(Table),
     /// Quantised rows.
     Int8 {
         /// `[vocab][hidden]`.
@@ -141,8 +204,8 @@ pub struct Model {
     pub head_format: HeadFormat,
     /// Kernels chosen for this process.
     pub kernels: &'static Kernels,
-    /// SHA-256 that identifies the model: over configuration, weights and head format, or over the synthetic recipe.
-    pub sha256: String,
+    /// Numbers of the embedding and the head that the tables could not hold exactly, and rounded.
+    pub rounded: u64,
 }
 
 /// What a model of a given shape weighs.
@@ -164,13 +227,14 @@ impl ModelBytes {
                 as u64;
         let layers = config.layers as u64 * (linear + norms) + 4 * config.hidden as u64;
         let head_bytes = head.bytes(config.vocab, config.hidden);
-        let table = 2 * config.vocab as u64 * config.hidden as u64;
-        let own_head = !(config.tied_head && head == HeadFormat::Bf16);
+        let width = head.table().size() as u64;
+        let table = width * config.vocab as u64 * config.hidden as u64;
+        let own_head = !(config.tied_head && head != HeadFormat::Int8);
         // Quantising a head of its own needs the published one beside it for a while.
         let source = if !config.tied_head && head == HeadFormat::Int8 { table } else { 0 };
         ModelBytes {
             resident: layers + table + source + if own_head { head_bytes } else { 0 },
-            per_token: layers + head_bytes + 2 * config.hidden as u64,
+            per_token: layers + head_bytes + width * config.hidden as u64,
         }
     }
 }

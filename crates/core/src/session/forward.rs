@@ -70,8 +70,7 @@ impl Pass<'_> {
         p.residual.resize(self.owned(worker).len() * hidden, 0.0);
         for (i, token) in self.owned(worker).enumerate() {
             let id = self.tokens[token] as usize;
-            let row = self.model.embedding.range(id..id + 1);
-            self.kernels().bf16_to_f32(row, &mut p.residual[i * hidden..(i + 1) * hidden]);
+            self.model.embedding.read(self.kernels(), id, &mut p.residual[i * hidden..(i + 1) * hidden]);
         }
         for (l, layer) in self.model.layers.iter().enumerate() {
             if let Some(forced) = self.tracing.and_then(|t| t.forced) {
@@ -454,8 +453,8 @@ impl Pass<'_> {
                 let at = j * share.len() + (start - share.start);
                 let out = &mut out[at..at + rows];
                 match &self.model.head {
-                    Head::Tied => kernels.head_bf16(self.model.embedding.range(start..start + rows), x, out),
-                    Head::Bf16(table) => kernels.head_bf16(table.range(start..start + rows), x, out),
+                    Head::Tied => self.model.embedding.times(kernels, start..start + rows, x, out),
+                    Head::Own(table) => table.times(kernels, start..start + rows, x, out),
                     Head::Int8 { codes, scales } => {
                         let codes = bytemuck::cast_slice(&codes[start * hidden..(start + rows) * hidden]);
                         kernels.head_int8(codes, &scales[start..start + rows], x, out);

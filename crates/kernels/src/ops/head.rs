@@ -1,4 +1,4 @@
-//! The language-model head: a tall matrix in bfloat16 or int8 times one vector, bound by memory.
+//! The language-model head: a tall matrix in f32, bfloat16 or int8 times one vector, bound by memory.
 
 use super::attention::{PLAIN, Upcoming, score_rows};
 use crate::Kernels;
@@ -29,6 +29,11 @@ pub(crate) fn head_bf16<V: F32x16>(rows: &[u16], x: &[f32], out: &mut [f32]) {
 }
 
 #[inline(always)]
+pub(crate) fn head_f32<V: F32x16>(rows: &[f32], x: &[f32], out: &mut [f32]) {
+    rows_times::<V, f32>(rows, x, out);
+}
+
+#[inline(always)]
 pub(crate) fn head_int8<V: F32x16>(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) {
     rows_times::<V, i8>(rows, x, out);
     for (o, s) in out.iter_mut().zip(scales) {
@@ -37,6 +42,14 @@ pub(crate) fn head_int8<V: F32x16>(rows: &[i8], scales: &[f32], x: &[f32], out: 
 }
 
 impl Kernels {
+    /// `out[r]` = the dot product of f32 row `r` with `x`, in the 16-lane semantics. `rows` `[n][k]`, `x` `[k]`, `out`
+    /// `[n]`.
+    pub fn head_f32(&self, rows: &[f32], x: &[f32], out: &mut [f32]) {
+        assert_eq!(rows.len(), x.len() * out.len(), "head_f32: rows, and x times out");
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.head_f32)(rows, x, out) }
+    }
+
     /// `out[r]` = the dot product of bfloat16 row `r` with `x`, in the 16-lane semantics. `rows` `[n][k]`, `x` `[k]`,
     /// `out` `[n]`.
     pub fn head_bf16(&self, rows: &[u16], x: &[f32], out: &mut [f32]) {

@@ -89,6 +89,67 @@ impl TernaryShape {
         }
     }
 
+    /// Packs `tiles` from whole rows of codes: `row(r, codes)` writes the codes `weight + 1` of row `r` of the model, one a
+    /// byte, into `codes`, which has [`TernaryShape::cols`] entries.
+    ///
+    /// # Errors
+    /// What `row` returns, and [`BadCode`] (as `E`) for a code above 2.
+    ///
+    /// # Panics
+    /// `out` has the wrong length.
+    pub fn pack_rows<E: From<BadCode>>(
+        &self,
+        tiles: Range<usize>,
+        mut row: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
+        out: &mut [u8],
+    ) -> Result<(), E> {
+        self.check_out(&tiles, out);
+        // Codes of one row, padded to whole blocks with weights of zero.
+        let mut codes = vec![1u8; self.padded_cols()];
+        for (tile, out) in tiles.zip(out.chunks_exact_mut(self.tile_bytes().max(1))) {
+            let rows = self.rows_of(&(tile..tile + 1));
+            for in_tile in 0..TILE_ROWS {
+                let r = tile * TILE_ROWS + in_tile;
+                if in_tile < rows {
+                    row(r, &mut codes[..self.cols])?;
+                } else {
+                    codes[..self.cols].fill(1);
+                }
+                let (blocks, _) = codes.as_chunks::<BLOCK_COLS>();
+                let units =
+                    out.chunks_exact_mut(BLOCK_BYTES).map(|block| &mut block[in_tile * UNIT..][..UNIT]);
+                let mut bad = 0;
+                for (columns, unit) in blocks.iter().zip(units) {
+                    bad |= fold_unit(columns, 0, unit);
+                }
+                // Bits above the second would be dropped by the packing.
+                if bad != 0 || codes.iter().fold(0, |all, code| all | code) > 3 {
+                    let col = codes.iter().position(|&code| code > 2).unwrap_or_default();
+                    return Err(BadCode { row: r, col }.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the codes `weight + 1` of row `row` of a whole packed matrix into `codes`, `[cols]`.
+    ///
+    /// # Panics
+    /// `row` does not exist, or a length is wrong.
+    pub fn unpack_row(&self, data: &[u8], row: usize, codes: &mut [u8]) {
+        assert!(row < self.rows, "row {row} of {self:?}");
+        assert_eq!((data.len(), codes.len()), (self.bytes(), self.cols), "unpack_row of {self:?}");
+        let tile = &data[row / TILE_ROWS * self.tile_bytes()..][..self.tile_bytes()];
+        let units = tile.chunks_exact(BLOCK_BYTES).map(|block| &block[row % TILE_ROWS * UNIT..][..UNIT]);
+        for (columns, unit) in codes.chunks_mut(BLOCK_COLS).zip(units) {
+            for (group, columns) in columns.chunks_mut(UNIT).enumerate() {
+                for (code, byte) in columns.iter_mut().zip(unit) {
+                    *code = byte >> (2 * group) & 3;
+                }
+            }
+        }
+    }
+
     /// The weight at a row and column, in {-1, 0, 1}, of a whole packed matrix.
     pub fn unpack(&self, data: &[u8], row: usize, col: usize) -> i8 {
         assert!(row < self.rows && col < self.cols, "row {row}, column {col} of {self:?}");

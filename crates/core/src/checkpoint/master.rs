@@ -1,0 +1,108 @@
+//! Master weights: floats that become ternary as the model was trained to make them so (BitNet b1.58, arXiv
+//! 2402.17764, and `WeightQuant` of transformers' `integrations/bitnet.py`): `m = max(mean |W|, 1e-5)` over the whole
+//! matrix, weights `clamp(round_half_even(W / m), -1, 1)`, scale `m`.
+
+use std::sync::Mutex;
+
+use longbit_sys::Team;
+
+use super::plan::{LinearPlan, Scale};
+use crate::error::Result;
+use crate::formats::Matrix;
+use crate::model::build::{Job, run_all};
+
+/// Smallest mean magnitude.
+const SMALLEST_MEAN: f32 = 1e-5;
+/// Rows whose sum one job takes; fixed, so that the mean has the same bits for any number of threads.
+const ROWS_A_JOB: usize = 64;
+
+/// How floats become codes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Rounding {
+    /// Multiplied before rounding.
+    inverse: f32,
+    /// Multiplier of the ternary matrix.
+    pub(super) scale: f32,
+}
+
+/// What is known of the numbers of some rows.
+#[derive(Clone, Copy)]
+struct Magnitudes {
+    sum: f64,
+    /// Smallest magnitude above zero; infinite when there is none.
+    least: f32,
+    most: f32,
+    finite: bool,
+}
+
+impl Magnitudes {
+    const NONE: Magnitudes = Magnitudes { sum: 0.0, least: f32::INFINITY, most: 0.0, finite: true };
+
+    fn of(values: &[f32]) -> Self {
+        values.iter().map(|v| v.abs()).fold(Self::NONE, |m, v| Magnitudes {
+            sum: m.sum + f64::from(v),
+            least: if v > 0.0 { m.least.min(v) } else { m.least },
+            most: m.most.max(v),
+            finite: m.finite && v.is_finite(),
+        })
+    }
+
+    fn and(self, other: Self) -> Self {
+        Magnitudes {
+            sum: self.sum + other.sum,
+            least: self.least.min(other.least),
+            most: self.most.max(other.most),
+            finite: self.finite && other.finite,
+        }
+    }
+}
+
+/// Reads the whole matrix once and says how its numbers become ternary.
+pub(super) fn rounding(linear: &LinearPlan, bytes: &[u8], team: &Team) -> Result<Rounding> {
+    let stored = &linear.stored;
+    let matrix =
+        Matrix::new(stored.encoding, stored.rows, stored.cols, bytes).map_err(|e| stored.damaged(&e))?;
+    let parts = stored.rows.div_ceil(ROWS_A_JOB);
+    let found: Vec<Mutex<Magnitudes>> = (0..parts).map(|_| Mutex::new(Magnitudes::NONE)).collect();
+    let jobs = found
+        .iter()
+        .enumerate()
+        .map(|(i, slot)| -> Job<'_> {
+            Box::new(move || {
+                let mut values = vec![0.0f32; stored.cols];
+                let mut all = Magnitudes::NONE;
+                for row in i * ROWS_A_JOB..stored.rows.min((i + 1) * ROWS_A_JOB) {
+                    matrix.dequantize_row(row, &mut values).map_err(|e| stored.damaged(&e))?;
+                    all = all.and(Magnitudes::of(&values));
+                }
+                *slot.lock().unwrap_or_else(|e| e.into_inner()) = all;
+                Ok(())
+            })
+        })
+        .collect();
+    run_all(team, jobs)?;
+    let found = found.into_iter().map(|slot| slot.into_inner().unwrap_or_else(|e| e.into_inner()));
+    let all = found.fold(Magnitudes::NONE, Magnitudes::and);
+    if !all.finite {
+        return Err(stored.fail("holds a number that is not finite".into()));
+    }
+    if let Scale::Detect(times) = linear.scale
+        && all.least == all.most
+    {
+        return Ok(Rounding { inverse: 1.0 / all.most, scale: all.most * times });
+    }
+    let mean = all.sum / (stored.rows as f64 * stored.cols as f64);
+    // The very operations of the training code, in f32: the weights are divided by multiplying.
+    let inverse = 1.0 / (mean as f32).max(SMALLEST_MEAN);
+    let times = if let Scale::Detect(times) = linear.scale { times } else { 1.0 };
+    Ok(Rounding { inverse, scale: 1.0 / inverse * times })
+}
+
+impl Rounding {
+    /// The codes `weight + 1` of some numbers.
+    pub(super) fn codes(&self, values: &[f32], codes: &mut [u8]) {
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = ((value * self.inverse).round_ties_even().clamp(-1.0, 1.0) + 1.0) as u8;
+        }
+    }
+}

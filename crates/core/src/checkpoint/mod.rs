@@ -1,0 +1,129 @@
+//! Model files as people have them on disk: which tensors they hold, what those mean, and how they become a
+//! [`Model`](crate::Model).
+//!
+//! A [`Checkpoint`] is opened first: the files are mapped, the configuration is read, and every tensor that the
+//! architecture needs is found and checked against it, before any memory is asked for. `hf` and `gguf` know names and
+//! conventions and end in one [`plan::WeightPlan`]; `load` builds the model from any plan.
+
+mod hf;
+mod load;
+mod master;
+mod plan;
+
+use std::path::{Path, PathBuf};
+
+use longbit_sys::{FileMap, Team};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::formats::I2sLayout;
+use crate::model::{Activation, HeadFormat, Model, ModelConfig};
+use plan::{Span, WeightPlan};
+
+/// What a file does not say about itself, said by the user.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Byte order of I2_S tensors, for files that do not tell.
+    pub i2s: Option<I2sLayout>,
+    /// Feed-forward non-linearity, for files that do not tell. Refused where the file says otherwise.
+    pub activation: Option<Activation>,
+}
+
+/// Family of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Container {
+    /// A directory with `config.json` and one or more safetensors files.
+    HuggingFace,
+}
+
+/// A checkpoint on disk, opened and checked; its weights are read by [`Checkpoint::load`].
+pub struct Checkpoint {
+    path: PathBuf,
+    container: Container,
+    config: ModelConfig,
+    /// The weight files, in the order of their names.
+    files: Vec<FileMap>,
+    plan: WeightPlan,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `path`.
+    ///
+    /// # Errors
+    /// Names the file, the tensor or key, and what was expected instead; a damaged file never panics.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        hf::open(path, options)
+    }
+
+    /// The shape of the checkpoint at `path`, read without its weights.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], for the configuration.
+    pub fn config_of(path: &Path, options: &OpenOptions) -> Result<ModelConfig> {
+        hf::config(path, options)
+    }
+
+    /// Directory or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Family of files.
+    pub fn container(&self) -> Container {
+        self.container
+    }
+
+    /// The shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of all weight files.
+    pub fn file_bytes(&self) -> u64 {
+        self.files.iter().map(|f| f.len() as u64).sum()
+    }
+
+    /// SHA-256 that identifies the checkpoint: of a single file its own, as `sha256sum` prints it; of a directory that
+    /// of the lines which `sha256sum config.json *.safetensors` prints in it.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn sha256(&self) -> Result<String> {
+        use std::fmt::Write;
+        match self.container {
+            Container::HuggingFace => {
+                let config = self.path.join("config.json");
+                let text = std::fs::read(&config).map_err(|source| Error::Read { path: config, source })?;
+                let mut lines = format!("{}  config.json\n", crate::hex(&Sha256::digest(text)));
+                for file in &self.files {
+                    let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+                    let _ = writeln!(lines, "{}  {name}", crate::hex(&Sha256::digest(&file[..])));
+                }
+                Ok(crate::hex(&Sha256::digest(lines)))
+            }
+        }
+    }
+
+    /// Reads the weights into a model, on all threads of `team`. Pages of the files are given back as they are used up,
+    /// so that the process never holds much more than the model.
+    ///
+    /// # Errors
+    /// Names the tensor that is damaged; also when memory cannot be had.
+    pub fn load(&self, head: HeadFormat, team: &Team) -> Result<Model> {
+        load::load(self, head, team)
+    }
+
+    fn bytes(&self, span: &Span) -> &[u8] {
+        &self.files[span.file][span.range.clone()]
+    }
+}
+
+impl Model {
+    /// Opens and loads the checkpoint at `path`; see [`Checkpoint`] for what it may be.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] and [`Checkpoint::load`].
+    pub fn load(path: &Path, head: HeadFormat, team: &Team) -> Result<Model> {
+        Checkpoint::open(path, &OpenOptions::default())?.load(head, team)
+    }
+}
