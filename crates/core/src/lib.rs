@@ -23,6 +23,7 @@ mod checkpoint;
 mod error;
 mod estimate;
 pub mod formats;
+pub mod gguf;
 pub mod kv;
 mod model;
 pub mod reference;
