@@ -20,7 +20,8 @@ pub enum Error {
     /// `LONGBIT_ISA` asks for what this machine does not have.
     #[error(transparent)]
     Isa(#[from] longbit_kernels::IsaError),
-    /// `config.json` is malformed or describes a model that this crate does not run.
+    /// A text that describes a checkpoint (`config.json`, the index of its files) is malformed, or describes what this
+    /// crate does not run.
     #[error("{path}: {reason}")]
     Config {
         /// The file.

@@ -2,44 +2,18 @@
 
 mod common;
 
-use common::{argmax, fixture, session, team};
+use common::hf::{Tensors, load, write};
+use common::{argmax, fixture, session};
 use longbit::reference::Reference;
-use longbit::{Error, HeadFormat, Model};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
-use std::collections::BTreeMap;
-use std::path::Path;
+use safetensors::tensor::Dtype;
 use std::sync::Arc;
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-fn write(dir: &Path, config: &str, tensors: &Tensors) {
-    let views = tensors.iter().map(|(n, (t, s, d))| (n.as_str(), TensorView::new(*t, s.clone(), d).unwrap()));
-    std::fs::write(dir.join("model.safetensors"), serialize(views, None).unwrap()).unwrap();
-    std::fs::write(dir.join("config.json"), config).unwrap();
-}
-
 fn offline() -> (String, Tensors) {
-    let dir = fixture("hf_bitnet/offline");
-    let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let all =
-        tensors.iter().map(|(n, v)| (n.to_string(), (v.dtype(), v.shape().to_vec(), v.data().to_vec())));
-    (std::fs::read_to_string(dir.join("config.json")).unwrap(), all.collect())
-}
-
-fn load(dir: &Path) -> Result<Model, Error> {
-    Model::load(dir, HeadFormat::Bf16, &team(2))
+    common::hf::read("hf_bitnet/offline")
 }
 
 fn refusal(change: impl FnOnce(&mut String, &mut Tensors)) -> String {
-    let (mut config, mut tensors) = offline();
-    change(&mut config, &mut tensors);
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path(), &config, &tensors);
-    match load(dir.path()) {
-        Ok(_) => panic!("the damaged checkpoint was loaded"),
-        Err(error) => error.to_string(),
-    }
+    common::hf::refusal("hf_bitnet/offline", change)
 }
 
 /// A checkpoint of another shape with bytes from a counter: other sizes, head counts, rope_theta, untied head.
@@ -257,6 +231,6 @@ fn absent_files_say_which() {
     let (config, _) = offline();
     std::fs::write(dir.path().join("config.json"), config).unwrap();
     assert!(load(dir.path()).err().unwrap().to_string().contains("model.safetensors"));
-    std::fs::write(dir.path().join("model.safetensors.index.json"), "{}").unwrap();
-    assert!(load(dir.path()).err().unwrap().to_string().contains("join them"));
+    let message = load(dir.path()).err().unwrap().to_string();
+    assert!(message.contains("model.safetensors.index.json"), "{message}");
 }

@@ -1,5 +1,5 @@
-//! Parity with Hugging Face transformers on the tiny packed checkpoint in `fixtures/hf_bitnet` (its `golden.json` names
-//! the versions), and with this crate's own reference forward.
+//! Parity with Hugging Face transformers on the tiny checkpoints in `fixtures/hf_bitnet` (their `golden.json` names the
+//! versions), and with this crate's own reference forward.
 
 mod common;
 
@@ -81,7 +81,7 @@ fn teacher_forced_layers_agree_to_1e_4_on_98_percent_of_rows() {
 fn logits_choose_the_same_token_at_95_percent_of_positions() {
     let golden = Golden::load();
     let ids = golden.ids();
-    for variant in ["offline", "bitlinear"] {
+    for variant in ["offline", "online", "bitlinear"] {
         let model = load(variant);
         let (expected, shape) = golden.f32(&format!("logits.{variant}.f32"));
         assert_eq!(shape, [ids.len(), model.config.vocab]);

@@ -7,7 +7,7 @@ use longbit_kernels::{BadCode, Kernels, TernaryShape};
 use longbit_sys::Team;
 
 use super::master::{self, Rounding};
-use super::plan::{LayerPlan, LinearPlan, Scale, Stored};
+use super::plan::{LayerPlan, LinearPlan, RowOrder, Scale, Stored};
 use super::{Checkpoint, plan::WeightPlan};
 use crate::error::{Error, Result};
 use crate::formats::{Encoding, FormatError, Matrix};
@@ -85,7 +85,11 @@ fn roundings(checkpoint: &Checkpoint, plan: &WeightPlan, team: &Team) -> Result<
             all.push(match linear.scale {
                 Scale::Given(_) | Scale::Inside(_) => None,
                 Scale::Absmean | Scale::Detect(_) => {
-                    Some(master::rounding(linear, checkpoint.bytes(&linear.stored.span), team)?)
+                    let span = &linear.stored.span;
+                    let rounding = master::rounding(linear, checkpoint.bytes(span), team)?;
+                    // All masters together are many times the model; they are read once more, matrix by matrix.
+                    checkpoint.files[span.file].release(span.range.clone());
+                    Some(rounding)
                 }
             });
         }
@@ -211,7 +215,7 @@ impl<'a> Repack<'a> {
         let (planned, order) = (self.planned, self.planned.order);
         let done = match self.rounding {
             // The layout of most checkpoints has a path of its own: no row is unpacked on the way.
-            None if matrix.encoding() == Encoding::HfU8 => shape
+            None if matrix.encoding() == Encoding::HfU8 && order == RowOrder::Same => shape
                 .repack_hf(self.checkpoint.bytes(&planned.stored.span), tiles, out)
                 .map_err(RowError::Kernel),
             None => {

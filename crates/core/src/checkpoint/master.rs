@@ -86,8 +86,10 @@ pub(super) fn rounding(linear: &LinearPlan, bytes: &[u8], team: &Team) -> Result
     if !all.finite {
         return Err(stored.fail("holds a number that is not finite".into()));
     }
+    // Below the smallest normal number there is no inverse to multiply by; such a matrix counts as master weights.
     if let Scale::Detect(times) = linear.scale
         && all.least == all.most
+        && all.most.is_normal()
     {
         return Ok(Rounding { inverse: 1.0 / all.most, scale: all.most * times });
     }
@@ -103,6 +105,73 @@ impl Rounding {
     pub(super) fn codes(&self, values: &[f32], codes: &mut [u8]) {
         for (code, value) in codes.iter_mut().zip(values) {
             *code = ((value * self.inverse).round_ties_even().clamp(-1.0, 1.0) + 1.0) as u8;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::plan::{RowOrder, Span, Stored};
+    use crate::formats::Encoding;
+
+    /// The codes and the scale of two rows of floats.
+    fn ternary(values: [[f32; 3]; 2], scale: Scale) -> Result<([[u8; 3]; 2], f32)> {
+        let bytes: Vec<u8> = values.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+        let span = Span { file: 0, range: 0..bytes.len() };
+        let (name, path) = ("w".to_string(), "model".into());
+        let stored = Stored { name, path, span, encoding: Encoding::F32, rows: 2, cols: 3 };
+        let rounding = rounding(
+            &LinearPlan { stored, scale, order: RowOrder::Same },
+            &bytes,
+            &Team::oversubscribed(2).unwrap(),
+        )?;
+        let mut codes = [[9; 3]; 2];
+        for (codes, values) in codes.iter_mut().zip(&values) {
+            rounding.codes(values, codes);
+        }
+        Ok((codes, rounding.scale))
+    }
+
+    #[test]
+    fn masters_are_rounded_by_their_mean() {
+        // Mean 0.5: a quarter is a tie and goes to the even zero, and three quarters to one.
+        let masters = [[0.25, -0.25, 0.75], [-0.75, 0.0, 1.0]];
+        for scale in [Scale::Absmean, Scale::Detect(1.0)] {
+            assert_eq!(ternary(masters, scale).unwrap(), ([[1, 1, 2], [0, 1, 2]], 0.5));
+        }
+        assert_eq!(ternary(masters, Scale::Detect(3.0)).unwrap().1, 1.5);
+    }
+
+    #[test]
+    fn floats_of_one_magnitude_are_ternary_already() {
+        let weights = [[0.3, 0.0, 0.0], [0.0, 0.0, -0.3]];
+        assert_eq!(ternary(weights, Scale::Detect(2.0)).unwrap(), ([[2, 1, 1], [1, 1, 0]], 0.6));
+        // By the mean the same weights, but not the same scale.
+        let (codes, scale) = ternary(weights, Scale::Absmean).unwrap();
+        assert_eq!(codes, [[2, 1, 1], [1, 1, 0]]);
+        assert!((scale - 0.1).abs() < 1e-7);
+    }
+
+    #[test]
+    fn numbers_too_small_for_the_mean_are_zeros() {
+        let smallest = f32::from_bits(1);
+        for weights in [[[0.0; 3]; 2], [[smallest, 0.0, -smallest]; 2], [[1e-34; 3]; 2]] {
+            let (codes, scale) = ternary(weights, Scale::Absmean).unwrap();
+            assert_eq!(codes, [[1; 3]; 2]);
+            assert!((scale - SMALLEST_MEAN).abs() < 1e-11);
+        }
+        let (codes, scale) = ternary([[smallest, 0.0, -smallest]; 2], Scale::Detect(1.0)).unwrap();
+        assert!(codes == [[1; 3]; 2] && scale > 0.0);
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for scale in [Scale::Absmean, Scale::Detect(1.0)] {
+                let message = ternary([[1.0, bad, 0.0], [0.0; 3]], scale).unwrap_err().to_string();
+                assert!(message.contains("`w`") && message.contains("not finite"), "{message}");
+            }
         }
     }
 }
