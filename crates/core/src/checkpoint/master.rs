@@ -29,22 +29,40 @@ pub(super) struct Rounding {
 #[derive(Clone, Copy)]
 struct Magnitudes {
     sum: f64,
-    /// Smallest magnitude above zero; infinite when there is none.
-    least: f32,
-    most: f32,
-    finite: bool,
+    /// Bits of the smallest magnitude above zero, minus one; `u32::MAX` when there is none.
+    least: u32,
+    /// Bits of the largest magnitude. The bits of magnitudes are ordered as their numbers are, infinity and what is no
+    /// number at the end.
+    most: u32,
 }
 
+/// Independent sums, so that additions need not wait for each other; added up in order, the same for any number of threads.
+const LANES: usize = 8;
+
 impl Magnitudes {
-    const NONE: Magnitudes = Magnitudes { sum: 0.0, least: f32::INFINITY, most: 0.0, finite: true };
+    const NONE: Magnitudes = Magnitudes { sum: 0.0, least: u32::MAX, most: 0 };
 
     fn of(values: &[f32]) -> Self {
-        values.iter().map(|v| v.abs()).fold(Self::NONE, |m, v| Magnitudes {
-            sum: m.sum + f64::from(v),
-            least: if v > 0.0 { m.least.min(v) } else { m.least },
-            most: m.most.max(v),
-            finite: m.finite && v.is_finite(),
-        })
+        let (groups, rest) = values.as_chunks::<LANES>();
+        let mut all = [Self::NONE; LANES];
+        for group in groups {
+            all.iter_mut().zip(group).for_each(|(lane, value)| lane.add(*value));
+        }
+        all.iter_mut().zip(rest).for_each(|(lane, value)| lane.add(*value));
+        all.into_iter().fold(Self::NONE, Self::and)
+    }
+
+    fn add(&mut self, value: f32) {
+        let bits = value.abs().to_bits();
+        self.sum += f64::from(value.abs());
+        self.least = self.least.min(bits.wrapping_sub(1));
+        self.most = self.most.max(bits);
+    }
+
+    /// The magnitude of every number that is not zero, if it is one and has an inverse.
+    fn one(&self) -> Option<f32> {
+        let most = f32::from_bits(self.most);
+        (self.most.checked_sub(1) == Some(self.least) && most.is_normal()).then_some(most)
     }
 
     fn and(self, other: Self) -> Self {
@@ -52,7 +70,6 @@ impl Magnitudes {
             sum: self.sum + other.sum,
             least: self.least.min(other.least),
             most: self.most.max(other.most),
-            finite: self.finite && other.finite,
         }
     }
 }
@@ -83,15 +100,11 @@ pub(super) fn rounding(linear: &LinearPlan, bytes: &[u8], team: &Team) -> Result
     run_all(team, jobs)?;
     let found = found.into_iter().map(|slot| slot.into_inner().unwrap_or_else(|e| e.into_inner()));
     let all = found.fold(Magnitudes::NONE, Magnitudes::and);
-    if !all.finite {
+    if !f32::from_bits(all.most).is_finite() {
         return Err(stored.fail("holds a number that is not finite".into()));
     }
-    // Below the smallest normal number there is no inverse to multiply by; such a matrix counts as master weights.
-    if let Scale::Detect(times) = linear.scale
-        && all.least == all.most
-        && all.most.is_normal()
-    {
-        return Ok(Rounding { inverse: 1.0 / all.most, scale: all.most * times });
+    if let (Scale::Detect(times), Some(magnitude)) = (linear.scale, all.one()) {
+        return Ok(Rounding { inverse: 1.0 / magnitude, scale: magnitude * times });
     }
     let mean = all.sum / (stored.rows as f64 * stored.cols as f64);
     // The very operations of the training code, in f32: the weights are divided by multiplying.
@@ -101,10 +114,12 @@ pub(super) fn rounding(linear: &LinearPlan, bytes: &[u8], team: &Team) -> Result
 }
 
 impl Rounding {
-    /// The codes `weight + 1` of some numbers.
+    /// The codes `weight + 1` of some finite numbers. To round to even and clamp to one is to ask on which side of a half
+    /// the number lies, ties going to zero.
     pub(super) fn codes(&self, values: &[f32], codes: &mut [u8]) {
         for (code, value) in codes.iter_mut().zip(values) {
-            *code = ((value * self.inverse).round_ties_even().clamp(-1.0, 1.0) + 1.0) as u8;
+            let scaled = value * self.inverse;
+            *code = 1 + u8::from(scaled > 0.5) - u8::from(scaled < -0.5);
         }
     }
 }
