@@ -107,6 +107,13 @@ fn the_masters_of_1bitllm_follow_transformers() {
 }
 
 #[test]
+fn the_masters_of_bitnet_follow_transformers() {
+    let model = load(&fixture("hf_bitnet/online")).unwrap();
+    assert_eq!(model.rounded, 0);
+    follows_transformers("hf_bitnet/online", model);
+}
+
+#[test]
 fn masters_become_the_weights_that_were_packed_from_them() {
     let (online, offline) =
         ["online", "offline"].map(|v| load(&fixture("hf_bitnet").join(v)).unwrap()).into();
