@@ -72,7 +72,8 @@ impl Writer {
     }
 
     /// Writes the file. `data` is called once for each tensor, in the order of declaration, with its index and where to
-    /// write its bytes. `out` sees few large writes of our own; it is flushed at the end.
+    /// write its bytes, in pieces of any size. What `data` writes goes to `out` as it comes, unbuffered; `out` is flushed
+    /// at the end.
     ///
     /// # Errors
     /// [`GgufError::Written`] when `data` writes more or fewer bytes than the tensor has, [`GgufError::Write`] when `out` or
