@@ -1,11 +1,16 @@
 //! The packed layout of Hugging Face checkpoints: `[rows / 4][cols]` bytes; bits `2i`, `2i + 1` of byte `[r][c]` hold
 //! the code (weight + 1) of row `i * rows / 4 + r`. Source: `pack_weights` of transformers' `integrations/bitnet.py`.
 
-use super::{FormatError, check_codes};
+use super::{Encoding, FormatError, check_codes};
 
 pub(super) fn bytes(rows: usize, cols: usize) -> Result<u64, FormatError> {
     if !rows.is_multiple_of(4) {
-        return Err(FormatError::Shape { encoding: "U8 packed", unit: "rows", multiple: 4, found: rows });
+        return Err(FormatError::Shape {
+            encoding: Encoding::HfU8.name(),
+            unit: "rows",
+            multiple: 4,
+            found: rows,
+        });
     }
     Ok((rows as u64 / 4).saturating_mul(cols as u64))
 }

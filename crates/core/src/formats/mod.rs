@@ -1,10 +1,25 @@
 //! Number formats of model files: how the bytes of a stored matrix become numbers or ternary codes, and back.
 //!
-//! One file a format, opening with its bit layout and its source. A format knows rows and columns; what a tensor is
-//! called and which model it belongs to is the business of [`crate::checkpoint`].
+//! One file a family of formats, opening with its bit layout and its source. A format knows rows and columns; what a tensor
+//! is called and which model it belongs to is the business of [`crate::Checkpoint`].
 
+use std::fmt;
+
+use half::f16;
+
+mod encode;
 mod hf_u8;
+mod i2s;
+mod iq_bn;
 mod plain;
+mod q6_k;
+mod q_0;
+mod tq;
+mod trits;
+mod two_bits;
+
+pub use encode::{EncodeError, encode_row, encode_ternary, holds_scale};
+use tq::Tq;
 
 /// Byte order of I2_S, which two families of files share under one type id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +42,35 @@ pub enum Encoding {
     Bf16,
     /// Four rows a byte, the packed layout of Hugging Face checkpoints; ternary, its scale stands elsewhere.
     HfU8,
+    /// Four bits and an f16 scale for 32 numbers: 4.5 bits a number.
+    Q4_0,
+    /// Five bits and an f16 scale for 32 numbers: 5.5 bits a number.
+    Q5_0,
+    /// Eight bits and an f16 scale for 32 numbers: 8.5 bits a number.
+    Q8_0,
+    /// Six bits, an int8 scale for 16 numbers and an f16 one for 256: 6.5625 bits a number.
+    Q6K,
+    /// Ternary, five weights a byte and an f16 scale for 256: 1.6875 bits a weight.
+    Tq1_0,
+    /// Ternary, four weights a byte and an f16 scale for 256: 2.0625 bits a weight.
+    Tq2_0,
+    /// Ternary, four weights a byte and one f32 scale for the matrix: 2 bits a weight.
+    I2s(I2sLayout),
+    /// Ternary, 64 weights in 13 bytes and an f16 scale for a row: 1.625 bits a weight.
+    Iq1Bn,
+    /// Ternary, four weights a byte and an f32 scale for a row: 2 bits a weight.
+    Iq2Bn,
+}
+
+/// Numbers stored in blocks, which do not cross rows.
+#[derive(Clone, Copy)]
+struct Blocks {
+    /// Numbers of a block.
+    numbers: usize,
+    /// Bytes of a block.
+    bytes: usize,
+    /// Bytes before the first block of a row.
+    head: usize,
 }
 
 /// A stored matrix that is not what its format allows.
@@ -85,6 +129,42 @@ pub enum FormatError {
         /// Another.
         second: f32,
     },
+    /// A scale that the format cannot have: not finite, or not positive where weights are ternary.
+    #[error("row {row} has the scale {scale}, which {encoding} cannot have: the file is damaged")]
+    Scale {
+        /// The format.
+        encoding: &'static str,
+        /// Row in the stored matrix.
+        row: usize,
+        /// The scale found.
+        scale: f32,
+    },
+    /// A scale that would be stored as another one.
+    #[error(
+        "{encoding} cannot hold the scale {scale} exactly: write the matrix as i2_s or iq2_bn, which can"
+    )]
+    ScaleLost {
+        /// The format.
+        encoding: &'static str,
+        /// The scale to be written.
+        scale: f32,
+    },
+    /// A number to be written that is not finite, or beyond the range of the format.
+    #[error("the number {value} in column {col} cannot be written as {encoding}")]
+    Value {
+        /// The format.
+        encoding: &'static str,
+        /// Column.
+        col: usize,
+        /// The number.
+        value: f32,
+    },
+    /// The format holds nothing but ternary weights.
+    #[error("{encoding} holds ternary weights, not numbers")]
+    Ternary {
+        /// The format.
+        encoding: &'static str,
+    },
     /// The format holds no ternary weights.
     #[error("{encoding} holds no ternary weights")]
     NotTernary {
@@ -101,12 +181,54 @@ impl Encoding {
             Encoding::F16 => "f16",
             Encoding::Bf16 => "bf16",
             Encoding::HfU8 => "U8 packed",
+            Encoding::Q4_0 => "q4_0",
+            Encoding::Q5_0 => "q5_0",
+            Encoding::Q8_0 => "q8_0",
+            Encoding::Q6K => "q6_k",
+            Encoding::Tq1_0 => "tq1_0",
+            Encoding::Tq2_0 => "tq2_0",
+            Encoding::I2s(I2sLayout::X86) => "i2_s (x86)",
+            Encoding::I2s(I2sLayout::Arm) => "i2_s (arm)",
+            Encoding::Iq1Bn => "iq1_bn",
+            Encoding::Iq2Bn => "iq2_bn",
         }
+    }
+
+    /// The blocks of formats that have some.
+    fn blocks(self) -> Option<Blocks> {
+        let (numbers, bytes, head) = match self {
+            Encoding::Q4_0 => (32, 18, 0),
+            Encoding::Q5_0 => (32, 22, 0),
+            Encoding::Q8_0 => (32, 34, 0),
+            Encoding::Q6K => (256, 210, 0),
+            Encoding::Tq1_0 => (tq::BLOCK, 54, 0),
+            Encoding::Tq2_0 => (tq::BLOCK, 66, 0),
+            Encoding::Iq1Bn => (64, 13, 2),
+            Encoding::Iq2Bn => (64, 16, 4),
+            Encoding::F32 | Encoding::F16 | Encoding::Bf16 | Encoding::HfU8 | Encoding::I2s(_) => {
+                return None;
+            }
+        };
+        Some(Blocks { numbers, bytes, head })
     }
 
     /// Whether [`Matrix::ternary_row`] works.
     pub fn is_ternary(self) -> bool {
-        matches!(self, Encoding::HfU8)
+        match self {
+            Encoding::HfU8
+            | Encoding::Tq1_0
+            | Encoding::Tq2_0
+            | Encoding::I2s(_)
+            | Encoding::Iq1Bn
+            | Encoding::Iq2Bn => true,
+            Encoding::F32
+            | Encoding::F16
+            | Encoding::Bf16
+            | Encoding::Q4_0
+            | Encoding::Q5_0
+            | Encoding::Q8_0
+            | Encoding::Q6K => false,
+        }
     }
 
     /// Bytes of a matrix of `rows x cols`.
@@ -114,22 +236,38 @@ impl Encoding {
     /// # Errors
     /// [`FormatError::Shape`] when the shape cannot be stored; a product beyond 64 bits saturates.
     pub fn bytes(self, rows: usize, cols: usize) -> Result<u64, FormatError> {
-        let numbers = (rows as u64).saturating_mul(cols as u64);
+        if let Some(Blocks { numbers, bytes, head }) = self.blocks() {
+            if !cols.is_multiple_of(numbers) {
+                let encoding = self.name();
+                return Err(FormatError::Shape { encoding, unit: "columns", multiple: numbers, found: cols });
+            }
+            let row = (cols as u64 / numbers as u64).saturating_mul(bytes as u64).saturating_add(head as u64);
+            return Ok(row.saturating_mul(rows as u64));
+        }
         match self {
-            Encoding::F32 => Ok(numbers.saturating_mul(4)),
-            Encoding::F16 | Encoding::Bf16 => Ok(numbers.saturating_mul(2)),
             Encoding::HfU8 => hf_u8::bytes(rows, cols),
+            Encoding::I2s(layout) => i2s::bytes(layout, rows, cols),
+            _ => {
+                let width = if self == Encoding::F32 { 4 } else { 2 };
+                Ok((rows as u64).saturating_mul(cols as u64).saturating_mul(width))
+            }
         }
     }
 }
 
 /// A stored matrix: its bytes are as many as its shape needs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Matrix<'a> {
     encoding: Encoding,
     rows: usize,
     cols: usize,
     bytes: &'a [u8],
+}
+
+impl fmt::Debug for Matrix<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} x {}", self.encoding.name(), self.rows, self.cols)
+    }
 }
 
 impl<'a> Matrix<'a> {
@@ -157,10 +295,12 @@ impl<'a> Matrix<'a> {
         &self.bytes[row * width..(row + 1) * width]
     }
 
-    /// Writes row `row` as f32 into `out`, `[cols]`. Formats whose scale stands elsewhere give -1, 0 and 1.
+    /// Writes row `row` as f32 into `out`, `[cols]`. Formats whose scale stands elsewhere give -1, 0 and 1. The blocks of a
+    /// ternary format may differ in their scales here. Numbers of [`Encoding::F32`], [`Encoding::F16`] and
+    /// [`Encoding::Bf16`] are given as they are, finite or not.
     ///
     /// # Errors
-    /// [`FormatError::Code`], for damaged ternary formats.
+    /// [`FormatError::Code`] and [`FormatError::Scale`], for damaged files.
     ///
     /// # Panics
     /// There is no such row, or `out` has another length.
@@ -170,20 +310,26 @@ impl<'a> Matrix<'a> {
             Encoding::F32 => plain::f32_row(self.row_bytes(row), out),
             Encoding::F16 => plain::f16_row(self.row_bytes(row), out),
             Encoding::Bf16 => plain::bf16_row(self.row_bytes(row), out),
-            Encoding::HfU8 => {
+            Encoding::Q4_0 => q_0::q4_0_row(self.row_bytes(row), row, out)?,
+            Encoding::Q5_0 => q_0::q5_0_row(self.row_bytes(row), row, out)?,
+            Encoding::Q8_0 => q_0::q8_0_row(self.row_bytes(row), row, out)?,
+            Encoding::Q6K => q6_k::row(self.row_bytes(row), row, out)?,
+            Encoding::Tq1_0 => Tq::One.dequantize(self.row_bytes(row), row, out)?,
+            Encoding::Tq2_0 => Tq::Two.dequantize(self.row_bytes(row), row, out)?,
+            Encoding::HfU8 | Encoding::I2s(_) | Encoding::Iq1Bn | Encoding::Iq2Bn => {
                 let mut codes = vec![0; self.cols];
-                self.ternary_row(row, &mut codes)?;
-                out.iter_mut().zip(codes).for_each(|(o, code)| *o = f32::from(code) - 1.0);
+                let scale = self.ternary_row(row, &mut codes)?.unwrap_or(1.0);
+                out.iter_mut().zip(codes).for_each(|(o, code)| *o = (f32::from(code) - 1.0) * scale);
             }
         }
         Ok(())
     }
 
     /// Writes the codes `weight + 1` of row `row` into `codes`, `[cols]`; returns the row's scale where the format has
-    /// one inside the row and the row has a weight other than zero.
+    /// one inside and the row has a weight other than zero. The scale of zeros is not looked at.
     ///
     /// # Errors
-    /// [`FormatError::Code`], [`FormatError::Scales`], [`FormatError::NotTernary`].
+    /// [`FormatError::Code`], [`FormatError::Scale`], [`FormatError::Scales`], [`FormatError::NotTernary`].
     ///
     /// # Panics
     /// There is no such row, or `codes` has another length.
@@ -191,11 +337,48 @@ impl<'a> Matrix<'a> {
         assert!(row < self.rows && codes.len() == self.cols, "row {row}, {} codes of {self:?}", codes.len());
         match self.encoding {
             Encoding::HfU8 => hf_u8::codes(self.bytes, self.rows, row, codes).map(|()| None),
-            Encoding::F32 | Encoding::F16 | Encoding::Bf16 => {
-                Err(FormatError::NotTernary { encoding: self.encoding.name() })
-            }
+            Encoding::I2s(layout) => i2s::codes(layout, self.bytes, row, codes),
+            Encoding::Tq1_0 => Tq::One.codes(self.row_bytes(row), row, codes),
+            Encoding::Tq2_0 => Tq::Two.codes(self.row_bytes(row), row, codes),
+            Encoding::Iq1Bn => iq_bn::codes_1(self.row_bytes(row), row, codes),
+            Encoding::Iq2Bn => iq_bn::codes_2(self.row_bytes(row), row, codes),
+            Encoding::F32
+            | Encoding::F16
+            | Encoding::Bf16
+            | Encoding::Q4_0
+            | Encoding::Q5_0
+            | Encoding::Q8_0
+            | Encoding::Q6K => Err(FormatError::NotTernary { encoding: self.encoding.name() }),
         }
     }
+}
+
+/// The scale of ternary weights that are not all zero, if it is one.
+fn positive(encoding: Encoding, row: usize, scale: f32) -> Result<f32, FormatError> {
+    if scale.is_finite() && scale > 0.0 {
+        return Ok(scale);
+    }
+    Err(FormatError::Scale { encoding: encoding.name(), row, scale })
+}
+
+/// The scale of a block of numbers, which may be negative.
+fn block_scale(encoding: Encoding, row: usize, bytes: [u8; 2]) -> Result<f32, FormatError> {
+    let scale = f16::from_le_bytes(bytes).to_f32();
+    if scale.is_finite() {
+        Ok(scale)
+    } else {
+        Err(FormatError::Scale { encoding: encoding.name(), row, scale })
+    }
+}
+
+/// The bytes of the scale of a `block` of numbers that starts at column `col`.
+fn stored_scale(encoding: Encoding, scale: f32, col: usize, block: &[f32]) -> Result<[u8; 2], FormatError> {
+    let stored = f16::from_f32(scale);
+    if stored.is_finite() {
+        return Ok(stored.to_le_bytes());
+    }
+    let (at, value) = q_0::largest(block);
+    Err(FormatError::Value { encoding: encoding.name(), col: col + at, value })
 }
 
 /// The first code above 2, as an error.
