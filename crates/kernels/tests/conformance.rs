@@ -205,6 +205,11 @@ conform! {
         for rows in [1, 4, 7] {
             let x = random.floats(n);
             let (mut got, mut want) = (vec![1.0; rows], vec![2.0; rows]);
+            for weights in [random.floats(rows * n), random.wild(rows * n)] {
+                k.head_f32(&weights, &x, &mut got);
+                oracle::head_f32(&weights, &x, &mut want);
+                same(k, &format!("head_f32 k={n} rows={rows}"), &got, &want);
+            }
             let weights = random.bf16(rows * n);
             k.head_bf16(&weights, &x, &mut got);
             oracle::head_bf16(&weights, &x, &mut want);

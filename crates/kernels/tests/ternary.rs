@@ -119,6 +119,62 @@ fn pack_and_unpack_are_inverse_and_padding_is_zero() {
 }
 
 #[test]
+fn whole_rows_are_packed_and_unpacked() {
+    for (rows, cols) in [(1, 1), (3, 63), (4, 64), (5, 255), (7, 257), (8, 512), (13, 300), (30, 700)] {
+        let shape = TernaryShape { rows, cols };
+        let code = |r: usize, c: usize| (scrambled(r * cols + c) as u8) % 3;
+        let (mut want, mut got) = (vec![0; shape.bytes()], vec![0xee; shape.bytes()]);
+        shape.pack(0..shape.tiles(), |r, c| code(r, c) as i8 - 1, &mut want);
+        let mut asked = Vec::new();
+        let middle = shape.tiles() / 2;
+        let (low, high) = got.split_at_mut(middle * shape.tile_bytes());
+        for (tiles, out) in [(0..middle, low), (middle..shape.tiles(), high)] {
+            let row = |r: usize, codes: &mut [u8]| -> Result<(), BadCode> {
+                asked.push(r);
+                assert_eq!(codes.len(), cols, "{shape:?}");
+                codes.iter_mut().enumerate().for_each(|(c, to)| *to = code(r, c));
+                Ok(())
+            };
+            shape.pack_rows(tiles, row, out).unwrap();
+        }
+        assert!(got == want, "{shape:?}");
+        assert_eq!(asked, (0..rows).collect::<Vec<_>>(), "each row of the model once: {shape:?}");
+        for r in 0..rows {
+            let mut codes = vec![9; cols];
+            shape.unpack_row(&got, r, &mut codes);
+            assert_eq!(codes, (0..cols).map(|c| code(r, c)).collect::<Vec<_>>(), "row {r} of {shape:?}");
+        }
+    }
+}
+
+/// Codes with bits above the second one too, in the whole and in the padded block, at the first column and the last.
+#[test]
+fn a_row_with_a_wrong_code_is_named() {
+    let shape = TernaryShape { rows: 6, cols: 300 };
+    let mut out = vec![0; shape.bytes()];
+    for (bad_row, bad_col) in [(0, 0), (1, 255), (3, 256), (4, 77), (5, 299)] {
+        for code in [3, 4, 5, 128, 253, 255] {
+            let row = |r: usize, codes: &mut [u8]| -> Result<(), BadCode> {
+                codes.fill((r % 3) as u8);
+                if r == bad_row {
+                    codes[bad_col..].fill(code);
+                }
+                Ok(())
+            };
+            let want = BadCode { row: bad_row, col: bad_col };
+            assert_eq!(shape.pack_rows(0..2, row, &mut out), Err(want), "code {code}");
+        }
+    }
+    let refused = BadCode { row: 9, col: 9 };
+    let row = |r: usize, codes: &mut [u8]| {
+        codes.fill(1);
+        if r == 4 { Err(refused) } else { Ok(()) }
+    };
+    assert_eq!(shape.pack_rows(0..1, row, &mut out[..shape.tile_bytes()]), Ok(()));
+    assert_eq!(shape.pack_rows(0..2, row, &mut out), Err(refused), "the error of the row itself");
+}
+
+#[test]
 fn hugging_face_bytes_are_repacked() {
     for (rows, cols) in [(4, 3), (12, 256), (20, 300), (64, 640)] {
         let shape = TernaryShape { rows, cols };

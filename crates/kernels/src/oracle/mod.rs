@@ -185,6 +185,11 @@ pub fn accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32])
     accumulate_f32(weights, &widen(rows), d, acc);
 }
 
+/// The head in f32.
+pub fn head_f32(rows: &[f32], x: &[f32], out: &mut [f32]) {
+    scores_f32(x, rows, x.len(), out);
+}
+
 /// The head in bfloat16.
 pub fn head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) {
     scores_f32(x, &widen(rows), x.len(), out);
