@@ -370,7 +370,7 @@ fn blocks_must_agree_about_the_scale() {
         let codes: Vec<u8> =
             (0..2 * 768).map(|i| if i < 256 || (512..768).contains(&i) { 2 } else { 1 }).collect();
         let mut bytes = encode(encoding, 2, 768, 0.5, &codes);
-        let mut read = |bytes: &[u8], row| {
+        let read = |bytes: &[u8], row| {
             let mut codes = vec![9; 768];
             let scale = Matrix::new(encoding, 2, 768, bytes).unwrap().ternary_row(row, &mut codes);
             scale.inspect(|_| assert!(codes.iter().all(|&code| code < 3), "{name}"))
