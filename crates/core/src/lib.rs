@@ -29,6 +29,7 @@ mod model;
 pub mod reference;
 mod rng;
 mod session;
+pub mod text;
 pub mod workload;
 
 pub use checkpoint::{Checkpoint, Container, OpenOptions};

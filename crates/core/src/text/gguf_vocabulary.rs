@@ -1,0 +1,333 @@
+//! The tokenizer that a GGUF file holds as arrays.
+//!
+//! `gpt2` is byte-level BPE with its merges; `llama` is sentencepiece BPE, whose merges follow from the scores of the
+//! tokens. Which text is split where before merging is a name (`tokenizer.ggml.pre`) that stands for regular
+//! expressions in the source of llama.cpp (`src/llama-vocab.cpp`); the few that models of this crate's kind use are known.
+
+use std::collections::HashMap;
+
+use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+use super::bytes::{METASPACE, Spelling};
+use super::tokenizer::{Parts, Tokenizer};
+use crate::error::{Error, Result};
+
+/// Tokens longer than this are not taken apart into merges (bytes): no text reaches them step by step.
+const MAX_MERGED: usize = 256;
+
+/// `tokenizer.ggml.token_type`.
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
+
+/// How Llama 3 and its relatives split text (the regular expression of its `tokenizer.json`).
+const LLAMA3: &[&str] = &[
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+/// How GPT-2 does.
+const GPT2: &[&str] = &[r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"];
+/// What llama.cpp does for `default`, one expression after the other.
+const DEFAULT: &[&str] = &[
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+];
+
+/// A way to split text, by the names that llama.cpp gives it.
+struct Pre {
+    names: &'static [&'static str],
+    expressions: &'static [&'static str],
+    /// A piece of text that is a token is taken whole, whatever the merges say.
+    ignore_merges: bool,
+    /// Prompts start with the beginning-of-text token unless the file says otherwise.
+    add_bos: bool,
+}
+
+const PRES: &[Pre] = &[
+    Pre {
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-e", "falcon_e"],
+        expressions: LLAMA3,
+        ignore_merges: true,
+        add_bos: true,
+    },
+    Pre { names: &["gpt-2"], expressions: GPT2, ignore_merges: false, add_bos: false },
+    Pre { names: &["default"], expressions: DEFAULT, ignore_merges: false, add_bos: false },
+];
+
+/// The arrays and keys of a GGUF file that describe its tokenizer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GgufVocabulary {
+    /// `general.architecture`: BitNet files that do not name a pre-tokenizer mean that of Llama 3.
+    pub architecture: String,
+    /// `tokenizer.ggml.model`: `gpt2` or `llama`.
+    pub model: String,
+    /// `tokenizer.ggml.pre`.
+    pub pre: Option<String>,
+    /// `tokenizer.ggml.tokens`.
+    pub tokens: Vec<String>,
+    /// `tokenizer.ggml.scores`, one a token; only `llama` needs them.
+    pub scores: Vec<f32>,
+    /// `tokenizer.ggml.token_type`, one a token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; none
+    /// means all normal.
+    pub token_types: Vec<i32>,
+    /// `tokenizer.ggml.merges`, halves separated by a space; only `gpt2` has them.
+    pub merges: Vec<String>,
+    /// `tokenizer.ggml.bos_token_id`.
+    pub bos: Option<u32>,
+    /// `tokenizer.ggml.eos_token_id`.
+    pub eos: Option<u32>,
+    /// `tokenizer.ggml.eot_token_id`.
+    pub eot: Option<u32>,
+    /// `tokenizer.ggml.unknown_token_id`.
+    pub unknown: Option<u32>,
+    /// `tokenizer.ggml.add_bos_token`.
+    pub add_bos: Option<bool>,
+    /// `tokenizer.ggml.add_space_prefix`; `llama` does unless told otherwise.
+    pub add_space_prefix: Option<bool>,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+}
+
+impl GgufVocabulary {
+    pub(super) fn tokenizer(&self) -> Result<Tokenizer> {
+        self.build().map_err(|reason| Error::Invalid(format!("the tokenizer of the GGUF file: {reason}")))
+    }
+
+    fn build(&self) -> Result<Tokenizer, String> {
+        let n = self.tokens.len();
+        if n == 0 {
+            return Err("tokenizer.ggml.tokens is empty or missing".into());
+        }
+        if !self.token_types.is_empty() && self.token_types.len() != n {
+            return Err(format!(
+                "tokenizer.ggml.token_type has {} entries for {n} tokens",
+                self.token_types.len()
+            ));
+        }
+        for (key, id) in [("bos", self.bos), ("eos", self.eos), ("eot", self.eot), ("unknown", self.unknown)]
+        {
+            if let Some(id) = id.filter(|&id| id as usize >= n) {
+                return Err(format!("tokenizer.ggml.{key}_token_id is {id}; there are {n} tokens"));
+            }
+        }
+        let mut vocab = HashMap::with_capacity(n);
+        for (id, token) in (0u32..).zip(&self.tokens) {
+            if let Some(other) = vocab.insert(token.clone(), id) {
+                return Err(format!("tokens {other} and {id} are both `{token}`"));
+            }
+        }
+        let (parts, add_bos) = match self.model.as_str() {
+            "gpt2" => self.byte_level(vocab)?,
+            "llama" => self.sentencepiece(vocab)?,
+            other => {
+                return Err(format!(
+                    "tokenizer.ggml.model `{other}` is not supported; supported are gpt2 and llama"
+                ));
+            }
+        };
+        Ok(Tokenizer::build(parts)?.with_ends(self.bos, self.eos, self.add_bos.unwrap_or(add_bos)))
+    }
+
+    fn kind(&self, id: usize) -> i32 {
+        self.token_types.get(id).copied().unwrap_or(1)
+    }
+
+    /// Tokens that are found in text before it is split. Those that end and begin a text are control tokens, whatever
+    /// their type says.
+    fn added(&self) -> Vec<(u32, AddedToken)> {
+        let ends = [self.bos, self.eos, self.eot];
+        let token = |(id, text): (u32, &String)| {
+            let kind = self.kind(id as usize);
+            let special = matches!(kind, UNKNOWN | CONTROL) || ends.contains(&Some(id));
+            let added = (special || kind == USER_DEFINED) && !text.is_empty();
+            added.then(|| (id, AddedToken::from(text.as_str(), special).normalized(false)))
+        };
+        (0u32..).zip(&self.tokens).filter_map(token).collect()
+    }
+
+    fn byte_level(&self, vocab: HashMap<String, u32>) -> Result<(Parts, bool), String> {
+        let missing = if self.architecture.starts_with("bitnet") { "llama-bpe" } else { "default" };
+        let name = self.pre.as_deref().unwrap_or(missing);
+        let pre = PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
+            let known: Vec<&str> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
+            format!("tokenizer.ggml.pre `{name}` is not supported; supported are {}", known.join(", "))
+        })?;
+        let merge = |(i, text): (usize, &String)| {
+            // A half is never empty, but it may be a space in vocabularies that are not byte-level.
+            let space = text.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);
+            let (left, right) = space
+                .map(|at| (&text[..at], &text[at + 1..]))
+                .ok_or_else(|| format!("tokenizer.ggml.merges[{i}] `{text}` is not a pair"))?;
+            Ok((left.to_owned(), right.to_owned()))
+        };
+        let mut steps = Vec::new();
+        for expression in pre.expressions {
+            let pattern = SplitPattern::Regex((*expression).into());
+            let split =
+                Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|e| e.to_string())?;
+            steps.push(PreTokenizerWrapper::Split(split));
+        }
+        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
+        let parts = Parts {
+            vocab,
+            merges: self.merges.iter().enumerate().map(merge).collect::<Result<_, String>>()?,
+            ignore_merges: pre.ignore_merges,
+            added: self.added(),
+            pre_tokenizer: Some(PreTokenizerWrapper::Sequence(PreTokenizers::new(steps))),
+            spelling: Some(Spelling::ByteLevel),
+            ..Parts::default()
+        };
+        Ok((parts, pre.add_bos))
+    }
+
+    fn sentencepiece(&self, vocab: HashMap<String, u32>) -> Result<(Parts, bool), String> {
+        let n = self.tokens.len();
+        if self.scores.len() != n {
+            return Err(format!("tokenizer.ggml.scores has {} entries for {n} tokens", self.scores.len()));
+        }
+        if let Some(id) = self.scores.iter().position(|score| score.is_nan()) {
+            return Err(format!("tokenizer.ggml.scores[{id}] is not a number"));
+        }
+        let prefix = self.add_space_prefix.unwrap_or(true);
+        let mut normalizers = Vec::new();
+        if prefix {
+            normalizers.push(NormalizerWrapper::Prepend(Prepend::new(METASPACE.into())));
+        }
+        let spaces = Replace::new(" ", METASPACE).map_err(|e| e.to_string())?;
+        normalizers.push(NormalizerWrapper::Replace(spaces));
+        let unknown =
+            self.unknown.map(|id| id as usize).or_else(|| (0..n).find(|&id| self.kind(id) == UNKNOWN));
+        let bytes = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));
+        let parts = Parts {
+            merges: self.merges_of_scores(&vocab),
+            vocab,
+            unk: unknown.map(|id| self.tokens[id].clone()),
+            fuse_unk: true,
+            byte_fallback: bytes,
+            added: self.added(),
+            normalizer: Some(NormalizerWrapper::Sequence(Normalizers::new(normalizers))),
+            spelling: Some(Spelling::Metaspace { bytes, strip_first: prefix }),
+            ..Parts::default()
+        };
+        Ok((parts, true))
+    }
+
+    /// Sentencepiece merges the two neighbours whose concatenation has the highest score: every way to take a token apart
+    /// into two others is a merge, the best token first. Among the ways to one token the order is that of the
+    /// `transformers` converter: longer left half first, then the ids of the halves.
+    fn merges_of_scores(&self, vocab: &HashMap<String, u32>) -> Vec<(String, String)> {
+        struct Found<'a> {
+            score: f32,
+            halves: (&'a str, &'a str),
+            ids: (u32, u32),
+        }
+        // A half must be a token that text can turn into.
+        let half = |text: &str| {
+            let id = *vocab.get(text)?;
+            (!matches!(self.kind(id as usize), UNKNOWN | CONTROL | UNUSED | BYTE)).then_some(id)
+        };
+        let mut found = Vec::new();
+        for (id, token) in self.tokens.iter().enumerate() {
+            if matches!(self.kind(id), UNKNOWN | CONTROL | USER_DEFINED | UNUSED | BYTE)
+                || token.len() > MAX_MERGED
+            {
+                continue;
+            }
+            for (at, _) in token.char_indices().skip(1) {
+                let halves = token.split_at(at);
+                if let (Some(left), Some(right)) = (half(halves.0), half(halves.1)) {
+                    found.push(Found { score: self.scores[id], halves, ids: (left, right) });
+                }
+            }
+        }
+        let length = |text: &str| text.chars().count();
+        found.sort_by(|a, b| {
+            let better = b.score.total_cmp(&a.score);
+            let longer = length(b.halves.0).cmp(&length(a.halves.0));
+            let rest = length(b.halves.1).cmp(&length(a.halves.1));
+            better.then(longer).then(rest).then(a.ids.cmp(&b.ids))
+        });
+        found.into_iter().map(|f| (f.halves.0.to_owned(), f.halves.1.to_owned())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> GgufVocabulary {
+        let tokens = ["a", "b", "ab", "Ġ", "<|end|>"].map(String::from).to_vec();
+        GgufVocabulary {
+            architecture: "bitnet-b1.58".into(),
+            model: "gpt2".into(),
+            tokens,
+            token_types: vec![1, 1, 1, 1, 3],
+            merges: vec!["a b".into()],
+            bos: Some(4),
+            ..GgufVocabulary::default()
+        }
+    }
+
+    #[test]
+    fn a_bitnet_file_without_a_pre_tokenizer_means_that_of_llama_3() {
+        let tokenizer = small().tokenizer().unwrap();
+        assert_eq!(tokenizer.encode("ab<|end|>b a", true).unwrap(), [4, 2, 4, 1, 3, 0]);
+        assert_eq!(tokenizer.encode("ab", false).unwrap(), [2]);
+        assert_eq!(tokenizer.decode(&[4, 2, 3, 0], true).unwrap(), "ab a");
+        let quiet = GgufVocabulary { add_bos: Some(false), ..small() };
+        assert_eq!(quiet.tokenizer().unwrap().encode("ab", true).unwrap(), [2]);
+        let other = GgufVocabulary { architecture: "llama".into(), ..small() };
+        assert_eq!(other.tokenizer().unwrap().encode("ab", true).unwrap(), [2], "`default` adds nothing");
+    }
+
+    #[test]
+    fn refusals_name_the_key() {
+        let refused = |change: fn(&mut GgufVocabulary), names: &str| {
+            let mut vocabulary = small();
+            change(&mut vocabulary);
+            let message = vocabulary.tokenizer().unwrap_err().to_string();
+            assert!(message.contains(names), "{names}: {message}");
+        };
+        refused(|v| v.model = "t5".into(), "`t5` is not supported");
+        refused(|v| v.pre = Some("qwen2".into()), "`qwen2` is not supported");
+        refused(|v| v.tokens.clear(), "tokens");
+        refused(|v| v.token_types.truncate(2), "token_type");
+        refused(|v| v.tokens[1] = "a".into(), "tokens 0 and 1 are both `a`");
+        refused(|v| v.merges.push("ab".into()), "merges[1]");
+        refused(|v| v.merges.push("a c".into()), "needs the token `c`");
+        // Longer than any token: the library would write past its buffer's end.
+        refused(|v| v.merges.push("<|end|> <|end|>".into()), "needs the token");
+        refused(|v| v.eos = Some(5), "eos_token_id is 5");
+        refused(|v| v.model = "llama".into(), "scores");
+    }
+
+    #[test]
+    fn merges_follow_the_scores() {
+        let tokens = ["<unk>", "▁", "a", "b", "ab", "▁a", "▁ab"].map(String::from).to_vec();
+        let with = |scores: [f32; 7]| GgufVocabulary {
+            model: "llama".into(),
+            tokens: tokens.clone(),
+            scores: scores.to_vec(),
+            token_types: vec![2, 1, 1, 1, 1, 1, 1],
+            unknown: Some(0),
+            add_bos: Some(false),
+            ..GgufVocabulary::default()
+        };
+        let encode = |v: &GgufVocabulary, text: &str| v.tokenizer().unwrap().encode(text, true).unwrap();
+        let whole = with([0.0, -9.0, -9.0, -9.0, -1.0, -2.0, -3.0]);
+        assert_eq!(encode(&whole, "ab"), [6]);
+        // `▁a` wins over `ab`, and then nothing makes `▁ab`, because it is worth less than nothing can reach.
+        let early = with([0.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0]);
+        assert_eq!(encode(&early, "ab a"), [6, 5]);
+        assert_eq!(encode(&early, "ac"), [5, 0], "no byte tokens: the unknown token");
+        let bare = GgufVocabulary { add_space_prefix: Some(false), ..early };
+        assert_eq!(encode(&bare, "ab"), [4]);
+    }
+}

@@ -1,0 +1,283 @@
+//! What a checkpoint says about its text: tokenizer, chat template, and the tokens that end an answer.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use longbit_sys::FileMap;
+use serde_json::Value;
+
+use super::chat::{BITNET_CHAT_TEMPLATE, ChatTemplate, Message};
+use super::gguf_vocabulary::GgufVocabulary;
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::gguf::{GgufError, Header, Metadata};
+
+/// Largest JSON file or template beside a tokenizer (bytes).
+const MAX_TEXT: u64 = 16 << 20;
+/// Tokens that end an answer wherever a vocabulary has them as special tokens: some configurations name only one.
+const KNOWN_STOPS: &[&str] = &["<|eot_id|>", "<|end_of_text|>"];
+/// GGUF architectures of the 2B-4T model, whose published files carry a chat template that it was not trained with.
+const BITNET_2B: &[&str] = &["bitnet-25", "bitnet-b1.58"];
+
+/// Files to use instead of what the checkpoint holds.
+#[derive(Clone, Debug, Default)]
+pub struct TextOptions {
+    /// A `tokenizer.json`.
+    pub tokenizer: Option<PathBuf>,
+    /// A Jinja chat template.
+    pub chat_template: Option<PathBuf>,
+}
+
+/// Everything between a user's text and a model's tokens.
+#[derive(Debug)]
+pub struct TextModel {
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Messages to text; absent where the checkpoint has none.
+    pub chat: Option<ChatTemplate>,
+    /// Tokens that end an answer, ascending.
+    pub stop_tokens: Vec<u32>,
+    /// What a user should know about the above, one sentence each.
+    pub notes: Vec<String>,
+}
+
+impl TextModel {
+    /// Reads what stands beside the weights of the checkpoint at `path`: in a directory `tokenizer.json` and the
+    /// configuration files of `transformers`, in a GGUF file its metadata.
+    ///
+    /// # Errors
+    /// Names the file or key, and what is missing, damaged or not supported.
+    pub fn open(path: &Path, options: &TextOptions) -> Result<Self> {
+        let mut model = if path.is_dir() { directory(path, options)? } else { gguf(path, options)? };
+        if let Some(path) = &options.chat_template {
+            let source = read(path)?;
+            let (bos, eos) = ends(&model.tokenizer);
+            model.chat = Some(ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(path, e))?);
+            model.notes.clear();
+        }
+        Ok(model)
+    }
+
+    /// The tokens of a conversation, up to where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// Where the checkpoint has no chat template, and what the template objects to.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let chat = self.chat.as_ref().ok_or_else(|| {
+            Error::Invalid(
+                "the checkpoint has no chat template; prompt it without, or give a template".into(),
+            )
+        })?;
+        self.tokenizer.encode_chat(&chat.render(messages, true)?)
+    }
+}
+
+/// Spellings of the tokens that begin and end a text.
+fn ends(tokenizer: &Tokenizer) -> (String, String) {
+    let spelled = |id: Option<u32>| id.map(|id| tokenizer.spelled(id)).unwrap_or_default();
+    (spelled(tokenizer.bos()), spelled(tokenizer.eos()))
+}
+
+/// The stop tokens that were `named`, with those that are known by their spelling.
+fn stops(tokenizer: &Tokenizer, named: impl IntoIterator<Item = u32>) -> Vec<u32> {
+    let known = KNOWN_STOPS.iter().filter_map(|token| tokenizer.token_id(token));
+    let known = known.filter(|&id| tokenizer.is_special(id));
+    // An id that the vocabulary lacks can stand in a configuration, and is never chosen.
+    known.chain(named).chain(tokenizer.eos()).collect::<BTreeSet<u32>>().into_iter().collect()
+}
+
+fn at(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Invalid(reason) => Error::Config { path: path.into(), reason },
+        other => other,
+    }
+}
+
+/// A text of bounded size.
+fn read(path: &Path) -> Result<String> {
+    let unreadable = |source| Error::Read { path: path.into(), source };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(MAX_TEXT + 1).read_to_string(&mut text).map_err(unreadable)?;
+    if text.len() as u64 > MAX_TEXT {
+        let reason = format!("the file has more than {MAX_TEXT} bytes; larger ones are not read");
+        return Err(Error::Config { path: path.into(), reason });
+    }
+    Ok(text)
+}
+
+/// A file that may be absent.
+fn read_if_there(path: &Path) -> Result<Option<String>> {
+    match read(path) {
+        Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// A JSON file; `null` where it is absent.
+fn json(path: &Path) -> Result<Value> {
+    let Some(text) = read_if_there(path)? else { return Ok(Value::Null) };
+    serde_json::from_str(&text)
+        .map_err(|e| Error::Config { path: path.into(), reason: format!("not JSON: {e}") })
+}
+
+fn directory(dir: &Path, options: &TextOptions) -> Result<TextModel> {
+    let path = options.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
+    if options.tokenizer.is_none() && !path.exists() {
+        let reason =
+            "the checkpoint has no tokenizer; put its tokenizer.json there, or say where one is".into();
+        return Err(Error::Config { path, reason });
+    }
+    let tokenizer = Tokenizer::from_file(&path)?;
+    let config = json(&dir.join("config.json"))?;
+    let generation = json(&dir.join("generation_config.json"))?;
+    let settings_path = dir.join("tokenizer_config.json");
+    let settings = json(&settings_path)?;
+
+    let spelled = |key: &str| {
+        let token = &settings[key];
+        token.as_str().or_else(|| token["content"].as_str()).and_then(|token| tokenizer.token_id(token))
+    };
+    let bos = spelled("bos_token").or_else(|| ids(&config["bos_token_id"]).first().copied());
+    let eos = spelled("eos_token").or_else(|| ids(&config["eos_token_id"]).first().copied());
+    let bos = bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
+    let tokenizer = tokenizer.with_ends(bos, eos, settings["add_bos_token"] == Value::Bool(true));
+    let named = ids(&generation["eos_token_id"]).into_iter().chain(ids(&config["eos_token_id"]));
+    let stop_tokens = stops(&tokenizer, named);
+
+    let (file, own) = (dir.join("chat_template.jinja"), template_of(&settings["chat_template"]));
+    let chat = match (read_if_there(&file)?, own) {
+        (Some(source), _) => Some((file, source)),
+        (None, Some(source)) => Some((settings_path, source)),
+        (None, None) => None,
+    };
+    let (bos, eos) = ends(&tokenizer);
+    let chat = chat
+        .map(|(path, source)| ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(&path, e)))
+        .transpose()?;
+    Ok(TextModel { tokenizer, chat, stop_tokens, notes: Vec::new() })
+}
+
+/// A token id or a list of them.
+fn ids(value: &Value) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(values) => values.iter().filter_map(id).collect(),
+        value => id(value).into_iter().collect(),
+    }
+}
+
+/// A template, or the one named `default` of a list.
+fn template_of(value: &Value) -> Option<String> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    match value {
+        Value::Array(named) => {
+            let default = named.iter().find(|template| template["name"] == "default");
+            default.or(named.first()).and_then(|template| text(&template["template"]))
+        }
+        value => text(value),
+    }
+}
+
+fn gguf(path: &Path, options: &TextOptions) -> Result<TextModel> {
+    let fail = |reason: String| Error::Config { path: path.into(), reason };
+    let map = FileMap::open(path)?;
+    let header = Header::parse(&map).map_err(|e| fail(e.to_string()))?;
+    let vocabulary = GgufVocabulary::read(&header.metadata).map_err(|e| fail(e.to_string()))?;
+    let tokenizer = match &options.tokenizer {
+        Some(path) => Tokenizer::from_file(path)?.with_ends(
+            vocabulary.bos,
+            vocabulary.eos,
+            vocabulary.add_bos.unwrap_or(false),
+        ),
+        None if vocabulary.tokens.is_empty() => {
+            return Err(fail("the file has no tokenizer; say where a tokenizer.json is".into()));
+        }
+        None => Tokenizer::from_bpe_arrays(&vocabulary).map_err(|e| at(path, e))?,
+    };
+    let stop_tokens = stops(&tokenizer, vocabulary.eot);
+    let (chat, notes) = gguf_chat(&vocabulary, &tokenizer).map_err(|e| at(path, e))?;
+    Ok(TextModel { tokenizer, chat, stop_tokens, notes })
+}
+
+/// The chat template of a GGUF file, or the one that its model was trained with.
+fn gguf_chat(
+    vocabulary: &GgufVocabulary,
+    tokenizer: &Tokenizer,
+) -> Result<(Option<ChatTemplate>, Vec<String>)> {
+    let (bos, eos) = ends(tokenizer);
+    let own = vocabulary.chat_template.as_deref();
+    let known = BITNET_2B.contains(&vocabulary.architecture.as_str());
+    if !known && !own.is_some_and(ChatTemplate::is_known_wrong) {
+        return Ok((own.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?, Vec::new()));
+    }
+    // Without the beginning of the text, which the tokenizer adds where the template does not.
+    let right = ChatTemplate::new(BITNET_CHAT_TEMPLATE, "", "")?;
+    let says_the_same = |source: &str| {
+        let probe = [Message::new("system", "a "), Message::new("user", "b"), Message::new("assistant", "c")];
+        let own = ChatTemplate::new(source, "", "").and_then(|own| own.render(&probe, true));
+        own.is_ok_and(|text| right.render(&probe, true).is_ok_and(|expected| text == expected))
+    };
+    let notes = match own {
+        Some(source) if says_the_same(source) => Vec::new(),
+        Some(_) => vec![
+            "the chat template in the file is not the one that the model was trained with; using `Role: text<|eot_id|>` \
+             of BitNet b1.58 2B-4T instead"
+                .to_string(),
+        ],
+        None => vec!["the file has no chat template; using that of BitNet b1.58 2B-4T".to_string()],
+    };
+    Ok((Some(ChatTemplate::new(BITNET_CHAT_TEMPLATE, &bos, &eos)?), notes))
+}
+
+impl GgufVocabulary {
+    /// Reads the arrays and keys from the metadata of a GGUF file.
+    ///
+    /// # Errors
+    /// Names the key whose type is another.
+    pub fn read(metadata: &Metadata) -> Result<Self, GgufError> {
+        let text = |key: &str| metadata.str(key).map(|text| text.map(str::to_owned));
+        let strings = |key: &str| metadata.strings(key).map(|s| s.map(<[_]>::to_vec).unwrap_or_default());
+        let model = text("tokenizer.ggml.model")?.unwrap_or_default();
+        // Sentencepiece vocabularies begin with the same three tokens, and older files do not say so.
+        let llama = model == "llama";
+        let id = |name: &str, default: u32| -> Result<Option<u32>, GgufError> {
+            let id = metadata.u64(&format!("tokenizer.ggml.{name}_token_id"))?;
+            // An id that large is beyond every vocabulary, and is refused as such.
+            Ok(id.map(|id| u32::try_from(id).unwrap_or(u32::MAX)).or(llama.then_some(default)))
+        };
+        Ok(GgufVocabulary {
+            architecture: text("general.architecture")?.unwrap_or_default(),
+            pre: text("tokenizer.ggml.pre")?,
+            tokens: strings("tokenizer.ggml.tokens")?,
+            scores: metadata.f32s("tokenizer.ggml.scores")?.unwrap_or_default(),
+            token_types: metadata
+                .i64s("tokenizer.ggml.token_type")?
+                .unwrap_or_default()
+                .into_iter()
+                .map(|kind| i32::try_from(kind).unwrap_or(0))
+                .collect(),
+            merges: strings("tokenizer.ggml.merges")?,
+            bos: id("bos", 1)?,
+            eos: id("eos", 2)?,
+            unknown: id("unknown", 0)?,
+            eot: metadata.u64("tokenizer.ggml.eot_token_id")?.map(|id| u32::try_from(id).unwrap_or(u32::MAX)),
+            add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?,
+            add_space_prefix: metadata.bool("tokenizer.ggml.add_space_prefix")?,
+            chat_template: text("tokenizer.chat_template")?,
+            model,
+        })
+    }
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that the metadata of a GGUF file holds.
+    ///
+    /// # Errors
+    /// As [`GgufVocabulary::read`] and [`Tokenizer::from_bpe_arrays`].
+    pub fn from_gguf(metadata: &Metadata) -> Result<Self> {
+        let vocabulary = GgufVocabulary::read(metadata).map_err(|e| Error::Invalid(e.to_string()))?;
+        Tokenizer::from_bpe_arrays(&vocabulary)
+    }
+}
