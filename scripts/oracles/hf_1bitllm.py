@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A float16 master checkpoint in the layout of 1bitLLM/bitnet_b1_58-large, with golden logits: writes fixtures/hf_1bitllm.
+"""Float16 masters in the layout of 1bitLLM/bitnet_b1_58-large, with golden logits: writes fixtures/hf_1bitllm.
 
-That layout: `BitnetForCausalLM` under model_type "llama", SiLU, as many key/value heads as query heads, a tied head, sub-norms
-called `self_attn.inner_attn_ln` and `mlp.ffn_layernorm`, and unquantized master weights that the forward pass makes ternary
-(`weight_bits` 1, `input_bits` 8, no `quantization_config`). Transformers has no class of that name; its BitNetForCausalLM
-computes the same function, so the golden logits come from it, under its own names, with `quantization_mode` "online".
+That layout: `BitnetForCausalLM` under model_type "llama", SiLU, as many key/value heads as query heads, a tied
+head, sub-norms called `self_attn.inner_attn_ln` and `mlp.ffn_layernorm`, and unquantized master weights that the
+forward pass makes ternary (`weight_bits` 1, `input_bits` 8, no `quantization_config`). Transformers has no class
+of that name; its BitNetForCausalLM computes the same function, so the golden logits come from it, under its own
+names, with `quantization_mode` "online".
 
 Needs: the environment of README.md in this folder.  Call: python scripts/oracles/hf_1bitllm.py [FOLDER]
 """
@@ -14,7 +15,9 @@ import os
 import sys
 import tempfile
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the quantization helpers run as they are written, uncompiled
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # the quantization helpers run as they are written, uncompiled
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """A tiny BitNet b1.58 in three layouts, with golden logits from Hugging Face transformers: writes fixtures/hf_bitnet.
 
-offline/    U8 packed, bf16 `weight_scale` [1] = mean |W| that the output is multiplied by: microsoft/bitnet-b1.58-2B-4T
-online/     bf16 master weights that the forward pass makes ternary: microsoft/bitnet-b1.58-2B-4T-bf16; and golden.safetensors,
-            float32 logits of a prompt that keeps a distance from rounding ties (see reference.py)
+offline/    U8 packed, bf16 `weight_scale` [1] = mean |W| that the output is multiplied by:
+            microsoft/bitnet-b1.58-2B-4T
+online/     bf16 master weights that the forward pass makes ternary: microsoft/bitnet-b1.58-2B-4T-bf16; and
+            golden.safetensors, float32 logits of a prompt that keeps a distance from rounding ties (see
+            reference.py)
 bitlinear/  U8 packed, `weight_scale` = 1 / mean |W| that the output is divided by: HF1BitLLM, Falcon3
-golden.*    logits of all three in float32 and bfloat16, the streams between layers (float32, offline), logits under a
-            block-causal mask, and greedy continuations; for a prompt of random tokens, ties or no ties
+golden.*    logits of all three in float32 and bfloat16, the streams between layers (float32, offline), logits
+            under a block-causal mask, and greedy continuations; for a prompt of random tokens, ties or no ties
 
 The weights depend on how transformers draws its initial ones, so keep to the version in golden.json.
 
@@ -17,7 +19,9 @@ import json
 import os
 import sys
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the quantization helpers run as they are written, uncompiled
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # the quantization helpers run as they are written, uncompiled
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -150,7 +154,9 @@ def golden_of_all(folders, zeros):
                     golden[f"hidden.{i}"] = state[0].contiguous()
                 info["decode_vs_prefill_max_abs"] = decode_difference(model, ids, out.logits[0])
                 golden[f"logits.{key}.block{BLOCK}"] = block_causal(model, ids)
-            text = model.generate(ids[:, :16], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+            text = model.generate(
+                ids[:, :16], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
             difference = (golden[f"logits.{key}"] - golden["logits.offline.f32"]).abs()
             same = golden[f"logits.{key}"].argmax(-1) == golden["logits.offline.f32"].argmax(-1)
             info["variants"][key] = {
@@ -195,7 +201,8 @@ def golden_of_online(folder, master):
         "tensors": {
             "input_ids": "i32 [32]",
             "logits": "f32 [32, 512]",
-            "hidden.0 .. hidden.4": "f32 [32, 256], the streams before each layer; the last one is after the final norm",
+            "hidden.0 .. hidden.4": "f32 [32, 256], the streams before each layer; "
+            "the last one is after the final norm",
         },
     }
     json.dump(info, open(f"{folder}/golden.json", "w"), indent=1)

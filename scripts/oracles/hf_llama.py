@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A Llama-shaped 1.58-bit checkpoint with golden logits from Hugging Face transformers: writes fixtures/hf_llama.
 
-The layout is that of tiiuae/Falcon3-*-1.58bit and HF1BitLLM/Llama3-8B-1.58-100B-tokens: LlamaForCausalLM, SiLU, no norms
-inside the blocks, U8 packed weights whose `weight_scale` is 1 / mean |W| and is divided by, an untied bfloat16 head, tensors
-in two shards. heads * head_dim differs from hidden, as in Falcon3.
+The layout is that of tiiuae/Falcon3-*-1.58bit and HF1BitLLM/Llama3-8B-1.58-100B-tokens: LlamaForCausalLM, SiLU, no
+norms inside the blocks, U8 packed weights whose `weight_scale` is 1 / mean |W| and is divided by, an untied
+bfloat16 head, tensors in two shards. heads * head_dim differs from hidden, as in Falcon3.
 
 Needs: the environment of README.md in this folder.  Call: python scripts/oracles/hf_llama.py [FOLDER]
 """
@@ -12,7 +12,9 @@ import json
 import os
 import sys
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the quantization helpers run as they are written, uncompiled
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # the quantization helpers run as they are written, uncompiled
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

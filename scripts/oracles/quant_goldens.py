@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Reference bytes of every ternary and block-quantized tensor format: writes fixtures/quant_goldens.
 
-One ternary matrix [8, 512] with scale 0.40625 in each packing, an activation quantization, the exact matrix-vector product,
-and an embedding table [4, 512] in GGML's block formats with its dequantized values. index.json has the type and shape of
-each .bin file (little-endian, row-major).
+One ternary matrix [8, 512] with scale 0.40625 in each packing, an activation quantization, the exact matrix-vector
+product, and an embedding table [4, 512] in GGML's block formats with its dequantized values. index.json has the
+type and shape of each .bin file (little-endian, row-major).
 
-TQ1_0, TQ2_0, Q8_0, Q5_0 and Q4_0 are quantized, and Q6_K is dequantized, by gguf-py. The packings written out below were
-compared with the C code of their projects: I2_S of bitnet.cpp (x86 and ARM order), IQ1_BN and IQ2_BN of ik_llama.cpp.
+TQ1_0, TQ2_0, Q8_0, Q5_0 and Q4_0 are quantized, and Q6_K is dequantized, by gguf-py. The packings written out
+below were compared with the C code of their projects: I2_S of bitnet.cpp (x86 and ARM order), IQ1_BN and IQ2_BN of
+ik_llama.cpp.
 
 Needs: pip install numpy gguf.  Call: python scripts/oracles/quant_goldens.py [FOLDER]
 """
@@ -30,7 +31,7 @@ def bytes_of(value, dtype):
 
 
 def i2_s(codes, block):
-    """Four groups of block/4 values share bytes, the first group in the top bits; one scale and 28 zero bytes at the end."""
+    """Four groups of block/4 values share bytes, first group on top; then one scale and 28 zeros."""
     c = (codes.reshape(-1) + 1).astype(np.uint8).reshape(-1, 4, block // 4)
     packed = c[:, 0] << 6 | c[:, 1] << 4 | c[:, 2] << 2 | c[:, 3]
     return np.concatenate([packed.reshape(-1), bytes_of(SCALE, np.float32), np.zeros(28, np.uint8)])
@@ -47,8 +48,8 @@ def iq2_bn(codes):
 
 
 def iq1_bn(codes):
-    """A row: f16 scale, then 13 bytes for each 64 values: 12 bytes of 5 trits for the first 15 of every 16 values, and one
-    byte for the four sixteenth values. A byte holds ceil(256 v / 243) of the trits' value v, lowest trit first."""
+    """A row: f16 scale, then 13 bytes for each 64 values: 12 bytes of 5 trits for the first 15 of every 16 values, and
+    one byte for the four sixteenth values. A byte holds ceil(256 v / 243) of the trits' value v, lowest trit first."""
     rows = []
     for row in codes:
         c = (row + 1).astype(np.int64).reshape(-1, 4, 16)

@@ -1,10 +1,10 @@
 """The forward pass of a ternary decoder in plain numpy, for the scripts in this folder.
 
-Everything is float64 except what BitNet defines as integers: activations become int8 codes with one scale a token, weights
-are in {-1, 0, 1}, and their dot products are exact. Hugging Face transformers in float32 agrees with it to about 1e-5 as
-long as no activation lies so close to a rounding tie that float32 and float64 round it to different codes; one such flip
-moves logits by up to 0.1. `choose_prompt` therefore picks prompts that keep a distance from every tie, so that a golden
-file says what the model computes and not which way one machine happened to round.
+Everything is float64 except what BitNet defines as integers: activations become int8 codes with one scale a token,
+weights are in {-1, 0, 1}, and their dot products are exact. Hugging Face transformers in float32 agrees with it to
+about 1e-5 as long as no activation lies so close to a rounding tie that float32 and float64 round it to different
+codes; one such flip moves logits by up to 0.1. `choose_prompt` therefore picks prompts that keep a distance from
+every tie, so that a golden file says what the model computes and not which way one machine happened to round.
 """
 
 from dataclasses import dataclass
@@ -133,5 +133,7 @@ def choose_prompt(shape, tensors, vocabulary, length, distance, seed):
                 ids = grown
                 break
         else:
-            raise SystemExit(f"no token at position {len(ids)} keeps {distance} from every tie; lower the distance")
+            raise SystemExit(
+                f"no token at position {len(ids)} keeps {distance} from every tie; lower the distance"
+            )
     return ids

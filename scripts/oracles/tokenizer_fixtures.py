@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Two tokenizers of 512 entries with golden encodings: writes fixtures/tokenizer/bpe and fixtures/tokenizer/spm.
 
-bpe  the shape of Llama 3's tokenizer.json, which BitNet b1.58 2B-4T uses: byte-level BPE, `ignore_merges`, specials last.
+bpe  the shape of Llama 3's tokenizer.json, which BitNet b1.58 2B-4T uses: byte-level BPE, `ignore_merges`,
+     specials last.
 spm  the shape of Llama 2's, which the 1bitLLM checkpoints use: SentencePiece BPE with byte fallback.
 
-Each folder gets tokenizer.json, tokenizer_config.json, goldens.json (encodings by the Python `tokenizers` library; for spm
-they are held against the `sentencepiece` library here), and gguf.json (the same vocabulary as llama.cpp's converter puts it
-into GGUF metadata). bpe also gets chat.json (conversations rendered by transformers) and generation_config.json.
-The vocabularies are learned from tokenizer_corpus.txt.
+Each folder gets tokenizer.json, tokenizer_config.json, goldens.json (encodings by the Python `tokenizers` library;
+for spm they are held against the `sentencepiece` library here), and gguf.json (the same vocabulary as llama.cpp's
+converter puts it into GGUF metadata). bpe also gets chat.json (conversations rendered by transformers) and
+generation_config.json. The vocabularies are learned from tokenizer_corpus.txt.
 
 Needs: the environment of README.md in this folder.  Call: python scripts/oracles/tokenizer_fixtures.py [FOLDER]
 """
@@ -26,31 +27,34 @@ import sentencepiece
 import tokenizers
 import transformers
 from tokenizer_strings import CONVERSATIONS, SPECIAL_STRINGS, STRINGS
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 OUT = Path(sys.argv[1] if len(sys.argv) > 1 else "fixtures/tokenizer")
 CORPUS = Path(__file__).parent / "tokenizer_corpus.txt"
 ENTRIES = 512
 
 LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 # An added token that is not special: decoders keep it, and GGUF calls it user defined.
 NOTE = "<|note|>"
 # Entries that no merge leads to. `ignore_merges` finds them all the same when they are a whole word.
 UNMERGED = ["Hello", " BitNet", " Привет", "你好", "🙂", "123"]
-# `chat_template` of microsoft/bitnet-b1.58-2B-4T. The tokenizer, not the template, adds the token that begins a text.
+# `chat_template` of microsoft/bitnet-b1.58-2B-4T. The tokenizer, not the template, adds the first token.
 BITNET_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}"
     "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
-# Other templates that a template engine should get right: Llama 3's; one that refuses; one with methods of Python strings,
-# a namespace, trimmed blocks and negative indexes.
+# Other templates that a template engine should get right: Llama 3's; one that refuses; one with methods of Python
+# strings, a namespace, trimmed blocks and negative indexes.
 OTHER_TEMPLATES = {
-    "llama3": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' "
-    "+ message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "llama3": "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}"
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     "strict": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -119,7 +123,8 @@ def goldens(tokenizer, names, extra_decodes):
     tokenizer.encode_special_tokens = False
     return {
         "tokenizers": tokenizers.__version__,
-        "about": "ids: specials inside the text are recognized, none is added; ids_with_special: as a model is prompted; "
+        "about": "ids: specials inside the text are recognized, none is added; ids_with_special: as a model is "
+        "prompted; "
         "ids_as_plain_text: specials inside the text are ordinary text; decoded*: of `ids`",
         "cases": [case(text) for text in STRINGS],
         "special_cases": special,
@@ -139,7 +144,7 @@ def chat(tokenizer):
                         conversation, chat_template=source, tokenize=False, add_generation_prompt=prompt
                     )
                     if name == "bitnet":
-                        # As the model card does: the rendered text goes through the tokenizer, which adds the first token.
+                        # As the model card does: the tokenizer adds the first token to the rendered text.
                         case["ids"] = tokenizer(case["text"])["input_ids"]
                 except Exception as error:
                     case["error"] = str(error)
@@ -155,7 +160,7 @@ def chat(tokenizer):
 
 
 def gguf_metadata(folder, model, pre, tokens, types, scores=None):
-    """The keys that llama.cpp's convert_hf_to_gguf.py writes for a tokenizer, with gguf-py's own reading of the folder."""
+    """The keys that llama.cpp's convert_hf_to_gguf.py writes for a tokenizer; gguf-py reads the folder."""
     special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=len(tokens))
     keys = {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens}
     if scores is not None:
@@ -205,8 +210,18 @@ def byte_level_bpe(folder):
             "pre_tokenizer": {
                 "type": "Sequence",
                 "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": LLAMA3_REGEX}, "behavior": "Isolated", "invert": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": LLAMA3_REGEX},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": False,
+                        "trim_offsets": True,
+                        "use_regex": False,
+                    },
                 ],
             },
             "post_processor": {
@@ -216,7 +231,12 @@ def byte_level_bpe(folder):
                     template(BOS, bos),
                 ],
             },
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "decoder": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -242,13 +262,25 @@ def byte_level_bpe(folder):
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     dump(folder / "tokenizer_config.json", config)
-    dump(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": [eos, eot]})
+    dump(
+        folder / "generation_config.json",
+        {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": [eos, eot]},
+    )
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == ENTRIES
     names = {"bos": BOS, "eos": EOS, "eot": EOT, "eot_broken": EOT[:-1]}
     smile = tokenizer.encode("😀", add_special_tokens=False).ids
-    decodes = [smile[:1], smile[:-1], smile[1:], smile + [eot] + smile[:2], [0, bos, 1, first, 2], [bos], [], list(range(256))]
+    decodes = [
+        smile[:1],
+        smile[:-1],
+        smile[1:],
+        smile + [eot] + smile[:2],
+        [0, bos, 1, first, 2],
+        [bos],
+        [],
+        list(range(256)),
+    ]
     result = goldens(tokenizer, names, decodes)
     note = f"a{NOTE}b {NOTE}"
     ids = tokenizer.encode(note, add_special_tokens=False).ids
@@ -274,7 +306,7 @@ def byte_level_bpe(folder):
 
 def sentencepiece_bpe(folder):
     with tempfile.TemporaryDirectory() as scratch:
-        # Latin and Cyrillic lines only, so that letters leave room for merges; the other scripts fall back to bytes.
+        # Latin and Cyrillic lines only, so that letters leave room for merges; other scripts fall back to bytes.
         lines = CORPUS.read_text(encoding="utf-8").split("\n")
         end = next(i for i, line in enumerate(lines) if line.startswith("Καλημέρα"))
         Path(f"{scratch}/corpus.txt").write_text("\n".join(lines[:end]), encoding="utf-8")
@@ -302,7 +334,7 @@ def sentencepiece_bpe(folder):
     types = [2, 3, 3] + [6] * 256 + [1] * (ENTRIES - 259)
     assert all(re.fullmatch("<0x[0-9A-F]{2}>", p) for p in pieces[3:259])
 
-    # A merge for each way to cut a piece into two others; the earlier a piece was learned, the earlier it is merged.
+    # A merge for each way to cut a piece into two others; what was learned earlier is merged earlier.
     ids = {piece: id for id, piece in enumerate(pieces)}
     merges = []
     for piece, id in ids.items():
@@ -353,7 +385,8 @@ def sentencepiece_bpe(folder):
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            str(i): {k: v for k, v in added(i, name).items() if k != "id"} for i, name in enumerate(pieces[:3])
+            str(i): {k: v for k, v in added(i, name).items() if k != "id"}
+            for i, name in enumerate(pieces[:3])
         },
         "bos_token": "<s>",
         "clean_up_tokenization_spaces": False,
@@ -369,7 +402,18 @@ def sentencepiece_bpe(folder):
     assert tokenizer.get_vocab_size() == ENTRIES
     names = {"bos": "<s>", "eos": "</s>", "eot": "</s>", "eot_broken": "</s"}
     smile = oracle.encode("😀")
-    decodes = [smile, smile[1:], smile[1:3], smile[:-1], smile[2:], [1] + smile, [2], [], [0, 300, 0], list(range(3, 259))]
+    decodes = [
+        smile,
+        smile[1:],
+        smile[1:3],
+        smile[:-1],
+        smile[2:],
+        [1] + smile,
+        [2],
+        [],
+        [0, 300, 0],
+        list(range(3, 259)),
+    ]
     result = goldens(tokenizer, names, decodes)
     differing = [c["text"] for c in result["cases"] if oracle.encode(c["text"]) != c["ids"]]
     assert not differing, f"sentencepiece itself encodes these otherwise: {differing}"

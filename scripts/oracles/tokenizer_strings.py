@@ -1,4 +1,5 @@
-"""Hard strings for tokenizers, and conversations for chat templates. Every string is valid Unicode without lone surrogates."""
+"""Hard strings for tokenizers, and conversations for chat templates. Every string is valid Unicode without lone
+surrogates."""
 
 STRINGS = [
     "",
@@ -55,10 +56,10 @@ STRINGS = [
     "C:\\path\\to\\file.txt and /usr/lib/x86_64",
     'fn main() {\n    println!("hello {}", 1 + 2); // comment\n}\n',
     "def f(x):\n\treturn [y**2 for y in x if y % 2 == 0]\n\n\n",
-    'for (int i = 0; i < n; ++i) { y[i] = a * x[i] + y[i]; }',
+    "for (int i = 0; i < n; ++i) { y[i] = a * x[i] + y[i]; }",
     '{"key": [1, 2.5, null, true], "nested": {"a": "b\\n"}}',
     "SELECT * FROM t WHERE a <> 'b' -- comment",
-    "<div class=\"a\">text &amp; more</div><!-- no -->",
+    '<div class="a">text &amp; more</div><!-- no -->',
     "Die Übung macht den Meister; Straße, Füße, Äpfel.",
     "Le cœur, où est la forêt? Ça va même à Noël.",
     "¿Qué más? ¡Adiós, corazón! El niño y la piña.",
