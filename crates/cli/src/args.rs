@@ -90,6 +90,20 @@ Examples:
   longbit logits --model path/to/checkpoint --tokens 1,2,3 --out logits.safetensors
   longbit logits --model path/to/checkpoint --tokens ids.txt --chunk 16")]
     Logits(LogitsArgs),
+    /// Write a model as GGUF or as packed safetensors.
+    #[command(after_help = "\
+Examples:
+  longbit convert path/to/checkpoint model.gguf
+  longbit convert path/to/checkpoint model.gguf --type tq2_0 --head q6_k
+  longbit convert model.gguf path/to/directory
+  longbit convert preset:bitnet-2b-4t synthetic.gguf --head f16")]
+    Convert(crate::convert::ConvertArgs),
+    /// Describe a model file: keys, tensors, what Longbit makes of it, bytes a token, hash.
+    #[command(after_help = "\
+Examples:
+  longbit inspect path/to/checkpoint
+  longbit inspect model.gguf --tensors --no-hash")]
+    Inspect(crate::inspect::InspectArgs),
 }
 
 #[derive(Args)]
@@ -263,8 +277,8 @@ pub(crate) struct ReportArgs {
 
 #[derive(Args)]
 pub(crate) struct LogitsArgs {
-    /// Checkpoint directory (config.json and model.safetensors in the packed layout).
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint directory (config.json and safetensors) or GGUF file.
+    #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: PathBuf,
     /// Token ids: 1,2,3 or a file of ids separated by commas or blanks.
     #[arg(long, value_name = "IDS|FILE")]

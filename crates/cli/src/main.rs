@@ -3,7 +3,10 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod convert;
+mod inspect;
 mod logits;
+mod model_args;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -191,5 +194,7 @@ fn dispatch(cli: Cli, matches: &clap::ArgMatches, out: &mut dyn Write) -> Result
             report::report(&options, out)?
         }
         Command::Logits(a) => logits::run(&a, out)?,
+        Command::Convert(a) => convert::run(&a, out)?,
+        Command::Inspect(a) => inspect::run(&a, out)?,
     })
 }

@@ -37,6 +37,22 @@ pub enum Error {
         /// What the parser saw.
         reason: String,
     },
+    /// A GGUF file is damaged as a container, or a key has another type than it should.
+    #[error("{path}: {source}")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What the parser saw.
+        source: crate::gguf::GgufError,
+    },
+    /// A file could not be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A tensor is missing or does not fit the configuration.
     #[error("{path}: tensor `{tensor}` {reason}")]
     Tensor {

@@ -20,6 +20,7 @@
 
 pub mod attention;
 mod checkpoint;
+pub mod convert;
 mod error;
 mod estimate;
 pub mod formats;
@@ -32,7 +33,7 @@ mod session;
 pub mod text;
 pub mod workload;
 
-pub use checkpoint::{Checkpoint, Container, OpenOptions};
+pub use checkpoint::{Checkpoint, Container, Listing, OpenOptions, TensorEntry, list};
 pub use error::{Error, Result};
 pub use estimate::{Footprint, footprint};
 pub use model::{

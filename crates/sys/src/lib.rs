@@ -31,7 +31,7 @@ pub use barrier::Barrier;
 pub use error::SysError;
 pub use facts::{HostFacts, ProcessFacts, psi_pct, steal_pct};
 pub use limits::{OpenMemory, die_with_parent, open_memory, set_address_space_limit};
-pub use map::FileMap;
+pub use map::{FileMap, drop_cached_pages};
 pub use shared::{ReadGuard, Shared, WriteGuard};
 pub use team::{Team, Worker, share};
 

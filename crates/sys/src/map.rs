@@ -84,6 +84,20 @@ impl AsRef<[u8]> for FileMap {
     }
 }
 
+/// Asks the system to drop the pages of the file at `path` from its cache, so that the next read comes from the disk.
+/// Advice, for measurements: where there is none, nothing happens.
+///
+/// # Errors
+/// When the file cannot be opened or written back.
+pub fn drop_cached_pages(path: &Path) -> std::io::Result<()> {
+    let file = File::open(path)?;
+    // Only clean pages are dropped.
+    file.sync_all()?;
+    #[cfg(target_os = "linux")]
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,7 +8,7 @@ use longbit_sys::Team;
 
 use super::plan::{LinearPlan, Scale};
 use crate::error::Result;
-use crate::formats::Matrix;
+use crate::formats::{Encoding, Matrix};
 use crate::model::build::{Job, run_all};
 
 /// Smallest mean magnitude.
@@ -106,6 +106,14 @@ pub(super) fn rounding(linear: &LinearPlan, bytes: &[u8], team: &Team) -> Result
     if let (Scale::Detect(times), Some(magnitude)) = (linear.scale, all.one()) {
         return Ok(Rounding { inverse: 1.0 / magnitude, scale: magnitude * times });
     }
+    // Only floats are kept as master weights; whoever quantised to blocks did not mean these to be rounded again.
+    if !matches!(stored.encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
+        return Err(stored.fail(format!(
+            "has type {} and is not ternary: its numbers have more than one magnitude; use a file whose matrices are \
+             ternary, or the original master weights",
+            stored.encoding.name()
+        )));
+    }
     let mean = all.sum / (stored.rows as f64 * stored.cols as f64);
     // The very operations of the training code, in f32: the weights are divided by multiplying.
     let inverse = 1.0 / (mean as f32).max(SMALLEST_MEAN);
@@ -128,7 +136,6 @@ impl Rounding {
 mod tests {
     use super::*;
     use crate::checkpoint::plan::{RowOrder, Span, Stored};
-    use crate::formats::Encoding;
 
     /// The codes and the scale of two rows of floats.
     fn ternary(values: [[f32; 3]; 2], scale: Scale) -> Result<([[u8; 3]; 2], f32)> {

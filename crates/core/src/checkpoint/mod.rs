@@ -5,7 +5,9 @@
 //! architecture needs is found and checked against it, before any memory is asked for. `hf` and `gguf` know names and
 //! conventions and end in one [`plan::WeightPlan`]; `load` builds the model from any plan.
 
+pub(crate) mod gguf;
 mod hf;
+mod inspect;
 mod load;
 mod master;
 mod plan;
@@ -16,8 +18,11 @@ use longbit_sys::{FileMap, Team};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::formats::I2sLayout;
+use crate::formats::{Encoding, I2sLayout};
+use crate::gguf::Header;
 use crate::model::{Activation, HeadFormat, Model, ModelConfig};
+pub use inspect::{Listing, TensorEntry, list};
+pub(crate) use plan::RowOrder;
 use plan::{Span, WeightPlan};
 
 /// What a file does not say about itself, said by the user.
@@ -30,10 +35,17 @@ pub struct OpenOptions {
 }
 
 /// Family of files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Container {
     /// A directory with `config.json` and one or more safetensors files.
     HuggingFace,
+    /// One GGUF file, with its header.
+    Gguf(Box<Header>),
+}
+
+/// Whether `path` is to be read as a GGUF file: anything but a directory.
+fn is_file(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| !m.is_dir())
 }
 
 /// A checkpoint on disk, opened and checked; its weights are read by [`Checkpoint::load`].
@@ -52,7 +64,7 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, the tensor or key, and what was expected instead; a damaged file never panics.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        hf::open(path, options)
+        if is_file(path) { gguf::open(path, options) } else { hf::open(path, options) }
     }
 
     /// The shape of the checkpoint at `path`, read without its weights.
@@ -60,7 +72,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`], for the configuration.
     pub fn config_of(path: &Path, options: &OpenOptions) -> Result<ModelConfig> {
-        hf::config(path, options)
+        if is_file(path) { gguf::config(path, options) } else { hf::config(path, options) }
     }
 
     /// Directory or file.
@@ -69,13 +81,22 @@ impl Checkpoint {
     }
 
     /// Family of files.
-    pub fn container(&self) -> Container {
-        self.container
+    pub fn container(&self) -> &Container {
+        &self.container
     }
 
     /// The shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The head format that holds the file's tables exactly.
+    pub fn exact_head(&self) -> HeadFormat {
+        let tables = std::iter::once(&self.plan.embedding).chain(&self.plan.head);
+        match tables.into_iter().all(|t| t.encoding == Encoding::Bf16) {
+            true => HeadFormat::Bf16,
+            false => HeadFormat::F32,
+        }
     }
 
     /// Bytes of all weight files.
@@ -90,7 +111,8 @@ impl Checkpoint {
     /// When a file cannot be read.
     pub fn sha256(&self) -> Result<String> {
         use std::fmt::Write;
-        match self.container {
+        match &self.container {
+            Container::Gguf(_) => Ok(crate::hex(&Sha256::digest(&self.files[0][..]))),
             Container::HuggingFace => {
                 let config = self.path.join("config.json");
                 let text = std::fs::read(&config).map_err(|source| Error::Read { path: config, source })?;

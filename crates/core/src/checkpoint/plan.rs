@@ -34,6 +34,16 @@ impl Stored {
         self.fail(format!("is damaged: {error}"))
     }
 
+    /// The numbers of a vector, which must all be finite.
+    pub(super) fn finite(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(i) => {
+                Err(self.fail(format!("holds {} at index {i}; every value must be finite", values[i])))
+            }
+            None => Ok(values),
+        }
+    }
+
     /// The same tensor after its length has been held against its shape.
     pub(super) fn checked(self) -> Result<Self> {
         let expected = self.encoding.bytes(self.rows, self.cols).map_err(|e| self.fail(e.to_string()))?;
@@ -64,7 +74,7 @@ pub(super) enum Scale {
 
 /// Which stored row holds a row of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowOrder {
+pub(crate) enum RowOrder {
     /// The same.
     Same,
     /// Rows of each head of this width are stored with the two halves of a rotary pair side by side (the `llama`
@@ -77,12 +87,25 @@ pub(super) enum RowOrder {
 
 impl RowOrder {
     /// The stored row that holds row `row` of the model.
-    pub(super) fn stored(self, row: usize) -> usize {
+    pub(crate) fn stored(self, row: usize) -> usize {
         match self {
             RowOrder::Same => row,
             RowOrder::Interleaved { head_dim } => {
                 let (head, within, half) = (row / head_dim, row % head_dim, head_dim / 2);
                 head * head_dim + if within < half { 2 * within } else { 2 * (within - half) + 1 }
+            }
+        }
+    }
+}
+
+impl RowOrder {
+    /// The row of the model that stored row `row` holds.
+    pub(crate) fn model(self, row: usize) -> usize {
+        match self {
+            RowOrder::Same => row,
+            RowOrder::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                head * head_dim + within / 2 + within % 2 * (head_dim / 2)
             }
         }
     }

@@ -11,6 +11,25 @@ pub enum Activation {
     Silu,
 }
 
+impl Activation {
+    /// Name, as configurations write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Activation::Relu2 => "relu2",
+            Activation::Silu => "silu",
+        }
+    }
+
+    /// The activation called `name`, in any of the spellings that files use.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "relu2" | "relu_sqr" | "relu_squared" | "squared_relu" => Some(Activation::Relu2),
+            "silu" | "swish" | "swiglu" => Some(Activation::Silu),
+            _ => None,
+        }
+    }
+}
+
 /// Shape and constants of a decoder-only transformer with ternary linear layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {

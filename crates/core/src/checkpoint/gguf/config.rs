@@ -1,0 +1,218 @@
+//! The keys of a GGUF file: which architecture it is, its shape, and its feed-forward non-linearity.
+
+use std::path::Path;
+
+use crate::checkpoint::OpenOptions;
+use crate::error::{Error, Result};
+use crate::gguf::{GgufError, Header, Metadata};
+use crate::model::{Activation, ModelConfig, preset};
+
+/// What distinguishes an architecture of the container.
+pub(crate) struct Architecture {
+    /// Value of `general.architecture` and prefix of the keys.
+    pub(crate) name: &'static str,
+    /// The one non-linearity that models of this architecture were trained with; none where there were several.
+    pub(crate) activation: Option<Activation>,
+    /// RMSNorms before the output and down projections.
+    pub(crate) sub_norms: bool,
+    /// Rows of the query and key projections have the two halves of a rotary pair side by side.
+    pub(crate) interleaved: bool,
+}
+
+/// Every architecture that is read. Sources: the converters of bitnet.cpp (`bitnet-25`, `bitnet-b1.58`: 2B-4T and its
+/// first upload) and of llama.cpp (`bitnet`: the 1bitLLM models, and 2B-4T too; `llama`: Falcon3 and Llama 3 at 1.58
+/// bits).
+pub(crate) const ARCHITECTURES: [Architecture; 4] = [
+    Architecture { name: "bitnet", activation: None, sub_norms: true, interleaved: false },
+    Architecture {
+        name: "bitnet-25",
+        activation: Some(Activation::Relu2),
+        sub_norms: true,
+        interleaved: false,
+    },
+    Architecture {
+        name: "bitnet-b1.58",
+        activation: Some(Activation::Relu2),
+        sub_norms: true,
+        interleaved: false,
+    },
+    Architecture { name: "llama", activation: Some(Activation::Silu), sub_norms: false, interleaved: true },
+];
+
+/// Keys under the architecture's prefix that have been used for the non-linearity.
+pub(crate) const ACTIVATION_KEYS: [&str; 2] = ["hidden_activation", "hidden_act"];
+
+/// Reads the keys of one file.
+pub(super) struct Keys<'a> {
+    path: &'a Path,
+    metadata: &'a Metadata,
+    pub(super) architecture: &'static Architecture,
+}
+
+/// Puts the file's name to an error of the container.
+pub(super) fn at(path: &Path) -> impl Fn(GgufError) -> Error + '_ {
+    move |source| Error::Gguf { path: path.to_path_buf(), source }
+}
+
+impl<'a> Keys<'a> {
+    pub(super) fn of(path: &'a Path, header: &'a Header) -> Result<Self> {
+        let metadata = &header.metadata;
+        let fail = |reason: String| Error::Config { path: path.to_path_buf(), reason };
+        let name = metadata.str("general.architecture").map_err(at(path))?;
+        let name = name.ok_or_else(|| fail("the key general.architecture is missing".into()))?;
+        let Some(architecture) = ARCHITECTURES.iter().find(|a| a.name == name) else {
+            let known = ARCHITECTURES.map(|a| a.name).join(", ");
+            return Err(fail(format!("architecture `{name}` is not supported; supported are {known}")));
+        };
+        Ok(Keys { path, metadata, architecture })
+    }
+
+    fn fail(&self, reason: String) -> Error {
+        Error::Config { path: self.path.to_path_buf(), reason }
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture.name)
+    }
+
+    /// A whole number that a dimension can be.
+    fn count(&self, name: &str) -> Result<Option<usize>> {
+        let key = self.key(name);
+        match self.metadata.u64(&key).map_err(at(self.path))? {
+            Some(value) => match usize::try_from(value) {
+                Ok(value) => Ok(Some(value)),
+                Err(_) => Err(self.fail(format!("{key} is {value}, which no dimension can be"))),
+            },
+            None => Ok(None),
+        }
+    }
+
+    fn required(&self, name: &str) -> Result<usize> {
+        self.count(name)?.ok_or_else(|| self.fail(format!("the key {} is missing", self.key(name))))
+    }
+
+    fn float(&self, name: &str) -> Result<Option<f32>> {
+        self.metadata.f32(&self.key(name)).map_err(at(self.path))
+    }
+
+    /// The shape; `vocab` is the number of rows of the embedding, `tied` whether the file has no head of its own.
+    pub(super) fn config(&self, vocab: usize, tied: bool, options: &OpenOptions) -> Result<ModelConfig> {
+        self.refuse_what_is_not_run()?;
+        let (hidden, heads) = (self.required("embedding_length")?, self.required("attention.head_count")?);
+        let head_dim = match self.count("attention.key_length")? {
+            Some(d) => d,
+            None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
+            None => {
+                return Err(self.fail(format!(
+                    "{} ({hidden}) is not a multiple of {} ({heads}) and {} is not given",
+                    self.key("embedding_length"),
+                    self.key("attention.head_count"),
+                    self.key("attention.key_length")
+                )));
+            }
+        };
+        for name in ["attention.value_length", "rope.dimension_count"] {
+            if let Some(found) = self.count(name)?.filter(|found| *found != head_dim) {
+                let reason = format!(
+                    "{} is {found}; only {head_dim}, the width of a head, is supported",
+                    self.key(name)
+                );
+                return Err(self.fail(reason));
+            }
+        }
+        if let Some(found) = self.count("vocab_size")?.filter(|found| *found != vocab) {
+            return Err(self
+                .fail(format!("{} is {found}, but the embedding has {vocab} rows", self.key("vocab_size"))));
+        }
+        let mut config = ModelConfig {
+            name: self.path.display().to_string(),
+            vocab,
+            hidden,
+            intermediate: self.required("feed_forward_length")?,
+            layers: self.required("block_count")?,
+            heads,
+            kv_heads: self.count("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            // The defaults of the container's own specification.
+            rope_theta: f64::from(self.float("rope.freq_base")?.unwrap_or(10_000.0)),
+            rms_eps: self.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
+                self.fail(format!("the key {} is missing", self.key("attention.layer_norm_rms_epsilon")))
+            })?,
+            activation: Activation::Relu2,
+            sub_norms: self.architecture.sub_norms,
+            tied_head: tied,
+            trained_positions: self.count("context_length")?.unwrap_or(0),
+        };
+        config.check().map_err(|reason| self.fail(reason))?;
+        config.activation = self.activation(&config, options)?;
+        Ok(config)
+    }
+
+    fn refuse_what_is_not_run(&self) -> Result<()> {
+        let scaling = self.key("rope.scaling.type");
+        if let Some(kind) = self.metadata.str(&scaling).map_err(at(self.path))?.filter(|kind| *kind != "none")
+        {
+            return Err(
+                self.fail(format!("{scaling} is `{kind}`; only the plain rotary embedding is supported"))
+            );
+        }
+        for name in ["expert_count", "attention.sliding_window"] {
+            if let Some(found) = self.count(name)?.filter(|found| *found != 0) {
+                return Err(
+                    self.fail(format!("{} is {found}; such models are not supported", self.key(name)))
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The file's own key decides; else what the architecture was trained with; else the user. Never a guess: the same
+    /// file runs without complaint with either, and one of them writes nonsense.
+    fn activation(&self, config: &ModelConfig, options: &OpenOptions) -> Result<Activation> {
+        let mut told: Option<(String, Activation)> = None;
+        for name in ACTIVATION_KEYS {
+            let key = self.key(name);
+            if let Some(value) = self.metadata.str(&key).map_err(at(self.path))? {
+                let found = Activation::parse(value)
+                    .ok_or_else(|| self.fail(format!("{key} is `{value}`; supported are relu2 and silu")))?;
+                told = Some((key, found));
+                break;
+            }
+        }
+        let by_architecture = || {
+            let why = format!("architecture `{}`", self.architecture.name);
+            match self.architecture.activation {
+                Some(activation) => Some((why, activation)),
+                // Two families share this architecture. The models of 1bitLLM have no grouped heads; 2B-4T has its shape.
+                None if config.kv_heads == config.heads => {
+                    Some((format!("{why} without grouped heads"), Activation::Silu))
+                }
+                None if is_2b_4t(config) => {
+                    Some((format!("{why} in the shape of bitnet-b1.58-2B-4T"), Activation::Relu2))
+                }
+                None => None,
+            }
+        };
+        match (told.or_else(by_architecture), options.activation) {
+            (Some((why, known)), Some(asked)) if known != asked => Err(self.fail(format!(
+                "the activation asked for is {}, but {why} means {}",
+                asked.as_str(),
+                known.as_str()
+            ))),
+            (Some((_, known)), _) => Ok(known),
+            (None, Some(asked)) => Ok(asked),
+            (None, None) => Err(self.fail(format!(
+                "does not say its feed-forward activation, and architecture `{}` has been used with two: pass --activation \
+                 relu2 (models of the 2B-4T kind) or --activation silu (models of the 1bitLLM kind)",
+                self.architecture.name
+            ))),
+        }
+    }
+}
+
+/// Whether `config` is the published 2B-4T.
+fn is_2b_4t(config: &ModelConfig) -> bool {
+    let shape =
+        |c: &ModelConfig| (c.vocab, c.hidden, c.intermediate, c.layers, c.heads, c.kv_heads, c.head_dim);
+    preset("bitnet-2b-4t").is_ok_and(|published| shape(&published) == shape(config))
+}
