@@ -167,7 +167,12 @@ impl Report {
             let value = |v: f64| match c.metric {
                 Metric::TpotP50 | Metric::TpotP99 => format!("{} ms", digits(v / 1e6)),
                 Metric::KvBytesReadPerToken => format!("{} MB", digits(v / 1e6)),
-                Metric::RelL2P50 | Metric::CosineMean => format!("{v:.5}"),
+                Metric::RelL2P50
+                | Metric::CosineMean
+                | Metric::KlNats
+                | Metric::Top1Agreement
+                | Metric::LogitCosineMean
+                | Metric::NllNats => format!("{v:.5}"),
             };
             let change = |v: f64| signed(c.metric, v);
             vec![

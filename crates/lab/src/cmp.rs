@@ -52,6 +52,16 @@ pub struct Side {
     pub cosine_mean: Option<f64>,
     /// Share of needles found.
     pub needle_accuracy: Option<f64>,
+    /// Mean divergence of the next-token distribution from the reference's, nats.
+    pub kl_nats: Option<f64>,
+    /// Largest.
+    pub kl_nats_max: Option<f64>,
+    /// Share of steps with the reference's most likely token.
+    pub top1_agreement: Option<f64>,
+    /// Mean cosine of the logits with the reference's.
+    pub logit_cosine_mean: Option<f64>,
+    /// Perplexity of the text relative to the reference.
+    pub perplexity_ratio: Option<f64>,
 }
 
 /// The KV dtype that all others are compared with: bf16 where it was measured, otherwise the first.
@@ -95,6 +105,11 @@ pub fn sides(records: &[Record]) -> Vec<Side> {
                 rel_l2_p95: r.rel_l2_p95,
                 cosine_mean: r.cosine_mean,
                 needle_accuracy: r.needle_accuracy,
+                kl_nats: r.kl_nats,
+                kl_nats_max: r.kl_nats_max,
+                top1_agreement: r.top1_agreement,
+                logit_cosine_mean: r.logit_cosine_mean,
+                perplexity_ratio: r.perplexity_ratio(),
             }
         })
         .collect();
@@ -121,6 +136,11 @@ fn rows(sides: &[Side], reference: &str) -> Rows {
         "rel L2 p95",
         "cosine",
         "needles",
+        "KL nats",
+        "KL max",
+        "top-1",
+        "logit cosine",
+        "perplexity",
     ];
     let row = |s: &Side| {
         vec![
@@ -136,6 +156,11 @@ fn rows(sides: &[Side], reference: &str) -> Rows {
             number(s.rel_l2_p95),
             s.cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
             s.needle_accuracy.map_or(String::new(), percent),
+            number(s.kl_nats),
+            number(s.kl_nats_max),
+            s.top1_agreement.map_or(String::new(), percent),
+            s.logit_cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
+            s.perplexity_ratio.map_or(String::new(), |x| format!("{x:.4}×")),
         ]
     };
     let head = head.map(str::to_owned).to_vec();
@@ -194,6 +219,17 @@ mod tests {
         assert!((window.bytes_vs_dense.unwrap() - 1028.0 / 32768.0).abs() < 1e-6);
         let text = rows(&sides, "bf16").terminal(false);
         assert!(text.contains("vs dense bf16") && !text.contains("needles"), "{text}");
+    }
+
+    #[test]
+    fn a_text_is_compared_by_its_logits() {
+        let (plan, machine, lines) = Sweep { text: true, ..Sweep::default() }.build();
+        let sides = sides(&summarise(&plan, &machine, &lines));
+        let far = sides.iter().find(|s| s.method == "window" && s.context_tokens == 98_304).unwrap();
+        assert!(far.kl_nats.unwrap() > 0.5 && far.kl_nats_max > far.kl_nats && far.rel_l2_p50.is_none());
+        assert!((far.perplexity_ratio.unwrap() - far.kl_nats.unwrap().exp()).abs() < 1e-9);
+        let text = rows(&sides, "bf16").terminal(false);
+        assert!(text.contains("KL nats") && text.contains("perplexity") && !text.contains("L2"), "{text}");
     }
 
     #[test]

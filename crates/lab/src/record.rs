@@ -125,20 +125,20 @@ columns! {
     kv_dtype: String, "-", "Number format of cached keys and values.";
     method: String, "-", "Attention method, bare name.";
     method_params: String, "JSON", "All its parameters with defaults filled in, as an object with sorted keys.";
-    workload: String, "-", "Where queries, keys and values come from.";
+    workload: String, "-", "Where queries, keys and values come from: a generator with its parameters, or a text with the first digits of its SHA-256.";
     model: String, "-", "Model preset, or the path of a checkpoint.";
     head: String, "-", "Number format of the output head.";
     engine: String, "-", "Program that measured.";
     engine_version: String, "-", "Its version.";
     isa: Option<String>, "-", "Instruction set that its kernels used.";
     model_sha256: Option<String>, "hex", "Identifies the model: file, or preset, head and seed.";
-    fill: Option<String>, "-", "How the cache was filled: synthetic (by a workload) or prefill (by the model).";
+    fill: Option<String>, "-", "How the cache was filled: synthetic (by a generator) or prefill (a text run through the model).";
     fill_sha256: Option<String>, "hex", "SHA-256 of the bytes of the filled cache.";
     seed: u64, "-", "Seed of the workload.";
     reps: u64, "count", "Repetitions recorded.";
     tokens_timed: u64, "tokens", "Timed tokens over all repetitions.";
     tokens_warmup: u64, "tokens", "Untimed tokens before them, over all repetitions.";
-    fill_ns: Option<u64>, "ns", "Time to fill the cache, with exact attention of the compared steps and the digest of the rows.";
+    fill_ns: Option<u64>, "ns", "Time to fill the cache, with the digest of its rows and, where a generator fills it, exact attention of the compared steps.";
     decode_tok_s: Option<f64>, "tokens/s", "Timed tokens divided by their summed time (not a mean of rates).";
     tpot_p50_ns: Option<u64>, "ns", "Median time per output token, over all timed tokens.";
     tpot_p90_ns: Option<u64>, "ns", "90th percentile (nearest rank).";
@@ -153,14 +153,14 @@ columns! {
     drift_pct: Option<f64>, "%", "Median of the second half of the repetitions against the first half.";
     steady: Option<bool>, "-", "Whether the drift stays within max_drift of the experiment, either way.";
     outliers: Option<u64>, "count", "Tokens further than 14.826 MAD from the median; counted, never dropped.";
-    rel_l2_p50: Option<f64>, "-", "Relative L2 error of an attention output against exact f32 attention on the same inputs, median over outputs.";
+    rel_l2_p50: Option<f64>, "-", "Relative L2 error of an attention output against exact f32 attention on the same inputs, median over outputs; empty where a text is decoded.";
     rel_l2_p95: Option<f64>, "-", "95th percentile of it.";
     rel_l2_max: Option<f64>, "-", "Largest.";
     cosine_min: Option<f64>, "-", "Smallest cosine of an output with the exact one.";
     cosine_mean: Option<f64>, "-", "Mean cosine.";
     needle_accuracy: Option<f64>, "0-1", "Share of needle outputs whose readout names the planted value; empty where none is planted.";
-    top1_agreement: Option<f64>, "0-1", "Agreement of the most likely token with the reference; empty where logits are not real.";
-    kl_nats: Option<f64>, "nats", "Kullback-Leibler divergence of the next-token distribution; empty where logits are not real.";
+    top1_agreement: Option<f64>, "0-1", "Share of compared steps whose most likely token is that of the reference (dense attention over a bf16 cache); empty where no text is decoded, like all that follows from logits.";
+    kl_nats: Option<f64>, "nats", "Kullback-Leibler divergence of the next-token distribution from the reference's, KL(reference || cell), mean over steps.";
     kv_bytes_stored: Option<u64>, "bytes", "Rows of the filled cache, at the context.";
     kv_bytes_read_per_token: Option<u64>, "bytes", "Cached keys and values that a decode step read, counted by the engine, mean over timed tokens.";
     index_bytes_read_per_token: Option<u64>, "bytes", "Indexes and summaries that a decode step read.";
@@ -190,7 +190,16 @@ columns! {
     rustc: String, "-", "Compiler.";
     target: String, "-", "Target triple.";
     profile: String, "-", "Build profile.";
+    kl_nats_max: Option<f64>, "nats", "Largest divergence of a step.";
+    logit_cosine_mean: Option<f64>, "-", "Cosine of the logits with those of the reference, mean over steps.";
+    logit_cosine_min: Option<f64>, "-", "Smallest.";
+    nll_nats: Option<f64>, "nats", "Negative log-likelihood of the token that really follows, mean over the compared steps; its exponential is the perplexity.";
+    nll_reference_nats: Option<f64>, "nats", "The same of the reference.";
+    quality_steps: Option<u64>, "count", "Decode steps compared.";
 }
+
+/// The last column that every file has; what follows was added later and may be empty.
+const LAST_OF_THE_FIRST: &str = "profile";
 
 impl Record {
     /// Method with its parameters, e.g. `window:sinks=4,window=1024`.
@@ -208,12 +217,18 @@ impl Record {
         matches!(self.status, Status::Ok | Status::VerifyFailed | Status::Unstable)
     }
 
+    /// Perplexity of the text under this cell relative to the reference: above 1 when the text surprises it more.
+    pub fn perplexity_ratio(&self) -> Option<f64> {
+        Some((self.nll_nats? - self.nll_reference_nats?).exp())
+    }
+
     /// Bytes of cache and index that a decode step reads.
     pub fn cache_bytes_per_token(&self) -> Option<u64> {
         Some(self.kv_bytes_read_per_token? + self.index_bytes_read_per_token.unwrap_or(0))
     }
 
-    /// Reads a `cells.csv`. Columns that were added later than this binary are ignored; a missing one is an error.
+    /// Reads a `cells.csv`. Columns that were added later than this binary are ignored, those that were added later than
+    /// the file are empty; any other that is missing is an error.
     ///
     /// # Errors
     /// [`LabError::Io`] when the file cannot be read, [`LabError::Data`] with the line and the column of what is wrong.
@@ -229,22 +244,26 @@ impl Record {
         };
         let header = reader.headers().map_err(|e| bad(&e))?.clone();
         let mut places = Vec::with_capacity(COLUMNS.len());
-        for column in COLUMNS {
-            let place = header.iter().position(|h| h == column.name).ok_or_else(|| {
+        let first = 1 + COLUMNS.iter().position(|c| c.name == LAST_OF_THE_FIRST).unwrap_or(COLUMNS.len());
+        for (i, column) in COLUMNS.iter().enumerate() {
+            let place = header.iter().position(|h| h == column.name);
+            if place.is_none() && i < first {
                 let what = format!(
                     "the column `{}` is missing; `longbit report --rebuild DIR` writes the file anew",
                     column.name
                 );
-                LabError::data(path, Some(1), what)
-            })?;
+                return Err(LabError::data(path, Some(1), what));
+            }
             places.push(place);
         }
         let mut records = Vec::new();
         for row in reader.records() {
             let row = row.map_err(|e| bad(&e))?;
             let line = row.position().map(|p| p.line() as usize);
-            let record = Record::from_fields(|i| places.get(i).and_then(|p| row.get(*p)).unwrap_or(""))
-                .map_err(|(column, what)| LabError::data(path, line, format!("column `{column}`: {what}")))?;
+            let record = Record::from_fields(|i| {
+                places.get(i).copied().flatten().and_then(|p| row.get(p)).unwrap_or("")
+            })
+            .map_err(|(column, what)| LabError::data(path, line, format!("column `{column}`: {what}")))?;
             if record.schema_version != u64::from(crate::plan::SCHEMA) {
                 let what = format!(
                     "row of version {}, this binary reads {}",
@@ -315,6 +334,13 @@ mod tests {
         let text = csv::to_string(&records[..1]);
         let (header, row) = text.trim_end().split_once('\n').unwrap();
         assert_eq!(round_trip(&format!("{header},later\n{row},7\n")).unwrap(), records[..1]);
+        // A file of before the last columns: they are empty.
+        let old: Vec<&str> = header.split(',').take_while(|h| *h != "kl_nats_max").collect();
+        let cut = |line: &str| line.rsplitn(COLUMNS.len() - old.len() + 1, ',').last().unwrap().to_owned();
+        assert_eq!(cut(header), old.join(","));
+        let read = round_trip(&format!("{}\n{}\n", cut(header), cut(row))).unwrap();
+        assert_eq!((read[0].quality_steps, read[0].profile.as_str()), (None, records[0].profile.as_str()));
+        assert_eq!(Record { quality_steps: records[0].quality_steps, ..read[0].clone() }, records[0]);
         let error = round_trip(&text.replacen("threads", "thread", 1)).unwrap_err().to_string();
         assert!(error.contains("`threads` is missing"), "{error}");
         let error = round_trip(&text.replacen(",ok,", ",fine,", 1)).unwrap_err().to_string();

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use longbit_protocol::{Machine, ParamInfo, ParamKind, Quality};
 
-use crate::analyse::summarise::verify_violation;
+use crate::analyse::label::digits;
+use crate::analyse::verify::verify_violation;
 use crate::engine::Engine;
 use crate::plan::{Plan, PlanOptions, disk_bytes, outline, predict};
 use crate::run::store::{self, Line};
@@ -93,6 +94,10 @@ pub fn list(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<
         c.workloads.iter().map(|w| (w.name.as_str(), w.summary.as_str(), w.params.as_slice())).collect();
     writeln!(out, "\nWorkloads\n{}", named(workloads))?;
     writeln!(out, "\nHead formats: {}", c.heads.join(", "))?;
+    let said = [("I2_S byte orders", &c.i2s), ("Activations", &c.activations)];
+    for (what, words) in said.into_iter().filter(|(_, words)| !words.is_empty()) {
+        writeln!(out, "{what} (for checkpoints that do not tell): {}", words.join(", "))?;
+    }
     Ok(Exit::Ok)
 }
 
@@ -143,7 +148,7 @@ pub fn plan(engine: &dyn Engine, options: &PlanView, out: &mut dyn Write) -> Res
         machine::probe(&mut here, engine, &threads)?;
     }
     for (plan, experiment) in plans.iter_mut().zip(&experiments) {
-        predict(plan, engine, experiment.on_exceed, &here.probes)?;
+        predict(plan, engine, experiment.on_exceed, &here.probes, &experiment.dir)?;
     }
     if options.format == Format::Json {
         json(&plans, out)?;
@@ -168,10 +173,11 @@ fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
         plan.plan_hash,
         plan.experiment.question
     )?;
+    let prompts = plan.cells.iter().any(|c| c.predicted.prefill_macs > 0);
     let rows = plan.cells.iter().map(|c| {
         let p = &c.predicted;
         let shown = |text: String, known: bool| if known { text } else { String::new() };
-        vec![
+        let mut row = vec![
             c.context.to_string(),
             c.threads.to_string(),
             c.kv_dtype.clone(),
@@ -180,10 +186,25 @@ fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
             shown(show_bytes(p.rss_bytes), p.rss_bytes > 0),
             shown(show_bytes(p.weight_bytes_per_token + p.kv_bytes_per_token), p.rss_bytes > 0),
             c.skip.as_ref().map(|s| format!("skipped: {s}")).unwrap_or_default(),
-        ]
+        ];
+        if prompts {
+            row.insert(7, format!("{} TMAC", digits(p.prefill_macs as f64 / 1e12)));
+        }
+        row
     });
-    let header = ["context", "threads", "kv", "method", "time", "memory", "read/token", ""];
-    writeln!(out, "{}\n", table(&header, &[0, 1, 4, 5, 6], rows.collect()))?;
+    let mut header = vec!["context", "threads", "kv", "method", "time", "memory", "read/token", ""];
+    if prompts {
+        header.insert(7, "prefill");
+    }
+    let right: &[usize] = if prompts { &[0, 1, 4, 5, 6, 7] } else { &[0, 1, 4, 5, 6] };
+    writeln!(out, "{}\n", table(&header, right, rows.collect()))?;
+    if let Some(limit) = plan.prefill_limit {
+        writeln!(
+            out,
+            "prefill: tera multiply-adds of running the text through the model, that of the reference included; the cells of \
+             one KV dtype and context share it; contexts above {limit} tokens (workload.prefill_limit) are skipped\n"
+        )?;
+    }
     let measured: Vec<_> = plan.cells.iter().filter(|c| c.skip.is_none()).collect();
     let seconds: f64 = measured.iter().map(|c| c.predicted.seconds).sum();
     let peak = measured.iter().map(|c| c.predicted.rss_bytes).max().unwrap_or(0);
@@ -267,7 +288,7 @@ fn machine_table(m: &Machine, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// `verify`: the quality of every cell against exact attention, without timing; 4 when a limit of `[verify]` is
+/// `verify`: the quality of every cell against exact attention (or the reference of a text), without timing; 4 when a limit of `[verify]` is
 /// violated. The result does not depend on threads, so each cell is taken once, with the most threads there are.
 ///
 /// # Errors
@@ -282,7 +303,10 @@ pub fn verify(
     let experiments = run::load_all(&options.files, &capabilities)?;
     let here = options.machine.clone().unwrap_or_else(machine::gather);
     for (experiment, file) in experiments.iter().zip(&options.files) {
-        let help = "e.g. [verify] cosine_min = 0.99";
+        let help = match experiment.text {
+            Some(_) => "e.g. [verify] kl_nats_max = 0.01",
+            None => "e.g. [verify] cosine_min = 0.99",
+        };
         if experiment.verify.is_none() {
             let what = "the experiment limits nothing: it has no [verify]";
             return Err(LabError::invalid(what, file.display().to_string(), help));
@@ -312,8 +336,19 @@ pub fn verify(
     Ok(exit)
 }
 
+/// A column of the table of `verify`.
+type Figure = (&'static str, fn(&Quality) -> Option<f64>);
+
 fn verify_table(plan: &Plan, lines: &[Line], out: &mut dyn Write) -> Result<()> {
     let (mut failed, mut passed, mut missing) = (0, 0, 0);
+    let figures: [Figure; 3] = match plan.cells.iter().any(|c| c.text.is_some()) {
+        false => [
+            ("rel L2 median", |q| q.rel_l2_p50),
+            ("rel L2 max", |q| q.rel_l2_max),
+            ("cosine min", |q| q.cosine_min),
+        ],
+        true => [("KL mean", |q| q.kl_nats), ("KL max", |q| q.kl_nats_max), ("top-1", |q| q.top1_agreement)],
+    };
     let rows = plan.cells.iter().map(|cell| {
         let quality: Option<&Quality> = lines.iter().find_map(|l| match l {
             Line::Quality { quality } if quality.cell == cell.id => Some(quality.as_ref()),
@@ -344,19 +379,18 @@ fn verify_table(plan: &Plan, lines: &[Line], out: &mut dyn Write) -> Result<()> 
                 ended.unwrap_or_else(|| "not measured".to_owned())
             }
         };
-        let shown = |f: fn(&Quality) -> f64| quality.map(|q| format!("{:.6}", f(q))).unwrap_or_default();
-        vec![
-            cell.context.to_string(),
-            cell.kv_dtype.clone(),
-            cell.method_string(),
-            shown(|q| q.rel_l2_p50),
-            shown(|q| q.rel_l2_max),
-            shown(|q| q.cosine_min),
-            verdict,
-        ]
+        let shown = figures
+            .iter()
+            .map(|(_, figure)| quality.and_then(figure).map(|v| format!("{v:.6}")).unwrap_or_default());
+        let mut row = vec![cell.context.to_string(), cell.kv_dtype.clone(), cell.method_string()];
+        row.extend(shown);
+        row.push(verdict);
+        row
     });
     let rows: Vec<Vec<String>> = rows.collect();
-    let header = ["context", "kv", "method", "rel L2 median", "rel L2 max", "cosine min", ""];
+    let mut header = vec!["context", "kv", "method"];
+    header.extend(figures.iter().map(|(name, _)| *name));
+    header.push("");
     writeln!(out, "{}\n{}", plan.experiment.full_name(), table(&header, &[0, 3, 4, 5], rows))?;
     writeln!(out, "\n{passed} pass, {failed} fail, {missing} not measured")?;
     Ok(())
@@ -441,5 +475,33 @@ mod tests {
         let (_dir, bare) = file("");
         let options = RunOptions { files: vec![bare], ..options.clone() };
         assert!(verify(&good, &options, &mut Vec::new(), &mut Vec::new()).is_err());
+    }
+    #[test]
+    fn a_text_is_planned_with_its_prompt_and_verified_by_its_logits() {
+        let (dir, path) = file("[verify]\nkl_nats_max = 0.1\ntop1_min = 0.9");
+        std::fs::write(dir.path().join("a.txt"), "words").unwrap();
+        let text = std::fs::read_to_string(&path).unwrap().replace("preset = \"tiny\"", "path = \"m\"");
+        std::fs::write(&path, text.replace("name = \"mix\"", "name = \"text\"\nfile = \"a.txt\"")).unwrap();
+        let view = PlanView { files: vec![path.clone()], machine: here(), ..PlanView::default() };
+        let (_, text) = shown(|out| plan(&MockEngine::default(), &view, out));
+        for part in ["prefill", "1.02 TMAC", "contexts above 8192 tokens (workload.prefill_limit)"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let options = RunOptions { files: vec![path], machine: here(), quiet: true, ..RunOptions::default() };
+        let verified = |engine: &MockEngine| shown(|out| verify(engine, &options, out, &mut Vec::new()));
+        let good = MockEngine::default();
+        let (exit, text) = verified(&good);
+        assert_eq!(exit, Exit::Ok, "{text}");
+        assert!(text.contains("KL mean") && text.contains("top-1") && !text.contains("L2"), "{text}");
+        let job = good.jobs.borrow()[0].clone();
+        let (asked, model) = (job.text.unwrap().path, job.model.path);
+        assert_eq!(asked, dir.path().join("a.txt").to_str().unwrap());
+        assert_eq!(model, dir.path().join("m").to_str().unwrap());
+        let (exit, text) = verified(&MockEngine::with(&[("window", Fault::Cosine(0.5))]));
+        assert_eq!(exit, Exit::VerifyFailed);
+        assert!(
+            text.contains("FAIL: largest KL divergence 0.5 exceeds 0.1 (verify.kl_nats_max); top-1"),
+            "{text}"
+        );
     }
 }

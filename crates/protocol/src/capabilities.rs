@@ -21,6 +21,12 @@ pub struct Capabilities {
     pub workloads: Vec<WorkloadInfo>,
     /// Number formats of the output head.
     pub heads: Vec<String>,
+    /// Byte orders of I2_S tensors that a user can name for files that do not tell.
+    #[serde(default)]
+    pub i2s: Vec<String>,
+    /// Feed-forward non-linearities that a user can name for files that do not tell.
+    #[serde(default)]
+    pub activations: Vec<String>,
 }
 
 /// A model preset.
@@ -67,6 +73,9 @@ pub struct WorkloadInfo {
     pub summary: String,
     /// Its parameters with defaults.
     pub params: Vec<ParamInfo>,
+    /// It runs a text file through the model, so it needs one ([`crate::Job::text`]) and a checkpoint with a tokenizer.
+    #[serde(default)]
+    pub reads_text: bool,
 }
 
 /// A parameter of a method or workload, written `name:key=value,key=value`.

@@ -113,7 +113,8 @@ pub struct Ready {
     pub fill_sha256: String,
     /// Time to build or load the model.
     pub build_ns: u64,
-    /// Time to fill the cache, with exact attention of the compared steps and the digest of the rows.
+    /// Time to fill the cache, with the digest of its rows and, where a generator fills it, exact attention of the compared
+    /// steps.
     pub fill_ns: u64,
     /// Bytes of anonymous huge pages in use, where the system says.
     #[serde(default)]
@@ -146,37 +147,60 @@ pub struct Probe {
     pub round: u32,
 }
 
-/// Attention output against exact f32 attention on the same queries, keys and values.
+/// How far a cell is from exact: its attention outputs from exact f32 attention on the same queries, keys and values
+/// where a generator supplies them, its logits from those of the reference where a text is decoded. The reference is dense
+/// attention over a bf16 cache, with the same weights, head and tokens.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
     /// The cell.
     pub cell: String,
     /// Decode steps compared.
     pub steps: u32,
-    /// Outputs compared: steps x layers x query heads.
+    /// Outputs compared: steps x layers x query heads, or steps where logits are compared.
     pub outputs: u64,
-    /// Relative L2 error of an output, median over outputs.
-    pub rel_l2_p50: f64,
+    /// Relative L2 error of an attention output, median over outputs.
+    #[serde(default)]
+    pub rel_l2_p50: Option<f64>,
     /// 95th percentile.
-    pub rel_l2_p95: f64,
+    #[serde(default)]
+    pub rel_l2_p95: Option<f64>,
     /// Largest.
-    pub rel_l2_max: f64,
-    /// Cosine of an output with the exact one, mean over outputs.
-    pub cosine_mean: f64,
+    #[serde(default)]
+    pub rel_l2_max: Option<f64>,
+    /// Cosine of an attention output with the exact one, mean over outputs.
+    #[serde(default)]
+    pub cosine_mean: Option<f64>,
     /// Smallest.
-    pub cosine_min: f64,
+    #[serde(default)]
+    pub cosine_min: Option<f64>,
     /// Median relative L2 error by head type of the workload.
     #[serde(default)]
     pub rel_l2_by_head: BTreeMap<String, f64>,
     /// Share of needle outputs whose readout names the planted value, where the workload plants any.
     #[serde(default)]
     pub needle_accuracy: Option<f64>,
-    /// Agreement of the most likely token with the reference, where logits are real.
+    /// Share of steps whose most likely token is that of the reference (of equals the lowest id).
     #[serde(default)]
     pub top1_agreement: Option<f64>,
-    /// Kullback-Leibler divergence (nats) of the next-token distribution, where logits are real.
+    /// Kullback-Leibler divergence of the next-token distribution from that of the reference, KL(reference || cell), nats,
+    /// mean over steps.
     #[serde(default)]
     pub kl_nats: Option<f64>,
+    /// Largest.
+    #[serde(default)]
+    pub kl_nats_max: Option<f64>,
+    /// Cosine of the logits with those of the reference, mean over steps.
+    #[serde(default)]
+    pub logit_cosine_mean: Option<f64>,
+    /// Smallest.
+    #[serde(default)]
+    pub logit_cosine_min: Option<f64>,
+    /// Negative log-likelihood of the token that really follows, nats, mean over steps.
+    #[serde(default)]
+    pub nll_nats: Option<f64>,
+    /// The same of the reference.
+    #[serde(default)]
+    pub nll_reference_nats: Option<f64>,
 }
 
 /// Bytes and rows that the attention of a decode step really read, counted by the engine.

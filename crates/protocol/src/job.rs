@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Fill;
+
 /// One request, one engine process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
@@ -25,13 +27,16 @@ pub enum Request {
 }
 
 /// Which model an engine builds or loads.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+///
+/// What is not given is left out of the JSON, so that the identity of a cell does not change when a field is added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSpec {
     /// Name of a preset (exact published shapes, seeded synthetic ternary weights), or empty when `path` is given.
     #[serde(default)]
     pub preset: String,
-    /// A checkpoint directory, or empty for a preset.
+    /// A checkpoint directory or file, or empty for a preset. In a plan as the experiment file writes it, in a request as
+    /// the engine can open it.
     #[serde(default)]
     pub path: String,
     /// Number format of the output head, e.g. `bf16` or `int8`.
@@ -39,7 +44,29 @@ pub struct ModelSpec {
     /// Seed of the synthetic weights.
     #[serde(default)]
     pub seed: u64,
+    /// SHA-256 that the checkpoint must have, 64 lower-case hexadecimal digits; empty: any.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub sha256: String,
+    /// Byte order of I2_S tensors, of [`crate::Capabilities::i2s`]; empty: as the file says.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub i2s: String,
+    /// Feed-forward non-linearity, of [`crate::Capabilities::activations`]; empty: as the file says.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub activation: String,
 }
+
+/// A text file whose tokens fill the cache and are decoded, in place of generated queries, keys and values.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TextFile {
+    /// The file, UTF-8. In a plan as the experiment file writes it, in a request as the engine can open it.
+    pub path: String,
+    /// SHA-256 of its bytes, lower-case hexadecimal; an engine refuses another text.
+    pub sha256: String,
+}
+
+/// Largest text file (bytes) that is taken for one: it is read and tokenised whole.
+pub const MAX_TEXT_BYTES: u64 = 64 << 20;
 
 /// A cohort: the cells that share model, context, KV dtype and workload, so that one cache fill serves them all and
 /// their repetitions interleave.
@@ -56,6 +83,9 @@ pub struct Job {
     pub kv_dtype: String,
     /// Where queries, keys and values come from, e.g. `mix` or `gaussian:…`.
     pub workload: String,
+    /// The text, where the workload reads one (see [`crate::WorkloadInfo::reads_text`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextFile>,
     /// Seed of the workload and of the order of cells in a round.
     pub seed: u64,
     /// The cells, in the order of the plan.
@@ -94,7 +124,8 @@ pub struct Measure {
     pub gen_tokens: u32,
     /// Untimed tokens before them.
     pub warmup_tokens: u32,
-    /// Decode steps whose attention output is compared with exact attention; 0 measures no quality.
+    /// Decode steps whose output is compared: that of attention with exact attention on generated inputs, or the logits with
+    /// those of the reference where a text is decoded; 0 measures no quality.
     pub quality_steps: u32,
     /// Pin thread i of a team to the i-th allowed CPU.
     pub pin: bool,
@@ -127,6 +158,12 @@ pub struct EstimateRequest {
     pub method: String,
     /// Threads.
     pub threads: usize,
+    /// How the cache will be filled.
+    #[serde(default)]
+    pub fill: Fill,
+    /// See [`Measure::quality_steps`].
+    #[serde(default)]
+    pub quality_steps: u32,
 }
 
 /// Predicted bytes of a configuration, or why it cannot be.
@@ -144,8 +181,12 @@ pub struct Estimate {
     pub weight_bytes_per_token: u64,
     /// Cache and index read by one decode step.
     pub kv_bytes_per_token: u64,
-    /// Bytes that filling the cache computes and writes (to predict its time).
+    /// Bytes that filling the cache computes and writes (to predict its time); 0 where a prompt fills it.
     pub fill_bytes: u64,
+    /// Multiply-adds of the prompts that must run through the model: into the cells' own cache, and into that of the
+    /// reference where the two differ; 0 where a generator fills the cache.
+    #[serde(default)]
+    pub prefill_macs: u64,
     /// Set when the configuration is impossible; the numbers are then zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

@@ -16,8 +16,10 @@ pub use capabilities::{
     Capabilities, KvDtypeInfo, MethodInfo, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
 pub use event::{Event, Fill, Outcome, Probe, Quality, Ready, Sample, Status, Traffic};
-pub use job::{CellJob, Estimate, EstimateRequest, Job, Limits, Measure, ModelSpec, Request};
+pub use job::{
+    CellJob, Estimate, EstimateRequest, Job, Limits, MAX_TEXT_BYTES, Measure, ModelSpec, Request, TextFile,
+};
 pub use machine::{Machine, Toolchain};
 
 /// Version of the messages. An engine refuses a request of another version.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;

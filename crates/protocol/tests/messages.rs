@@ -2,16 +2,17 @@
 //! an unknown field is refused instead of half understood.
 
 use longbit_protocol::{
-    Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, Traffic,
+    Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, TextFile, Traffic,
 };
 
 fn job() -> Job {
     Job {
         protocol: PROTOCOL,
-        model: ModelSpec { preset: "tiny".into(), path: String::new(), head: "bf16".into(), seed: 1 },
+        model: ModelSpec { preset: "tiny".into(), head: "bf16".into(), seed: 1, ..ModelSpec::default() },
         context: 4096,
         kv_dtype: "bf16".into(),
         workload: "mix:eta=1".into(),
+        text: Some(TextFile { path: "a.txt".into(), sha256: "ab".repeat(32) }),
         seed: u64::MAX,
         cells: Vec::new(),
         measure: Measure {
@@ -45,7 +46,7 @@ fn requests_and_events_survive_json_on_one_line() {
         steal_pct: Some(0.1),
         ..Sample::default()
     };
-    let quality = Quality { rel_l2_p50: 1.0 / 3.0, needle_accuracy: None, ..Quality::default() };
+    let quality = Quality { rel_l2_p50: Some(1.0 / 3.0), needle_accuracy: None, ..Quality::default() };
     for event in [Event::Sample(Box::new(sample)), Event::Quality(Box::new(quality)), Event::End] {
         let line = serde_json::to_string(&event).unwrap();
         assert!(!line.contains('\n'));
@@ -74,4 +75,22 @@ fn status_words_are_the_ones_that_are_serialised() {
     ] {
         assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
     }
+}
+
+#[test]
+fn a_model_without_further_wishes_is_written_as_ever() {
+    // Identities of cells are hashes of this text.
+    assert_eq!(
+        serde_json::to_string(&job().model).unwrap(),
+        r#"{"preset":"tiny","path":"","head":"bf16","seed":1}"#
+    );
+}
+
+#[test]
+fn quality_of_before_logits_were_compared_is_read() {
+    let old = r#"{"cell":"c","steps":4,"outputs":8,"rel_l2_p50":0.1,"rel_l2_p95":0.2,"rel_l2_max":0.3,
+        "cosine_mean":0.9,"cosine_min":0.8,"top1_agreement":null,"kl_nats":null}"#;
+    let quality: Quality = serde_json::from_str(old).unwrap();
+    assert_eq!((quality.rel_l2_max, quality.cosine_min), (Some(0.3), Some(0.8)));
+    assert_eq!((quality.kl_nats, quality.kl_nats_max, quality.nll_nats), (None, None, None));
 }

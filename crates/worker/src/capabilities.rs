@@ -1,14 +1,15 @@
 //! What the core crate offers, as data.
 
 use longbit::attention::{Kind, METHODS};
+use longbit::formats::I2sLayout;
 use longbit::kv::KV_DTYPES;
 use longbit::workload::{ParamKind as WorkloadKind, WORKLOADS};
-use longbit::{HeadFormat, PRESETS};
+use longbit::{Activation, Error, HeadFormat, OpenOptions, PRESETS};
 use longbit_protocol::{
-    Capabilities, KvDtypeInfo, MethodInfo, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
+    Capabilities, KvDtypeInfo, MethodInfo, ModelSpec, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
 
-use crate::WorkerError;
+use crate::{WorkerError, text};
 
 /// Head width at which bits a value are stated: that of all published shapes.
 const HEAD_DIM: usize = 128;
@@ -71,10 +72,47 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                         default: p.default.into(),
                     })
                     .collect(),
+                reads_text: false,
             })
+            .chain([WorkloadInfo {
+                name: text::NAME.into(),
+                summary: "a text file (workload.file) through the checkpoint: real prefill, teacher-forced steps, quality from \
+                          logits"
+                    .into(),
+                params: Vec::new(),
+                reads_text: true,
+            }])
             .collect(),
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
+        i2s: I2S.iter().map(|(name, _)| (*name).into()).collect(),
+        activations: ACTIVATIONS.iter().map(|(name, _)| (*name).into()).collect(),
     })
+}
+
+/// Byte orders of I2_S tensors by name.
+const I2S: [(&str, I2sLayout); 2] = [("x86", I2sLayout::X86), ("arm", I2sLayout::Arm)];
+/// Feed-forward non-linearities by name.
+const ACTIVATIONS: [(&str, Activation); 2] = [("relu2", Activation::Relu2), ("silu", Activation::Silu)];
+
+/// What the user says about a file that does not say it itself.
+pub(crate) fn open_options(model: &ModelSpec) -> Result<OpenOptions, Error> {
+    Ok(OpenOptions {
+        i2s: by_name("byte order of I2_S", &model.i2s, &I2S)?,
+        activation: by_name("activation", &model.activation, &ACTIVATIONS)?,
+    })
+}
+
+/// The value called `name`; none for no name.
+fn by_name<T: Copy>(kind: &'static str, name: &str, of: &[(&str, T)]) -> Result<Option<T>, Error> {
+    match of.iter().find(|(n, _)| *n == name) {
+        Some((_, value)) => Ok(Some(*value)),
+        None if name.is_empty() => Ok(None),
+        None => Err(Error::Unknown {
+            kind,
+            name: name.into(),
+            known: of.iter().map(|(n, _)| *n).collect::<Vec<_>>().join(", "),
+        }),
+    }
 }
 
 fn preset(preset: &longbit::Preset) -> PresetInfo {

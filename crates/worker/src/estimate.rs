@@ -5,8 +5,11 @@ use std::path::Path;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
-use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, OpenOptions, footprint, preset};
-use longbit_protocol::{Estimate, EstimateRequest, ModelSpec};
+use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, Session, footprint, preset};
+use longbit_protocol::{Estimate, EstimateRequest, Fill, ModelSpec};
+
+use crate::capabilities::open_options;
+use crate::text::REFERENCE_KV;
 
 /// What the process takes beside its data: code, stacks, allocator.
 const PROCESS_BYTES: u64 = 64 << 20;
@@ -21,6 +24,48 @@ pub(crate) fn estimate(request: &EstimateRequest) -> Estimate {
 
 fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     let config = shape(&request.model)?;
+    let head = HeadFormat::parse(&request.model.head)?;
+    let of = |kv: &str| {
+        let method = method(&request.method)?;
+        let (context, headroom) = (request.context, request.headroom);
+        Ok::<_, Error>(footprint(&config, head, kv_dtype(kv)?, &method, context, headroom, request.threads))
+    };
+    let f = of(&request.kv_dtype)?;
+    let mut estimate = Estimate {
+        weight_bytes: f.weights,
+        cache_bytes: f.cache,
+        index_bytes: f.index,
+        scratch_bytes: f.scratch.saturating_add(PROCESS_BYTES),
+        weight_bytes_per_token: f.weights_per_token,
+        kv_bytes_per_token: f.kv_per_token,
+        fill_bytes: 0,
+        prefill_macs: 0,
+        error: None,
+    };
+    let more = match request.fill {
+        Fill::Synthetic => {
+            limits(request)?;
+            estimate.fill_bytes = f.cache;
+            // Each decoded step's queries, keys and values are made beforehand.
+            let numbers = (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
+            STEP_COPIES * 4 * request.headroom as u64 * numbers
+        }
+        Fill::Prefill => {
+            let apart = request.quality_steps > 0 && request.kv_dtype != REFERENCE_KV;
+            let macs = prefill_macs(&config, request.context as u64);
+            estimate.prefill_macs = if apart { macs.saturating_mul(2) } else { macs };
+            // The cache of the reference and the cells' own follow each other.
+            let reference = if apart { of(REFERENCE_KV)?.cache } else { 0 };
+            let kept = 4 * u64::from(request.quality_steps) * config.vocab as u64;
+            reference.saturating_sub(f.cache).saturating_add(prefill_bytes(&config)).saturating_add(kept)
+        }
+    };
+    estimate.scratch_bytes = estimate.scratch_bytes.saturating_add(more);
+    Ok(estimate)
+}
+
+/// What a generator can make.
+fn limits(request: &EstimateRequest) -> Result<(), Error> {
     if request.context < MIN_CONTEXT {
         return Err(Error::Invalid(format!(
             "a context of {} is too short; at least {MIN_CONTEXT}",
@@ -33,30 +78,21 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             request.headroom
         )));
     }
-    let f = footprint(
-        &config,
-        HeadFormat::parse(&request.model.head)?,
-        kv_dtype(&request.kv_dtype)?,
-        &method(&request.method)?,
-        request.context,
-        request.headroom,
-        request.threads,
-    );
-    // Each decoded step's queries, keys and values are made beforehand.
-    let supplied = STEP_COPIES
-        * 4
-        * request.headroom as u64
-        * (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
-    Ok(Estimate {
-        weight_bytes: f.weights,
-        cache_bytes: f.cache,
-        index_bytes: f.index,
-        scratch_bytes: f.scratch.saturating_add(supplied + PROCESS_BYTES),
-        weight_bytes_per_token: f.weights_per_token,
-        kv_bytes_per_token: f.kv_per_token,
-        fill_bytes: f.cache,
-        error: None,
-    })
+    Ok(())
+}
+
+/// Multiply-adds of `tokens` tokens through the model: every linear layer once a token, causal attention twice (scores and
+/// weighted sum) over half of the square. The head, which runs once a chunk, is left out.
+fn prefill_macs(config: &ModelConfig, tokens: u64) -> u64 {
+    let linear: u64 = config.linears().iter().map(|&(_, rows, cols)| rows as u64 * cols as u64).sum();
+    let attention = (config.q_rows() as u64).saturating_mul(tokens);
+    (config.layers as u64).saturating_mul(linear.saturating_add(attention)).saturating_mul(tokens)
+}
+
+/// Buffers of a prefill chunk: logits, the rows of every stage, and their copies on the way from one to the next.
+fn prefill_bytes(config: &ModelConfig) -> u64 {
+    let rows = 4 * config.q_rows() + 2 * config.kv_rows() + 6 * config.hidden + 4 * config.intermediate;
+    (4 * Session::DEFAULT_CHUNK * (config.vocab + rows)) as u64
 }
 
 /// The shape of `model`, without its weights.
@@ -64,7 +100,7 @@ pub(crate) fn shape(model: &ModelSpec) -> Result<ModelConfig, Error> {
     if model.path.is_empty() {
         return preset(&model.preset);
     }
-    Checkpoint::config_of(Path::new(&model.path), &OpenOptions::default())
+    Checkpoint::config_of(Path::new(&model.path), &open_options(model)?)
 }
 
 #[cfg(test)]
@@ -76,19 +112,50 @@ mod tests {
         let request = EstimateRequest {
             model: ModelSpec {
                 preset: "bitnet-9b".into(),
-                path: String::new(),
                 head: "bf16".into(),
                 seed: 1,
+                ..ModelSpec::default()
             },
             context: 2048,
             headroom: 0,
             kv_dtype: "bf16".into(),
             method: "dense".into(),
             threads: 1,
+            fill: Fill::Synthetic,
+            quality_steps: 0,
         };
         assert!(estimate(&request).error.unwrap().contains("bitnet-2b-4t"));
         let known = ModelSpec { preset: "bitnet-2b-4t".into(), ..request.model.clone() };
         let good = estimate(&EstimateRequest { model: known, ..request });
         assert_eq!((good.error, good.kv_bytes_per_token), (None, 76_800 * 2048));
+    }
+    #[test]
+    fn a_prompt_costs_its_multiplications_and_the_reference_its_own() {
+        let request = EstimateRequest {
+            model: ModelSpec { preset: "bitnet-2b-4t".into(), head: "bf16".into(), ..ModelSpec::default() },
+            context: 8192,
+            headroom: 64,
+            kv_dtype: "bf16".into(),
+            method: "dense".into(),
+            threads: 1,
+            fill: Fill::Prefill,
+            quality_steps: 8,
+        };
+        let same = estimate(&request);
+        // 30 layers of 69,468,160 weights, and 2560 numbers a query with each of 8192 keys and values, half of them seen.
+        assert_eq!(same.prefill_macs, 8192 * 30 * (69_468_160 + 2560 * 8192));
+        assert_eq!(same.fill_bytes, 0);
+        let f32 = estimate(&EstimateRequest { kv_dtype: "f32".into(), ..request.clone() });
+        assert_eq!(f32.prefill_macs, 2 * same.prefill_macs);
+        // The bf16 cache of the reference is gone before the larger one is made.
+        assert_eq!(f32.scratch_bytes, same.scratch_bytes);
+        let untold =
+            estimate(&EstimateRequest { quality_steps: 0, kv_dtype: "f32".into(), ..request.clone() });
+        assert_eq!(untold.prefill_macs, same.prefill_macs);
+        assert_eq!(same.scratch_bytes - untold.scratch_bytes, 8 * 4 * 128_256);
+        // What no generator makes, a text may ask for.
+        let long = EstimateRequest { headroom: 5000, ..request };
+        assert_eq!(estimate(&long).error, None);
+        assert!(estimate(&EstimateRequest { fill: Fill::Synthetic, ..long }).error.is_some());
     }
 }

@@ -161,6 +161,19 @@ impl Task<'_> {
     }
 }
 
+/// SHA-256 over the SHA-256s of all heads' rows, lower-case hexadecimal.
+pub(crate) fn rows_sha256(session: &Session) -> String {
+    let config = &session.model().config;
+    let heads = (0..config.layers * config.kv_heads).map(|i| (i / config.kv_heads, i % config.kv_heads));
+    together(heads.map(|(layer, head)| digest(&session.cache().head(layer, head))))
+}
+
+fn together(digests: impl Iterator<Item = [u8; 32]>) -> String {
+    let mut hash = Sha256::new();
+    digests.for_each(|d| hash.update(d));
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 fn digest(kv: &KvHead) -> [u8; 32] {
     let mut hash = Sha256::new();
     for run in KvHead::runs(0..kv.len()) {
@@ -176,12 +189,10 @@ fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: u
         types: Vec::new(),
         steps: vec![Supplied::default(); steps],
         exact: Vec::new(),
-        sha256: String::new(),
+        sha256: together(slots.iter().map(|s| s.digest)),
     };
     let (d, width) = (config.head_dim, config.group() * config.head_dim);
-    let mut hash = Sha256::new();
     for (i, slot) in slots.into_iter().enumerate() {
-        hash.update(slot.digest);
         for (step, supplied) in filled.steps.iter_mut().enumerate() {
             supplied.queries.extend_from_slice(&slot.steps[0][step * width..(step + 1) * width]);
             supplied.keys.extend_from_slice(&slot.steps[1][step * d..(step + 1) * d]);
@@ -191,7 +202,6 @@ fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: u
         filled.exact.push(slot.exact);
         filled.heads.extend(slot.head);
     }
-    filled.sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
     filled
 }
 

@@ -1,16 +1,22 @@
 //! Longbit's own engine: reads one [`Request`] as a line of JSON, answers with [`Event`]s, one a line.
 //!
 //! - `capabilities`, `estimate`: what the core crate offers and what a configuration will weigh.
-//! - `fill`: a workload fills the cache, while exact attention is computed on the same rows in f32.
-//! - `measure`: a job from the first event to the last; `timing`: one repetition; `quality`: outputs against exact ones.
+//! - `inputs`: the model, the filled cache, and what each decode step is given.
+//! - `fill`: a generator fills the cache, while exact attention is computed on the same rows in f32; `quality`: attention
+//!   outputs against exact ones.
+//! - `text`: the tokens of a real text fill the cache; `logits`: next-token distributions against those of a reference.
+//! - `measure`: a job from the first event to the last; `timing`: one repetition.
 
 #![forbid(unsafe_code)]
 
 mod capabilities;
 mod estimate;
 mod fill;
+mod inputs;
+mod logits;
 mod measure;
 mod quality;
+mod text;
 mod timing;
 
 use std::io::{BufRead, Write};
@@ -77,7 +83,7 @@ pub fn serve(mut input: impl BufRead, output: impl Write) -> u8 {
             .map_err(|e| WorkerError::Request(format!("the request is not understood: {e}")))?;
         // A panic is a defect of this engine; it becomes an event so that the runner can record it.
         catch_unwind(AssertUnwindSafe(|| answer(request, &mut events))).unwrap_or_else(|panic| {
-            Err(WorkerError::Request(format!("the engine panicked: {}", text(&*panic))))
+            Err(WorkerError::Request(format!("the engine panicked: {}", panic_text(&*panic))))
         })
     });
     match outcome {
@@ -92,7 +98,7 @@ pub fn serve(mut input: impl BufRead, output: impl Write) -> u8 {
 }
 
 /// The message of a panic.
-fn text(panic: &(dyn std::any::Any + Send)) -> String {
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let known = panic
         .downcast_ref::<&str>()
         .map(|s| s.to_string())

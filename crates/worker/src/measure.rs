@@ -4,19 +4,16 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use longbit::Session;
 use longbit::attention::{Attention, method};
-use longbit::kv::kv_dtype;
-use longbit::workload::{HeadShape, Workload, WorkloadSpec};
-use longbit::{Checkpoint, HeadFormat, Model, OpenOptions, Session, SessionOptions};
-use longbit_protocol::{CellJob, Event, Fill, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
+use longbit_protocol::{CellJob, Event, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
-use crate::fill::{Filled, fill};
-use crate::{Events, WorkerError, capabilities, estimate, quality, text, timing};
+use crate::inputs::{self, Inputs, Prepared};
+use crate::{Events, WorkerError, capabilities, panic_text, timing};
 
 /// A cell that is still being measured.
 struct Cell<'a> {
@@ -46,10 +43,11 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
 
     let clock = Instant::now();
     events.send(&phase("building the model", 0, 1))?;
-    let (model, sha256) = build(job, &builders)?;
+    let built = inputs::build(job, &builders)?;
     let build_ns = clock.elapsed().as_nanos() as u64;
 
-    let (mut session, filled, fill_ns) = filled_session(job, model, builders, events)?;
+    let sha256 = built.sha256.clone();
+    let Prepared { mut session, inputs, fill_ns } = inputs::prepare(job, built, builders, events)?;
     let probe = ReadProbe::new(job.measure.probe_bytes as usize)?;
     let caps = capabilities()?;
     events.send(&Event::Ready(Box::new(Ready {
@@ -59,12 +57,12 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         model_sha256: sha256,
         weight_bytes_per_token: session.model().bytes().per_token,
         kv_bytes_stored: session.cache().stored_bytes(),
-        fill: Fill::Synthetic,
-        fill_sha256: filled.sha256.clone(),
+        fill: inputs.fill(),
+        fill_sha256: inputs.fill_sha256().into(),
         build_ns,
         fill_ns,
         huge_page_bytes: ProcessFacts::now().anon_huge_bytes,
-        workload_stats: statistics(&session, &filled),
+        workload_stats: inputs.statistics(&session),
     })))?;
 
     let mut cells = Vec::new();
@@ -78,8 +76,8 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
             Err(error) => events.send(&failed(cell, &error))?,
         }
     }
-    compare_all(job, &mut session, &filled, &mut cells, events)?;
-    time_all(job, &mut session, &filled, cells, &probe, events)?;
+    compare_all(job, &mut session, &inputs, &mut cells, events)?;
+    time_all(job, &mut session, &inputs, cells, &probe, events)?;
     events.send(&Event::End)
 }
 
@@ -100,76 +98,11 @@ impl Teams {
     }
 }
 
-/// The model, and the SHA-256 that identifies it.
-fn build(job: &Job, team: &Team) -> Result<(Arc<Model>, String), WorkerError> {
-    let head = HeadFormat::parse(&job.model.head)?;
-    if job.model.path.is_empty() {
-        let shape = estimate::shape(&job.model)?;
-        let sha256 = Model::synthetic_sha256(&shape, head, job.model.seed);
-        return Ok((Arc::new(Model::synthetic(shape, head, job.model.seed, team)?), sha256));
-    }
-    let checkpoint = Checkpoint::open(Path::new(&job.model.path), &OpenOptions::default())?;
-    let sha256 = checkpoint.sha256()?;
-    Ok((Arc::new(checkpoint.load(head, team)?), sha256))
-}
-
-fn filled_session<W: Write>(
-    job: &Job,
-    model: Arc<Model>,
-    team: Arc<Team>,
-    events: &mut Events<W>,
-) -> Result<(Session, Filled, u64), WorkerError> {
-    let measure = &job.measure;
-    let steps = measure.warmup_tokens.saturating_add(measure.gen_tokens).max(measure.quality_steps) as usize;
-    let config = &model.config;
-    let shape = HeadShape {
-        layers: config.layers,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        rope_theta: config.rope_theta,
-    };
-    let spec = WorkloadSpec::parse(&job.workload)?;
-    let options = SessionOptions {
-        capacity: job.context.saturating_add(steps),
-        kv: kv_dtype(&job.kv_dtype)?,
-        method: method("dense")?,
-    };
-    let workload = Workload::new(&spec, &shape, job.context, steps, job.seed)?;
-    let mut session = Session::new(model, team, options)?;
-    let clock = Instant::now();
-    let compared = measure.quality_steps as usize;
-    let filled = fill(&mut session, &workload, job.context, steps, compared, |done, total| {
-        events.send(&phase("filling the cache", done, total))
-    })?;
-    Ok((session, filled, clock.elapsed().as_nanos() as u64))
-}
-
-/// How the mass of the first step's queries lies, for the first head of each type: mean over its query group.
-fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
-    let mut stats = BTreeMap::new();
-    for (i, head) in filled.heads.iter().enumerate() {
-        let kind = filled.types[i].name();
-        if filled.types[..i].contains(&filled.types[i]) {
-            continue;
-        }
-        let rope = session.rope();
-        let queries = head.statistics(0, |positions| (rope.cos(positions.clone()), rope.sin(positions)));
-        let n = queries.len() as f64;
-        let mut put = |name: &str, value: f64| stats.insert(format!("{kind}.{name}"), value);
-        put("sink_mass", queries.iter().map(|q| q.sink_mass).sum::<f64>() / n);
-        put("top_percent_mass", queries.iter().map(|q| q.top_percent_mass).sum::<f64>() / n);
-        put("effective_tokens", queries.iter().map(|q| q.effective_tokens).sum::<f64>() / n);
-        put("density_95", queries.iter().map(|q| q.density_95).sum::<f64>() / n);
-    }
-    stats
-}
-
 /// Quality of every cell that lacks it. Threads do not change a bit, so cells of one method share one comparison.
 fn compare_all<W: Write>(
     job: &Job,
     session: &mut Session,
-    filled: &Filled,
+    inputs: &Inputs,
     cells: &mut Vec<Cell<'_>>,
     events: &mut Events<W>,
 ) -> Result<(), WorkerError> {
@@ -184,7 +117,9 @@ fn compare_all<W: Write>(
             let measured = match known.get(&name) {
                 Some(quality) => Ok(quality.clone()),
                 None => with_cell(session, &mut cell, |session| {
-                    quality::measure(session, filled, job.measure.quality_steps as usize)
+                    inputs.quality(session, job.measure.quality_steps as usize, &mut |done, total| {
+                        events.send(&phase("comparing the output", done, total))
+                    })
                 }),
             };
             match measured {
@@ -209,7 +144,7 @@ fn compare_all<W: Write>(
 fn time_all<W: Write>(
     job: &Job,
     session: &mut Session,
-    filled: &Filled,
+    inputs: &Inputs,
     mut cells: Vec<Cell<'_>>,
     probe: &ReadProbe,
     events: &mut Events<W>,
@@ -230,7 +165,7 @@ fn time_all<W: Write>(
         let mut lost = Vec::new();
         for (slot, &i) in order.iter().enumerate() {
             let cell = &mut cells[i];
-            match with_cell(session, cell, |session| timing::repetition(session, filled, &job.measure)) {
+            match with_cell(session, cell, |session| timing::repetition(session, inputs, &job.measure)) {
                 Ok(mut sample) => {
                     (sample.cell, sample.rep) = (cell.job.id.clone(), rep);
                     (sample.round, sample.slot) = (rep, slot as u32);
@@ -266,8 +201,9 @@ fn with_cell<T>(
         work(session)
     }));
     cell.attention = Some(session.swap_attention(other));
-    outcome
-        .unwrap_or_else(|panic| Err(WorkerError::Request(format!("the engine panicked: {}", text(&*panic)))))
+    outcome.unwrap_or_else(|panic| {
+        Err(WorkerError::Request(format!("the engine panicked: {}", panic_text(&*panic))))
+    })
 }
 
 /// Fisher-Yates with SplitMix64: the order of a round is part of the plan, not of the platform.
@@ -282,7 +218,7 @@ fn shuffle(order: &mut [usize], seed: u64) {
     }
 }
 
-fn phase(what: &str, done: u64, total: u64) -> Event {
+pub(crate) fn phase(what: &str, done: u64, total: u64) -> Event {
     Event::Phase { what: what.into(), done, total }
 }
 

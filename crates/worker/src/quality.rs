@@ -50,11 +50,11 @@ pub(crate) fn measure(
         cell: String::new(),
         steps: compared as u32,
         outputs: all.len() as u64,
-        rel_l2_p50: quantile(&errors, 0.5),
-        rel_l2_p95: quantile(&errors, 0.95),
-        rel_l2_max: quantile(&errors, 1.0),
-        cosine_mean: all.iter().map(|c| c.cosine).sum::<f64>() / all.len() as f64,
-        cosine_min: all.iter().map(|c| c.cosine).fold(f64::INFINITY, f64::min),
+        rel_l2_p50: Some(quantile(&errors, 0.5)),
+        rel_l2_p95: Some(quantile(&errors, 0.95)),
+        rel_l2_max: Some(quantile(&errors, 1.0)),
+        cosine_mean: Some(all.iter().map(|c| c.cosine).sum::<f64>() / all.len() as f64),
+        cosine_min: Some(all.iter().map(|c| c.cosine).fold(f64::INFINITY, f64::min)),
         rel_l2_by_head: by_type
             .into_iter()
             .map(|(name, mut errors)| {
@@ -63,8 +63,7 @@ pub(crate) fn measure(
             })
             .collect(),
         needle_accuracy: (!needles.is_empty()).then(|| hits as f64 / needles.len() as f64),
-        top1_agreement: None,
-        kl_nats: None,
+        ..Quality::default()
     })
 }
 

@@ -7,28 +7,25 @@ use longbit_protocol::{Measure, Sample, Traffic};
 use longbit_sys::{HostFacts, ProcessFacts, psi_pct, steal_pct};
 
 use crate::WorkerError;
-use crate::fill::Filled;
-use crate::quality::token;
+use crate::inputs::Inputs;
 
 /// Decodes the warm-up and the timed tokens from the filled context, then rewinds to it. The clock is read around each
 /// token; everything that the token needs from the workload was made before.
 pub(crate) fn repetition(
     session: &mut Session,
-    filled: &Filled,
+    inputs: &Inputs,
     measure: &Measure,
 ) -> Result<Sample, WorkerError> {
     let context = session.len();
-    let vocab = session.model().config.vocab;
     let (warmup, timed) = (measure.warmup_tokens as usize, measure.gen_tokens as usize);
     for step in 0..warmup {
-        session.decode_supplied(token(step, vocab), &filled.steps[step], false)?;
+        inputs.decode(session, step)?;
     }
     let mut sample = Sample { t0: utc_now(), tok_ns: Vec::with_capacity(timed), ..Sample::default() };
     let (process, host, start) = (ProcessFacts::counters(), HostFacts::now(), Instant::now());
     for step in warmup..warmup + timed {
-        let supplied = &filled.steps[step];
         let before = Instant::now();
-        session.decode_supplied(token(step, vocab), supplied, false)?;
+        inputs.decode(session, step)?;
         sample.tok_ns.push(before.elapsed().as_nanos() as u64);
         let traffic = session.traffic();
         sample.traffic.kv_bytes += traffic.kv_bytes;

@@ -26,11 +26,28 @@ pub enum Metric {
     RelL2P50,
     /// Mean cosine.
     CosineMean,
+    /// Mean divergence of the next-token distribution.
+    KlNats,
+    /// Share of steps whose most likely token is that of the reference.
+    Top1Agreement,
+    /// Mean cosine of the logits.
+    LogitCosineMean,
+    /// Mean negative log-likelihood of the text.
+    NllNats,
 }
 
 /// All metrics, in the order of the documentation.
-pub const METRICS: [Metric; 5] =
-    [Metric::TpotP50, Metric::TpotP99, Metric::KvBytesReadPerToken, Metric::RelL2P50, Metric::CosineMean];
+pub const METRICS: [Metric; 9] = [
+    Metric::TpotP50,
+    Metric::TpotP99,
+    Metric::KvBytesReadPerToken,
+    Metric::RelL2P50,
+    Metric::CosineMean,
+    Metric::KlNats,
+    Metric::Top1Agreement,
+    Metric::LogitCosineMean,
+    Metric::NllNats,
+];
 
 impl Metric {
     /// Name in tables and JSON.
@@ -41,6 +58,10 @@ impl Metric {
             Metric::KvBytesReadPerToken => "kv_bytes_read_per_token",
             Metric::RelL2P50 => "rel_l2_p50",
             Metric::CosineMean => "cosine_mean",
+            Metric::KlNats => "kl_nats",
+            Metric::Top1Agreement => "top1_agreement",
+            Metric::LogitCosineMean => "logit_cosine_mean",
+            Metric::NllNats => "nll_nats",
         }
     }
 
@@ -56,7 +77,7 @@ impl Metric {
 
     /// Whether a larger value is better.
     pub fn larger_is_better(self) -> bool {
-        self == Metric::CosineMean
+        matches!(self, Metric::CosineMean | Metric::Top1Agreement | Metric::LogitCosineMean)
     }
 
     /// The threshold of `gate`: a share for relative metrics, an absolute difference for the others.
@@ -67,6 +88,10 @@ impl Metric {
             Metric::KvBytesReadPerToken => gate.kv_bytes_pct / 100.0,
             Metric::RelL2P50 => gate.rel_l2_abs,
             Metric::CosineMean => gate.cosine_abs,
+            Metric::KlNats => gate.kl_abs,
+            Metric::Top1Agreement => gate.top1_abs,
+            Metric::LogitCosineMean => gate.logit_cosine_abs,
+            Metric::NllNats => gate.nll_abs,
         }
     }
 
@@ -77,6 +102,10 @@ impl Metric {
             Metric::KvBytesReadPerToken => r.kv_bytes_read_per_token.map(|v| v as f64),
             Metric::RelL2P50 => r.rel_l2_p50,
             Metric::CosineMean => r.cosine_mean,
+            Metric::KlNats => r.kl_nats,
+            Metric::Top1Agreement => r.top1_agreement,
+            Metric::LogitCosineMean => r.logit_cosine_mean,
+            Metric::NllNats => r.nll_nats,
         }
     }
 }

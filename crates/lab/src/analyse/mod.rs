@@ -13,11 +13,13 @@ use crate::{LabError, Result};
 pub mod compare;
 pub mod interval;
 pub mod label;
+pub mod loss;
 pub mod sentence;
 pub mod stats;
 pub mod summarise;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod verify;
 
 /// A results directory, read.
 #[derive(Clone, Debug)]

@@ -3,6 +3,7 @@
 use longbit_protocol::Status;
 
 use super::label::{DENSE, Labels, REFERENCE_KV, context, digits, percent};
+use super::loss::Loss;
 use crate::record::Record;
 
 /// What the records show, e.g. "At 32k tokens dense attention keeps 43 % of its speed at 2k tokens (12.1 of 28.0 tok/s); window
@@ -23,28 +24,31 @@ pub fn sentence(records: &[Record]) -> String {
 
 /// Without any timing: the quality alone, or that there is nothing.
 fn nothing_timed(records: &[Record]) -> String {
-    let with_quality: Vec<&Record> =
-        records.iter().filter(|r| r.measured() && r.rel_l2_p50.is_some()).collect();
-    let worst = with_quality.iter().max_by(|a, b| error(a).total_cmp(&error(b)));
-    match worst {
-        Some(r) => format!(
-            "Output of {} cells was compared with exact attention, nothing was timed; {} with {} keys and values at {} \
-             tokens is furthest off, by {} (median relative L2).",
-            with_quality.len(),
-            Labels::new(records).method(r),
-            r.kv_dtype,
-            context(r.context_tokens),
-            percent(error(r)),
-        ),
-        None => match gaps(records) {
+    let measured = || records.iter().filter(|r| r.measured());
+    let loss = Loss::of(measured());
+    let with_quality: Vec<(&Record, f64)> = measured().filter_map(|r| Some((r, loss?.typical(r)?))).collect();
+    let worst = with_quality.iter().max_by(|a, b| a.1.total_cmp(&b.1));
+    match (worst, loss) {
+        (Some((r, error)), Some(loss)) => {
+            let against = match loss {
+                Loss::RelativeL2 => "Output of {} cells was compared with exact attention",
+                Loss::Kl => "Logits of {} cells were compared with those of dense bf16 attention",
+            };
+            format!(
+                "{}, nothing was timed; {} with {} keys and values at {} tokens is furthest off, by {} ({}).",
+                against.replace("{}", &with_quality.len().to_string()),
+                Labels::new(records).method(r),
+                r.kv_dtype,
+                context(r.context_tokens),
+                loss.show(*error),
+                loss.name(),
+            )
+        }
+        _ => match gaps(records) {
             Some(gaps) => format!("No cell was measured. {gaps}"),
             None => "No cell was measured.".to_owned(),
         },
     }
-}
-
-fn error(r: &Record) -> f64 {
-    r.rel_l2_p50.unwrap_or(0.0)
 }
 
 fn speed(r: &Record) -> f64 {
@@ -68,6 +72,8 @@ fn gaps(records: &[Record]) -> Option<String> {
 fn statement(records: &[Record], measured: &[&Record]) -> String {
     let labels = Labels::new(records);
     let group = main_group(measured);
+    let loss = Loss::of(group.iter().copied());
+    let error = |r: &Record| loss.and_then(|l| l.typical(r));
     let far = group.iter().map(|r| r.context_tokens).max().unwrap_or(0);
     // "Its own speed at the shortest context": the same series, elsewhere on the axis.
     let near_of = |r: &Record| {
@@ -84,8 +90,8 @@ fn statement(records: &[Record], measured: &[&Record]) -> String {
     let fastest = others.iter().max_by(|a, b| speed(a).total_cmp(&speed(b))).copied();
     let careful = others
         .iter()
-        .filter(|r| r.rel_l2_p50.is_some() && dense.is_none_or(|d| speed(r) > speed(d)))
-        .min_by(|a, b| error(a).total_cmp(&error(b)))
+        .filter(|r| error(r).is_some() && dense.is_none_or(|d| speed(r) > speed(d)))
+        .min_by(|a, b| error(a).unwrap_or(0.0).total_cmp(&error(b).unwrap_or(0.0)))
         .copied()
         .filter(|r| fastest.is_none_or(|f| f.cell_id != r.cell_id));
 
@@ -104,10 +110,10 @@ fn statement(records: &[Record], measured: &[&Record]) -> String {
     }
     for (r, role) in [(fastest, ""), (careful, ", the most accurate of the faster ones,")] {
         let Some(r) = r else { continue };
-        clauses.push(other_clause(r, role, &labels.method(r), near_of(r), dense));
+        clauses.push(other_clause(r, role, &labels.method(r), near_of(r), dense, loss));
     }
-    let quality_shown = [fastest, careful].into_iter().flatten().any(|r| r.rel_l2_p50.is_some());
-    let tail = if quality_shown { " (median relative L2)" } else { "" };
+    let shown = loss.filter(|_| [fastest, careful].into_iter().flatten().any(|r| error(r).is_some()));
+    let tail = shown.map(|l| format!(" ({})", l.name())).unwrap_or_default();
     let first = group.first().map(|r| (r.kv_dtype.as_str(), r.threads)).unwrap_or_default();
     let several_kv = measured.iter().any(|r| r.kv_dtype != first.0);
     let setting = if several_kv { format!(" with {} keys and values", first.0) } else { String::new() };
@@ -121,16 +127,19 @@ fn other_clause(
     label: &str,
     near: Option<&Record>,
     dense: Option<&Record>,
+    loss: Option<Loss>,
 ) -> String {
     let pace = match (near, dense) {
         (Some(near), _) => format!("keeps {}", percent(speed(r) / speed(near))),
         (None, Some(d)) => format!("decodes {} tok/s ({:.2}×)", digits(speed(r)), speed(r) / speed(d)),
         (None, None) => format!("decodes {} tok/s", digits(speed(r))),
     };
-    match r.rel_l2_p50 {
-        // Below a tenth an error is a price, above it is an objection.
-        Some(e) if e >= 0.1 => format!("{label}{role} {pace} but its output is off by {}", percent(e)),
-        Some(e) => format!("{label}{role} {pace} and its output is off by {}", percent(e)),
+    match loss.and_then(|l| Some((l, l.typical(r)?))) {
+        // Below a tenth (of the output, or of a nat) an error is a price, above it is an objection.
+        Some((l, e)) => {
+            let word = if e >= 0.1 { "but" } else { "and" };
+            format!("{label}{role} {pace} {word} its output is off by {}", l.show(e))
+        }
         None => format!("{label}{role} {pace}"),
     }
 }
@@ -189,5 +198,17 @@ mod tests {
         let lone = Sweep { methods: vec![("window", &[])], kv_dtypes: vec!["bf16"], ..Sweep::default() };
         let text = of(lone);
         assert!(text.starts_with("At 96k tokens window keeps "), "{text}");
+    }
+    #[test]
+    fn a_text_speaks_of_divergence() {
+        let text = of(Sweep { kv_dtypes: vec!["bf16"], text: true, ..Sweep::default() });
+        assert!(text.contains("but its output is off by 0.566 nats"), "{text}");
+        assert!(text.ends_with("(mean KL divergence of the next token from dense bf16)."), "{text}");
+        assert!(!text.contains("L2"), "{text}");
+        let mut records = testing::records();
+        records.iter_mut().for_each(|r| (r.decode_tok_s, r.kl_nats, r.rel_l2_p50) = (None, Some(0.25), None));
+        let text = sentence(&records);
+        assert!(text.starts_with("Logits of 40 cells were compared with those of dense bf16"), "{text}");
+        assert!(text.contains("furthest off, by 0.250 nats"), "{text}");
     }
 }

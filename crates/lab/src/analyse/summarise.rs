@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use longbit_protocol::{Fill, Machine, Outcome, Quality, Ready, Sample, Status};
 
+use super::verify::verify_violation;
 use super::{interval, stats};
-use crate::plan::{Plan, PlannedCell, SCHEMA, VerifySpec};
+use crate::plan::{Plan, PlannedCell, SCHEMA};
 use crate::record::Record;
 use crate::run::store::Line;
 
@@ -86,41 +87,6 @@ pub fn token_times(lines: &[Line]) -> BTreeMap<String, Vec<Vec<u64>>> {
         .into_iter()
         .map(|(id, log)| (id.to_owned(), log.samples.values().map(|(s, _)| s.tok_ns.clone()).collect()))
         .collect()
-}
-
-/// Why `quality` violates the limits of `verify` for a method, or none when it holds. A cell without quality violates
-/// them: an accuracy that was not measured is not an accuracy.
-pub fn verify_violation(verify: &VerifySpec, method: &str, quality: Option<&Quality>) -> Option<String> {
-    if !verify.methods.is_empty() && !verify.methods.iter().any(|m| m == method) {
-        return None;
-    }
-    if verify.cosine_min.is_none() && verify.rel_l2_max.is_none() {
-        return None;
-    }
-    let Some(quality) = quality else { return Some("no quality was measured".to_owned()) };
-    let mut violations = Vec::new();
-    // Written so that a number that cannot be compared counts as a violation.
-    if let Some(limit) = verify.cosine_min
-        && !matches!(quality.cosine_min.partial_cmp(&limit), Some(o) if o.is_ge())
-    {
-        violations.push(format!(
-            "smallest cosine {} is below {limit} (verify.cosine_min)",
-            significant(quality.cosine_min)
-        ));
-    }
-    if let Some(limit) = verify.rel_l2_max
-        && !matches!(quality.rel_l2_max.partial_cmp(&limit), Some(o) if o.is_le())
-    {
-        let found = significant(quality.rel_l2_max);
-        violations.push(format!("largest relative L2 error {found} exceeds {limit} (verify.rel_l2_max)"));
-    }
-    (!violations.is_empty()).then(|| violations.join("; "))
-}
-
-/// Six digits after the point at most, for messages.
-fn significant(value: f64) -> String {
-    let text = format!("{value:.6}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// Status and reason of a cell.
@@ -287,6 +253,12 @@ fn identity(
         rustc: built.rustc.clone(),
         target: built.target.clone(),
         profile: built.profile.clone(),
+        kl_nats_max: None,
+        logit_cosine_mean: None,
+        logit_cosine_min: None,
+        nll_nats: None,
+        nll_reference_nats: None,
+        quality_steps: None,
     }
 }
 
@@ -315,14 +287,21 @@ fn add_ready(record: &mut Record, ready: &Ready) {
 }
 
 fn add_quality(record: &mut Record, quality: &Quality) {
-    record.rel_l2_p50 = finite(quality.rel_l2_p50);
-    record.rel_l2_p95 = finite(quality.rel_l2_p95);
-    record.rel_l2_max = finite(quality.rel_l2_max);
-    record.cosine_min = finite(quality.cosine_min);
-    record.cosine_mean = finite(quality.cosine_mean);
-    record.needle_accuracy = quality.needle_accuracy.and_then(finite);
-    record.top1_agreement = quality.top1_agreement.and_then(finite);
-    record.kl_nats = quality.kl_nats.and_then(finite);
+    let known = |value: Option<f64>| value.and_then(finite);
+    record.rel_l2_p50 = known(quality.rel_l2_p50);
+    record.rel_l2_p95 = known(quality.rel_l2_p95);
+    record.rel_l2_max = known(quality.rel_l2_max);
+    record.cosine_min = known(quality.cosine_min);
+    record.cosine_mean = known(quality.cosine_mean);
+    record.needle_accuracy = known(quality.needle_accuracy);
+    record.top1_agreement = known(quality.top1_agreement);
+    record.kl_nats = known(quality.kl_nats);
+    record.kl_nats_max = known(quality.kl_nats_max);
+    record.logit_cosine_mean = known(quality.logit_cosine_mean);
+    record.logit_cosine_min = known(quality.logit_cosine_min);
+    record.nll_nats = known(quality.nll_nats);
+    record.nll_reference_nats = known(quality.nll_reference_nats);
+    record.quality_steps = Some(u64::from(quality.steps));
 }
 
 fn add_times(record: &mut Record, plan: &Plan, samples: &[&Sample]) {

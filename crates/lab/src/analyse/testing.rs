@@ -22,6 +22,8 @@ pub(crate) struct Sweep {
     pub(crate) methods: Vec<(&'static str, &'static [(&'static str, &'static str)])>,
     pub(crate) threads: Vec<usize>,
     pub(crate) seed: u64,
+    /// Quality is that of logits.
+    pub(crate) text: bool,
 }
 
 impl Default for Sweep {
@@ -36,6 +38,7 @@ impl Default for Sweep {
             ],
             threads: vec![2],
             seed: 1,
+            text: false,
         }
     }
 }
@@ -73,7 +76,7 @@ impl Sweep {
             probe_bytes: 1 << 30,
         };
         let model =
-            ModelSpec { preset: "bitnet-2b-4t".into(), path: String::new(), head: "bf16".into(), seed: 1 };
+            ModelSpec { preset: "bitnet-2b-4t".into(), head: "bf16".into(), seed: 1, ..ModelSpec::default() };
         let (mut cells, mut cohorts) = (Vec::new(), Vec::new());
         for &context in &self.contexts {
             for kv in &self.kv_dtypes {
@@ -101,7 +104,8 @@ impl Sweep {
                             kv_dtype: kv.to_string(),
                             method: method.to_string(),
                             method_params: params,
-                            workload: "mix".into(),
+                            workload: if self.text { "text:sha256=0123456789ab" } else { "mix" }.into(),
+                            text: None,
                             seed: 1,
                             predicted: Predicted { rss_bytes: 3 << 30, ..Predicted::default() },
                             skip: None,
@@ -137,6 +141,7 @@ impl Sweep {
             max_drift_pct: 2.0,
             gate: Gate::default(),
             verify: None,
+            prefill_limit: None,
             limits: RunLimits { cell_timeout_s: 1800.0, max_rss_bytes: 14 << 30 },
             cells,
             cohorts,
@@ -192,16 +197,32 @@ impl Sweep {
                 let cell = &plan.cells[m];
                 let (_, far) = behaviour(&cell.method, &cell.method_params, cell.context);
                 let p50 = (error * error + far * far).sqrt();
-                let quality = Quality {
-                    cell: cell.id.clone(),
-                    steps: 4,
-                    outputs: 4 * 30 * 20,
-                    rel_l2_p50: p50,
-                    rel_l2_p95: p50 * 2.2,
-                    rel_l2_max: p50 * 3.0,
-                    cosine_mean: 1.0 - p50 * p50 / 2.0,
-                    cosine_min: 1.0 - p50 * p50,
-                    ..Quality::default()
+                let cell = cell.id.clone();
+                let quality = match self.text {
+                    false => Quality {
+                        cell,
+                        steps: 4,
+                        outputs: 4 * 30 * 20,
+                        rel_l2_p50: Some(p50),
+                        rel_l2_p95: Some(p50 * 2.2),
+                        rel_l2_max: Some(p50 * 3.0),
+                        cosine_mean: Some(1.0 - p50 * p50 / 2.0),
+                        cosine_min: Some(1.0 - p50 * p50),
+                        ..Quality::default()
+                    },
+                    true => Quality {
+                        cell,
+                        steps: 64,
+                        outputs: 64,
+                        top1_agreement: Some(1.0 - p50 / 2.0),
+                        kl_nats: Some(p50 * p50),
+                        kl_nats_max: Some(6.0 * p50 * p50),
+                        logit_cosine_mean: Some(1.0 - p50 * p50 / 2.0),
+                        logit_cosine_min: Some(1.0 - p50 * p50),
+                        nll_nats: Some(2.5 + p50 * p50),
+                        nll_reference_nats: Some(2.5),
+                        ..Quality::default()
+                    },
                 };
                 lines.push(Line::Quality { quality: Box::new(quality) });
             }

@@ -78,7 +78,7 @@ const FILES: [[&str; 3]; 8] = [
 const LINES: [[&str; 3]; 6] = [
     ["ready", "cohort, attempt, ready", "a worker built its model and filled its cache"],
     ["probe", "cohort, attempt, probe {threads, gb_s, round}", "read bandwidth measured beside the samples"],
-    ["quality", "quality", "output of one cell against exact attention"],
+    ["quality", "quality", "output of one cell against exact attention, or logits against the reference"],
     ["sample", "cohort, attempt, sample", "one timed repetition of a cell"],
     ["failed", "outcome {cell, status, error}", "a cell that could not be measured"],
     ["done", "cell, reps", "a cell has everything that the plan asks for"],
@@ -108,14 +108,14 @@ const SAMPLE: [[&str; 3]; 19] = [
 
 const OTHER: [[&str; 2]; 6] = [
     ["quality.steps", "decode steps compared"],
-    ["quality.outputs", "outputs compared: steps x layers x query heads"],
+    ["quality.outputs", "outputs compared: steps x layers x query heads, or steps where logits are compared"],
     ["quality.rel_l2_by_head", "median relative L2 error by head type of the workload"],
     ["ready.build_ns", "time to build or load the model"],
     ["ready.huge_page_bytes", "anonymous huge pages in use, or null"],
-    ["ready.workload_stats", "statistics of the workload, by name"],
+    ["ready.workload_stats", "statistics of the workload, by name; of a text its bytes and tokens"],
 ];
 
-const PLAN: [[&str; 2]; 16] = [
+const PLAN: [[&str; 2]; 17] = [
     ["schema", "1"],
     ["experiment", "group, name, question, analysis, file_sha256, file (as it was named; empty outside)"],
     ["plan_hash", "16 hexadecimal digits over everything that decides what is measured"],
@@ -130,21 +130,33 @@ const PLAN: [[&str; 2]; 16] = [
         "min_samples_p99, max_drift_pct",
         "below this many tokens p99 is empty; beyond this drift a cell is not steady",
     ],
-    ["gate", "thresholds of check: tpot_p50_pct, tpot_p99_pct, kv_bytes_pct, rel_l2_abs, cosine_abs"],
-    ["verify", "cosine_min, rel_l2_max, on_fail (mark or stop), methods; or null"],
+    [
+        "gate",
+        "thresholds of check: tpot_p50_pct, tpot_p99_pct, kv_bytes_pct, rel_l2_abs, cosine_abs, kl_abs, top1_abs, \
+         logit_cosine_abs, nll_abs",
+    ],
+    ["verify", "cosine_min, rel_l2_max, kl_nats_max, top1_min, on_fail (mark or stop), methods; or null"],
+    ["prefill_limit", "longest context that a text is run through the model for; or null without a text"],
     ["limits", "cell_timeout_s, max_rss_bytes"],
     ["cells", "the cells, in stable order"],
     ["cohorts", "indices into cells: those that share model, context, KV dtype and workload"],
 ];
 
-const CELL: [[&str; 2]; 9] = [
+const CELL: [[&str; 2]; 10] = [
     ["id", "16 hexadecimal digits of the canonical configuration"],
     ["name", "for people and filters"],
-    ["model", "preset or path, head, seed"],
+    [
+        "model",
+        "preset or path (as the experiment file writes it), head, seed; sha256, i2s and activation where given",
+    ],
     ["context, threads, kv_dtype", "the point of the sweep"],
     ["method, method_params", "attention method with all its parameters"],
     ["workload, seed", "where queries, keys and values come from"],
-    ["predicted", "rss_bytes, kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, seconds"],
+    ["text", "path (as the experiment file writes it) and sha256 of the text that is decoded; or null"],
+    [
+        "predicted",
+        "rss_bytes, kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",
+    ],
     ["skip", "why the cell is not run, with the number; or null"],
     ["(order)", "context, KV dtype, method, threads"],
 ];

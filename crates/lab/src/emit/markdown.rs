@@ -35,19 +35,32 @@ pub fn summary(plan: &Plan, machine: &Machine, records: &[Record], sentence: &st
     page
 }
 
+/// What the columns of the table mean; the explanation stands under it when the column does.
+const LEGEND: [(&str, &str); 8] = [
+    ("tok/s", "tok/s: timed tokens divided by their time."),
+    ("median, 95 %", "median, 95 %: interval of the median speed over repetitions."),
+    ("rel L2 p50", "rel L2: error of an attention output against exact f32 attention on the same inputs."),
+    (
+        "KL nats",
+        "KL nats: divergence of the next-token distribution from that of dense attention over a bf16 cache on the same \
+         text, mean over the compared steps; KL max: the largest.",
+    ),
+    ("top-1", "top-1: steps with the same most likely token."),
+    ("perplexity", "perplexity: that of the text, relative to the reference."),
+    ("KV MB/token", "KV MB/token: cached keys, values and indexes that a decode step reads."),
+    ("of bandwidth", "of bandwidth: bytes read a second against a read probe with the same threads."),
+];
+
 /// The table of measured cells with its legend, and the full parameters of the methods.
 pub fn cells(records: &[Record]) -> String {
-    let rows = table::measured(records).markdown();
-    if rows.is_empty() {
+    let rows = table::measured(records);
+    if rows.body.is_empty() {
         return "No cell was measured.\n".to_owned();
     }
-    let mut text = rows;
-    text.push_str(
-        "\ntok/s: timed tokens divided by their time. median, 95 %: interval of the median speed over repetitions. \
-         rel L2: error of an attention output against exact f32 attention on the same inputs. KV MB/token: cached keys, \
-         values and indexes that a decode step reads. of bandwidth: bytes read a second against a read probe with the \
-         same threads.\n",
-    );
+    let mut text = rows.markdown();
+    let shown = LEGEND.iter().filter(|(column, _)| rows.head.iter().any(|h| h == column));
+    let legend: Vec<&str> = shown.map(|(_, meaning)| *meaning).collect();
+    text.push_str(&format!("\n{}\n", legend.join(" ")));
     let full = distinct(records.iter().filter(|r| r.method != DENSE).map(Record::method_string));
     let full: Vec<String> = full.into_iter().filter(|m| m.contains(':')).map(|m| format!("`{m}`")).collect();
     if !full.is_empty() {

@@ -33,6 +33,11 @@ pub fn measured(records: &[Record]) -> Rows {
         "rel L2 p95",
         "cosine",
         "needles",
+        "KL nats",
+        "KL max",
+        "top-1",
+        "logit cosine",
+        "perplexity",
         "KV MB/token",
         "GB/s",
         "of bandwidth",
@@ -64,6 +69,11 @@ pub fn measured(records: &[Record]) -> Rows {
             number(r.rel_l2_p95),
             r.cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
             share(r.needle_accuracy),
+            number(r.kl_nats),
+            number(r.kl_nats_max),
+            share(r.top1_agreement),
+            r.logit_cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
+            r.perplexity_ratio().map_or(String::new(), |x| format!("{x:.4}×")),
             r.cache_bytes_per_token().map_or(String::new(), |b| digits(b as f64 / 1e6)),
             number(r.achieved_gb_s),
             share(r.roofline_fraction),
@@ -205,6 +215,19 @@ mod tests {
         assert!(!text.contains("needles"), "no cell has them");
         let gaps = gaps(&records).markdown();
         assert!(gaps.contains("oom") && gaps.contains("predicted 15.1 GB exceeds"), "{gaps}");
+    }
+
+    #[test]
+    fn a_text_has_columns_of_logits_and_none_of_outputs() {
+        let (plan, machine, lines) = testing::Sweep { text: true, ..testing::Sweep::default() }.build();
+        let rows = measured(&crate::analyse::summarise::summarise(&plan, &machine, &lines));
+        for name in ["KL nats", "KL max", "top-1", "logit cosine", "perplexity"] {
+            assert!(rows.head.iter().any(|h| h == name), "{name}");
+        }
+        assert!(!rows.head.iter().any(|h| h.contains("L2") || h == "cosine"), "{:?}", rows.head);
+        let text = rows.markdown();
+        assert!(text.contains("1.0000×") && text.contains("100 %"), "{text}");
+        assert!(!measured(&testing::records()).head.iter().any(|h| h.contains("KL")));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use longbit_protocol::{
-    Capabilities, Estimate, EstimateRequest, Event, Job, KvDtypeInfo, MethodInfo, Outcome, ParamInfo,
+    Capabilities, Estimate, EstimateRequest, Event, Fill, Job, KvDtypeInfo, MethodInfo, Outcome, ParamInfo,
     ParamKind, PresetInfo, Probe, Quality, Ready, Sample, Status, Traffic, WorkloadInfo,
 };
 
@@ -37,6 +37,8 @@ pub enum Fault {
 pub struct MockEngine {
     /// What goes wrong: `(method, fault)`.
     pub faults: Vec<(String, Fault)>,
+    /// The configurations whose bytes were asked for.
+    pub asked: RefCell<Vec<EstimateRequest>>,
     /// The jobs that were started.
     pub jobs: RefCell<Vec<Job>>,
     /// The repetitions that were sent: `(cell, rep)`.
@@ -86,20 +88,26 @@ pub fn capabilities() -> Capabilities {
                 }],
             ),
         ],
-        workloads: vec![WorkloadInfo {
-            name: "mix".into(),
-            summary: "A mix.".into(),
-            params: vec![
-                int("needles", "planted", 0, 100, "8"),
-                ParamInfo {
-                    name: "skew".into(),
-                    summary: "of the tail".into(),
-                    kind: ParamKind::Float { min: 0.0, max: 2.0 },
-                    default: "0.5".into(),
-                },
-            ],
-        }],
+        workloads: vec![
+            WorkloadInfo {
+                name: "mix".into(),
+                summary: "A mix.".into(),
+                params: vec![
+                    int("needles", "planted", 0, 100, "8"),
+                    ParamInfo {
+                        name: "skew".into(),
+                        summary: "of the tail".into(),
+                        kind: ParamKind::Float { min: 0.0, max: 2.0 },
+                        default: "0.5".into(),
+                    },
+                ],
+                reads_text: false,
+            },
+            WorkloadInfo { name: "text".into(), summary: "A text.".into(), params: vec![], reads_text: true },
+        ],
         heads: vec!["bf16".into(), "int8".into()],
+        i2s: vec!["x86".into(), "arm".into()],
+        activations: vec!["relu2".into(), "silu".into()],
     }
 }
 
@@ -122,6 +130,7 @@ impl Engine for MockEngine {
     }
 
     fn estimate(&self, entries: &[EstimateRequest]) -> Result<Vec<Estimate>> {
+        self.asked.borrow_mut().extend_from_slice(entries);
         let one = |e: &EstimateRequest| Estimate {
             weight_bytes: 1_000_000,
             cache_bytes: 1_000_000 * e.context as u64,
@@ -130,6 +139,7 @@ impl Engine for MockEngine {
             weight_bytes_per_token: 1_000_000,
             kv_bytes_per_token: 1_000 * e.context as u64,
             fill_bytes: 1_000_000 * e.context as u64,
+            prefill_macs: if e.fill == Fill::Prefill { 1_000_000_000 * e.context as u64 } else { 0 },
             error: e.method.contains("sinks=999").then(|| "sinks exceed the context".to_owned()),
         };
         Ok(entries.iter().map(one).collect())
@@ -213,12 +223,24 @@ impl MockEngine {
                 Some(Fault::Cosine(cosine)) => cosine,
                 _ => 1.0,
             };
+            if job.text.is_some() {
+                next.push_back(event(Event::Quality(Box::new(Quality {
+                    cell: cell.id.clone(),
+                    steps: job.measure.quality_steps,
+                    outputs: u64::from(job.measure.quality_steps),
+                    top1_agreement: Some(cosine),
+                    kl_nats: Some((1.0 - cosine) / 2.0),
+                    kl_nats_max: Some(1.0 - cosine),
+                    ..Quality::default()
+                }))));
+                continue;
+            }
             next.push_back(event(Event::Quality(Box::new(Quality {
                 cell: cell.id.clone(),
                 steps: job.measure.quality_steps,
                 outputs: 8,
-                cosine_mean: cosine,
-                cosine_min: cosine,
+                cosine_mean: Some(cosine),
+                cosine_min: Some(cosine),
                 ..Quality::default()
             }))));
         }

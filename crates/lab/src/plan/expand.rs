@@ -43,6 +43,9 @@ struct Canonical<'a> {
     warmup_tokens: u32,
     quality_steps: u32,
     pin: bool,
+    /// All of the hash of which the workload shows a part. Where the text lies does not matter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text_sha256: Option<&'a str>,
 }
 
 /// 16 hexadecimal digits of the JSON of `value`.
@@ -70,6 +73,7 @@ pub fn cell_id(cell: &PlannedCell, measure: &Measure) -> Result<String> {
         warmup_tokens: measure.warmup_tokens,
         quality_steps: measure.quality_steps,
         pin: measure.pin,
+        text_sha256: cell.text.as_ref().map(|t| t.sha256.as_str()),
     })
 }
 
@@ -105,6 +109,7 @@ pub fn expand(experiment: &Experiment, cpus: usize) -> Result<Vec<PlannedCell>> 
                         method: method.name.clone(),
                         method_params: method.params.clone(),
                         workload: e.workload.clone(),
+                        text: e.text.as_ref().map(|t| t.file.clone()),
                         seed: e.seed,
                         predicted: Predicted::default(),
                         skip: None,

@@ -1,13 +1,16 @@
 //! Making a plan: cohorts, predictions, and what does not fit.
 
-use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Machine, Measure, Probe};
+use std::path::Path;
+
+use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Fill, Machine, Measure, ModelSpec, Probe};
 use serde::Serialize;
 
 use super::expand::{Selection, expand, select, short_hash};
 use super::{Plan, PlannedCell, Predicted, RunLimits, SCHEMA, VerifySpec};
+use crate::analyse::label::digits;
 use crate::engine::Engine;
 use crate::spec::units::show_bytes;
-use crate::spec::{Experiment, MemoryLimit, OnExceed};
+use crate::spec::{Experiment, MemoryLimit, OnExceed, resolve};
 use crate::{Complaint, LabError, Result};
 
 /// Read bandwidth that is assumed where none was measured, 10^9 bytes a second.
@@ -16,6 +19,8 @@ const ASSUMED_GB_S: f64 = 10.0;
 /// Rough on purpose: progress corrects it by what was observed.
 const BUILD_BYTES_S: f64 = 0.5e9;
 const FILL_BYTES_S: f64 = 0.3e9;
+/// Rate at which a thread runs a prompt through the model, multiply-adds a second; as rough.
+const PREFILL_MACS_S: f64 = 2e10;
 
 /// What the flags change about a plan.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -74,6 +79,8 @@ struct Decides<'a> {
     engine: &'a str,
     engine_version: &'a str,
     isa: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefill_limit: Option<usize>,
 }
 
 /// The plan of an experiment without predictions: enough to tell whether a directory already holds it.
@@ -95,6 +102,7 @@ pub fn outline(
             "set measure.quality_steps",
         ));
     }
+    let prefill_limit = e.text.as_ref().map(|t| t.prefill_limit);
     let cells = select(expand(e, machine.cpus_allowed)?, &options.selection, capabilities)?;
     let plan_hash = short_hash(&Decides {
         experiment: e.meta.full_name(),
@@ -106,6 +114,7 @@ pub fn outline(
         engine: &capabilities.engine,
         engine_version: &capabilities.version,
         isa: &capabilities.isa,
+        prefill_limit,
     })?;
     let now = jiff::Timestamp::now();
     let git_sha = machine.toolchain.git_sha.clone();
@@ -131,6 +140,7 @@ pub fn outline(
         max_drift_pct: e.max_drift_pct,
         gate: e.gate,
         verify: e.verify.clone(),
+        prefill_limit,
         limits: RunLimits {
             cell_timeout_s: options.timeout_s.unwrap_or(e.cell_timeout_s),
             max_rss_bytes: limit.resolve(machine.memory_available_bytes),
@@ -140,20 +150,29 @@ pub fn outline(
     })
 }
 
-/// Predicts every cell through the engine, skips what cannot fit or cannot be, and forms the cohorts anew.
+/// Predicts every cell through the engine, skips what cannot fit, cannot be or takes a prompt beyond the limit, and forms
+/// the cohorts anew. `dir` is the directory of the experiment file.
 ///
 /// # Errors
 /// [`LabError::Engine`], and [`LabError::Invalid`] when the engine calls every cell impossible, or when a cell exceeds
 /// the limit and the experiment says `refuse`.
-pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes: &[Probe]) -> Result<()> {
+pub fn predict(
+    plan: &mut Plan,
+    engine: &dyn Engine,
+    on_exceed: OnExceed,
+    probes: &[Probe],
+    dir: &Path,
+) -> Result<()> {
     let measure = plan.measure.clone();
     let entry = |c: &PlannedCell| EstimateRequest {
-        model: c.model.clone(),
+        model: ModelSpec { path: resolve(dir, &c.model.path), ..c.model.clone() },
         context: c.context,
         headroom: (measure.gen_tokens + measure.warmup_tokens).max(measure.quality_steps) as usize,
         kv_dtype: c.kv_dtype.clone(),
         method: c.method_string(),
         threads: c.threads,
+        fill: if c.text.is_some() { Fill::Prefill } else { Fill::Synthetic },
+        quality_steps: measure.quality_steps,
     };
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
     let estimates = engine.estimate(&entries)?;
@@ -177,8 +196,19 @@ pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes
             kv_bytes_stored: estimate.cache_bytes,
             weight_bytes_per_token: estimate.weight_bytes_per_token,
             kv_bytes_per_token: estimate.kv_bytes_per_token,
+            prefill_macs: estimate.prefill_macs,
             seconds: 0.0,
         };
+        if let Some(allowed) = plan.prefill_limit.filter(|&allowed| cell.context > allowed) {
+            let work = digits(estimate.prefill_macs as f64 / 1e12);
+            cell.skip.get_or_insert_with(|| {
+                format!(
+                    "a prompt of {} tokens is longer than the limit of {allowed}, and would take {work} tera multiply-adds; \
+                     raise workload.prefill_limit to run it",
+                    cell.context
+                )
+            });
+        }
         if cell.predicted.rss_bytes > limit && cell.skip.is_none() {
             let (need, have) = (show_bytes(cell.predicted.rss_bytes), show_bytes(limit));
             let reason = format!("predicted {need} exceeds the limit {have} (limits.max_rss)");
@@ -212,7 +242,10 @@ pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes
     for cohort in plan.cohorts.clone() {
         let shared = cohort.first().map_or(0.0, |&i| {
             let e = &estimates[i];
-            e.weight_bytes as f64 / BUILD_BYTES_S + e.fill_bytes as f64 / FILL_BYTES_S
+            let threads = cohort.iter().map(|&i| plan.cells[i].threads).max().unwrap_or(1);
+            e.weight_bytes as f64 / BUILD_BYTES_S
+                + e.fill_bytes as f64 / FILL_BYTES_S
+                + e.prefill_macs as f64 / (PREFILL_MACS_S * threads as f64)
         });
         for &i in &cohort {
             let share = shared / cohort.len() as f64;
@@ -223,12 +256,14 @@ pub fn predict(plan: &mut Plan, engine: &dyn Engine, on_exceed: OnExceed, probes
     Ok(())
 }
 
-/// Seconds of timed and untimed tokens, of the comparison with exact attention, and of the probes.
+/// Seconds of timed and untimed tokens, of the comparison with the reference, and of the probes.
 fn seconds(e: &Estimate, measure: &Measure, threads: usize, probes: &[Probe]) -> f64 {
     let rate = 1e9 * bandwidth(probes, threads);
     let token = (e.weight_bytes_per_token + e.kv_bytes_per_token) as f64 / rate;
-    // The reference reads the whole cache in f32, at most four bytes for each byte stored.
-    let compared = token + 4.0 * e.cache_bytes as f64 / rate;
+    // The reference of a text decodes the same token; that of generated inputs reads the whole cache in f32, at most four
+    // bytes for each byte stored.
+    let reference = if e.prefill_macs > 0 { token } else { 4.0 * e.cache_bytes as f64 / rate };
+    let compared = token + reference;
     f64::from(measure.reps) * (f64::from(measure.gen_tokens + measure.warmup_tokens) * token)
         + f64::from(measure.quality_steps) * compared
         + f64::from(measure.reps) * measure.probe_bytes as f64 / rate

@@ -5,7 +5,7 @@ mod make;
 
 use std::collections::BTreeMap;
 
-use longbit_protocol::{Measure, ModelSpec};
+use longbit_protocol::{Measure, ModelSpec, TextFile};
 use serde::{Deserialize, Serialize};
 
 pub use expand::{Filter, Selection, cell_id, expand, select};
@@ -56,6 +56,9 @@ pub struct Plan {
     pub gate: Gate,
     /// Limits on the error of the cells.
     pub verify: Option<VerifySpec>,
+    /// Longest context that is run through the model, where cells decode a text.
+    #[serde(default)]
+    pub prefill_limit: Option<usize>,
     /// Caps of the run.
     pub limits: RunLimits,
     /// The cells, in stable order.
@@ -91,6 +94,7 @@ impl ExperimentMeta {
 
 /// Thresholds beyond which `check` calls a change a regression.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Gate {
     /// Median time per token, percent.
     pub tpot_p50_pct: f64,
@@ -102,6 +106,14 @@ pub struct Gate {
     pub rel_l2_abs: f64,
     /// Mean cosine, absolute.
     pub cosine_abs: f64,
+    /// Mean divergence of the next-token distribution, nats.
+    pub kl_abs: f64,
+    /// Share of steps whose most likely token is that of the reference, absolute.
+    pub top1_abs: f64,
+    /// Mean cosine of the logits, absolute.
+    pub logit_cosine_abs: f64,
+    /// Mean negative log-likelihood of the text, nats.
+    pub nll_abs: f64,
 }
 
 impl Default for Gate {
@@ -112,17 +124,27 @@ impl Default for Gate {
             kv_bytes_pct: 0.0,
             rel_l2_abs: 0.0005,
             cosine_abs: 0.001,
+            kl_abs: 0.0005,
+            top1_abs: 0.001,
+            logit_cosine_abs: 0.001,
+            nll_abs: 0.0005,
         }
     }
 }
 
-/// Limits on the error against exact attention.
+/// Limits on the error against exact attention, or against the reference where a text is decoded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct VerifySpec {
     /// Smallest allowed `Quality::cosine_min`.
     pub cosine_min: Option<f64>,
     /// Largest allowed `Quality::rel_l2_max`.
     pub rel_l2_max: Option<f64>,
+    /// Largest allowed `Quality::kl_nats_max`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_nats_max: Option<f64>,
+    /// Smallest allowed `Quality::top1_agreement`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top1_min: Option<f64>,
     /// What a violation does.
     pub on_fail: OnFail,
     /// Methods (bare names) that it applies to; empty means all.
@@ -171,6 +193,9 @@ pub struct PlannedCell {
     pub method_params: BTreeMap<String, String>,
     /// Workload with its parameters.
     pub workload: String,
+    /// The text that is decoded, its path as the experiment file writes it.
+    #[serde(default)]
+    pub text: Option<TextFile>,
     /// Seed of the workload.
     pub seed: u64,
     /// Predicted cost.
@@ -190,6 +215,9 @@ pub struct Predicted {
     pub weight_bytes_per_token: u64,
     /// Cache and index read by a decode step, bytes.
     pub kv_bytes_per_token: u64,
+    /// Multiply-adds of the prompts that the cell's worker runs through the model; 0 where a generator fills the cache.
+    #[serde(default)]
+    pub prefill_macs: u64,
     /// Seconds of measurement, with the cell's share of building the model and filling the cache.
     pub seconds: f64,
 }

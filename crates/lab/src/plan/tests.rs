@@ -4,7 +4,8 @@ use super::*;
 use crate::engine::Engine;
 use crate::engine::mock::{self, MockEngine};
 use crate::spec::{self, Experiment, MemoryLimit, OnExceed};
-use longbit_protocol::{Machine, Probe};
+use longbit_protocol::{EstimateRequest, Fill, Machine, Probe};
+use std::path::Path;
 
 fn experiment(axes: &str, rest: &str) -> Experiment {
     let text = format!(
@@ -24,7 +25,7 @@ fn plan(axes: &str, rest: &str, options: &PlanOptions) -> Plan {
     let e = experiment(axes, rest);
     let mut plan = outline(&e, &engine.capabilities().unwrap(), &machine(), options).unwrap();
     let probes = [Probe { threads: 1, gb_s: 8.0, round: 0 }, Probe { threads: 2, gb_s: 12.0, round: 0 }];
-    predict(&mut plan, &engine, e.on_exceed, &probes).unwrap();
+    predict(&mut plan, &engine, e.on_exceed, &probes, Path::new("")).unwrap();
     plan
 }
 
@@ -103,7 +104,7 @@ fn refuse_names_every_cell_that_does_not_fit() {
     let e = experiment(AXES, "[limits]\non_exceed = \"refuse\"");
     let options = PlanOptions { max_rss: Some(MemoryLimit::Bytes(2_500_000_000)), ..PlanOptions::default() };
     let mut plan = outline(&e, &engine.capabilities().unwrap(), &machine(), &options).unwrap();
-    let error = predict(&mut plan, &engine, OnExceed::Refuse, &[]).unwrap_err();
+    let error = predict(&mut plan, &engine, OnExceed::Refuse, &[], Path::new("")).unwrap_err();
     assert_eq!(error.exit(), crate::Exit::Usage);
     assert_eq!(error.to_string().matches("context=2048").count(), 8, "{error}");
 }
@@ -147,6 +148,65 @@ fn a_plan_of_impossible_cells_is_refused() {
     let axes = "context = [64]\nthreads = [1, 64]\nkv_dtype = [\"bf16\"]\nmethod = [\"window:sinks=999\"]";
     let e = experiment(axes, "");
     let mut plan = outline(&e, &engine.capabilities().unwrap(), &machine(), &PlanOptions::default()).unwrap();
-    let error = predict(&mut plan, &engine, e.on_exceed, &[]).unwrap_err();
+    let error = predict(&mut plan, &engine, e.on_exceed, &[], Path::new("")).unwrap_err();
     assert!(error.to_string().starts_with("no cell can be measured: sinks exceed"), "{error}");
+}
+
+/// The plan of an experiment on a text with these words in it.
+fn text_plan(text: &str, model: &str, workload: &str, options: &PlanOptions) -> (Plan, Vec<EstimateRequest>) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.txt"), text).unwrap();
+    std::fs::copy(dir.path().join("a.txt"), dir.path().join("b.txt")).unwrap();
+    let file = dir.path().join("x.toml");
+    let toml = format!(
+        "schema = 1\n[experiment]\nname = \"x\"\nquestion = \"q\"\n[model]\npath = \"m\"\n{model}\n[workload]\nname = \"text\"\n{workload}\n[axes]\n{AXES}\n[measure]\nprobe = \"1MiB\""
+    );
+    std::fs::write(&file, toml).unwrap();
+    let engine = MockEngine::default();
+    let e = spec::load(&file, &mock::capabilities()).unwrap();
+    let mut plan = outline(&e, &mock::capabilities(), &machine(), options).unwrap();
+    predict(&mut plan, &engine, e.on_exceed, &[], &e.dir).unwrap();
+    let asked = engine.asked.borrow().clone();
+    (plan, asked)
+}
+
+const A: &str = "file = \"a.txt\"";
+
+#[test]
+fn a_changed_text_or_checkpoint_is_another_plan_and_a_moved_one_is_not() {
+    let of = |text: &str, model: &str, workload: &str| {
+        let plan = text_plan(text, model, workload, &PlanOptions::default()).0;
+        (plan.plan_hash.clone(), plan.cells[0].id.clone())
+    };
+    let base = of("words", "", A);
+    assert_eq!(base, of("words", "", "file = \"b.txt\""));
+    assert_eq!(base, of("words", "", &format!("{A}\nprefill_limit = 8192")));
+    let declared = format!("sha256 = \"{}\"", "0".repeat(64));
+    for other in [of("word", "", A), of("words", &declared, A), of("words", "i2s = \"x86\"", A)] {
+        assert!(other.0 != base.0 && other.1 != base.1);
+    }
+    // The limit decides which cells are run, not what a cell is.
+    let limited = of("words", "", &format!("{A}\nprefill_limit = 1024"));
+    assert!(limited.0 != base.0 && limited.1 == base.1);
+}
+
+#[test]
+fn a_context_above_the_limit_is_a_skipped_row_with_the_work() {
+    let (plan, asked) =
+        text_plan("words", "", &format!("{A}\nprefill_limit = 1024"), &PlanOptions::default());
+    let of = |c: &PlannedCell| c.context == 2048 && c.threads <= 2;
+    let skipped: Vec<&str> = plan.cells.iter().filter(|c| of(c)).filter_map(|c| c.skip.as_deref()).collect();
+    let reason = "a prompt of 2048 tokens is longer than the limit of 1024, and would take 2.05 tera multiply-adds; \
+                  raise workload.prefill_limit to run it";
+    assert_eq!(skipped, [reason; 8]);
+    assert_eq!(plan.cohorts, [vec![0, 1, 3, 4], vec![6, 7, 9, 10]]);
+    assert_eq!(plan.cells[0].predicted.prefill_macs, 1_024_000_000_000);
+    // 1.024e12 multiply-adds at 2e10 a second and thread, over the four cells of a cohort with two threads.
+    assert!(plan.cells[0].predicted.seconds > 6.0, "{:?}", plan.cells[0].predicted);
+    // The engine is given paths that it can open, the plan keeps those of the file.
+    assert!(asked.iter().all(|e| e.fill == Fill::Prefill && e.model.path.ends_with("/m")));
+    assert!(plan.cells.iter().all(|c| c.model.path == "m"));
+    let text = plan.cells[0].text.as_ref().unwrap();
+    assert_eq!((text.path.as_str(), text.sha256.len()), ("a.txt", 64));
+    assert_eq!(plan.prefill_limit, Some(1024));
 }

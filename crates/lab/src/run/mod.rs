@@ -166,6 +166,9 @@ pub(crate) fn measure(
                 );
             }
             plan = *stored;
+            // The same text may lie elsewhere today.
+            let text = experiment.text.as_ref().map(|t| &t.file);
+            plan.cells.iter_mut().for_each(|c| c.text = text.cloned());
             directory
         }
         found @ (Found::Nothing | Found::Old(_)) => {
@@ -174,7 +177,7 @@ pub(crate) fn measure(
             threads.retain(|&t| t <= here.cpus_allowed);
             let threads: Vec<usize> = threads.into_iter().collect();
             let probes = machine::probe(&mut here, engine, &threads)?;
-            plan::predict(&mut plan, engine, experiment.on_exceed, &probes)?;
+            plan::predict(&mut plan, engine, experiment.on_exceed, &probes, &experiment.dir)?;
             // The old result goes only now: what is refused, or fails, costs nothing.
             if let Found::Old(old) = found {
                 old.clear()?;
@@ -198,6 +201,7 @@ pub(crate) fn measure(
     let (store, lines) = store::Store::open(&directory.samples())?;
     let progress = Progress::new(&plan, options, err);
     let mut scheduler = Scheduler::new(engine, &plan, store, &lines, directory, progress);
+    scheduler.dir.clone_from(&experiment.dir);
     scheduler.fail_fast = options.fail_fast;
     scheduler.retry_failed = options.retry_failed;
     scheduler.run()

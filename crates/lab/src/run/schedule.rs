@@ -2,17 +2,21 @@
 //! becomes a row and nothing else is lost.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use longbit_protocol::{CellJob, Event, Job, Limits, Outcome, PROTOCOL, Quality, Sample, Status};
+use longbit_protocol::{
+    CellJob, Event, Job, Limits, ModelSpec, Outcome, PROTOCOL, Quality, Sample, Status, TextFile,
+};
 
 use super::directory::Directory;
 use super::progress::{Progress, short};
 use super::store::{CellState, Line, Store, states};
 use super::{exit_of, wanted};
-use crate::analyse::summarise::verify_violation;
+use crate::analyse::verify::verify_violation;
 use crate::engine::{Engine, Next, death};
 use crate::plan::{OnFail, Plan};
+use crate::spec::resolve;
 use crate::{Exit, Result};
 
 /// Address space that a worker needs beside what the plan counts: its own code, stacks, allocator arenas.
@@ -31,6 +35,8 @@ pub(super) struct Scheduler<'a> {
     attempts: Vec<u32>,
     /// A cell violates `[verify]`.
     violated: bool,
+    /// Directory of the experiment file: paths of the plan are relative to it.
+    pub(super) dir: PathBuf,
     /// See [`super::RunOptions::fail_fast`].
     pub(super) fail_fast: bool,
     /// See [`super::RunOptions::retry_failed`].
@@ -87,6 +93,7 @@ impl<'a> Scheduler<'a> {
             index,
             attempts,
             violated,
+            dir: PathBuf::new(),
             fail_fast: false,
             retry_failed: false,
         }
@@ -350,10 +357,11 @@ impl<'a> Scheduler<'a> {
         let first = &self.plan.cells[cells[0]];
         Job {
             protocol: PROTOCOL,
-            model: first.model.clone(),
+            model: ModelSpec { path: resolve(&self.dir, &first.model.path), ..first.model.clone() },
             context: first.context,
             kv_dtype: first.kv_dtype.clone(),
             workload: first.workload.clone(),
+            text: first.text.as_ref().map(|t| TextFile { path: resolve(&self.dir, &t.path), ..t.clone() }),
             seed: first.seed,
             cells: cells
                 .iter()

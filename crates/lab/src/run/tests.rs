@@ -280,9 +280,9 @@ fn violated_limits_are_exit_four() {
     let engine = bad("window");
     assert_eq!(stop.run(&engine), Exit::VerifyFailed);
     assert_eq!(engine.jobs.borrow().len(), 1);
-    let quality = Quality { cosine_min: f64::NAN, ..Quality::default() };
+    let quality = Quality { cosine_min: Some(f64::NAN), ..Quality::default() };
     let verify = lab.experiment.verify.as_ref().unwrap();
-    assert!(crate::analyse::summarise::verify_violation(verify, "window", Some(&quality)).is_some());
+    assert!(crate::analyse::verify::verify_violation(verify, "window", Some(&quality)).is_some());
 }
 
 #[test]

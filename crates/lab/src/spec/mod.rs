@@ -6,12 +6,13 @@
 pub mod named;
 mod read;
 mod settings;
+mod sources;
 pub mod units;
 mod walk;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use longbit_protocol::{Capabilities, Measure, ModelSpec};
+use longbit_protocol::{Capabilities, Measure, ModelSpec, TextFile};
 use sha2::{Digest, Sha256};
 
 use crate::plan::{ExperimentMeta, Gate, VerifySpec};
@@ -24,10 +25,14 @@ pub use units::MemoryLimit;
 pub struct Experiment {
     /// In words.
     pub meta: ExperimentMeta,
-    /// The model of all cells.
+    /// Directory of the file: paths in it are relative to this one.
+    pub dir: PathBuf,
+    /// The model of all cells; its path as the file writes it.
     pub model: ModelSpec,
-    /// Workload with all its parameters.
+    /// Workload with all its parameters; of a text with the first 12 digits of its SHA-256.
     pub workload: String,
+    /// The text that cells decode, where the workload reads one.
+    pub text: Option<TextPlan>,
     /// Seed of the workload and of the order of cells.
     pub seed: u64,
     /// Axis `context`, tokens.
@@ -56,6 +61,15 @@ pub struct Experiment {
     pub verify: Option<VerifySpec>,
     /// Thresholds of `check`.
     pub gate: Gate,
+}
+
+/// A text that cells decode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextPlan {
+    /// The file, its path as the experiment file writes it.
+    pub file: TextFile,
+    /// Longest context that is run through the model; longer ones are skipped.
+    pub prefill_limit: usize,
 }
 
 /// A point of the axis `threads`.
@@ -128,7 +142,12 @@ fn relative(path: &Path) -> String {
     path.strip_prefix(here).map(|p| p.display().to_string()).unwrap_or_default()
 }
 
-/// Checks the text of an experiment file. `file` is used in messages.
+/// `path`, which an experiment file in `dir` names, as the programs started from here can open it.
+pub fn resolve(dir: &Path, path: &str) -> String {
+    if path.is_empty() { String::new() } else { dir.join(path).to_string_lossy().into_owned() }
+}
+
+/// Checks the text of an experiment file. `file` is used in messages, and its directory for paths.
 ///
 /// # Errors
 /// [`LabError::Invalid`] with every complaint.

@@ -1,8 +1,9 @@
 //! From a TOML document to a checked experiment, section by section.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use longbit_protocol::{Capabilities, ModelSpec, ParamInfo};
+use longbit_protocol::{Capabilities, ParamInfo};
 use toml::de::{DeTable, DeValue};
 
 use super::named::{self, Named, suggest};
@@ -12,12 +13,12 @@ use crate::Complaint;
 use crate::plan::{ExperimentMeta, SCHEMA};
 
 /// Largest context and thread count that are taken for meant.
-const MAX_CONTEXT: u64 = 1 << 24;
+pub(super) const MAX_CONTEXT: u64 = 1 << 24;
 const MAX_THREADS: u64 = 4096;
 /// Largest product of the parameter lists of one `[[method]]`.
 const MAX_VARIANTS: usize = 10_000;
 
-type Listed<'a> = Vec<(&'a str, &'a [ParamInfo])>;
+pub(super) type Listed<'a> = Vec<(&'a str, &'a [ParamInfo])>;
 
 pub(super) fn read(file: &str, text: &str, caps: &Capabilities) -> Result<Experiment, Vec<Complaint>> {
     let source = Source::new(file.to_owned(), text);
@@ -28,7 +29,8 @@ pub(super) fn read(file: &str, text: &str, caps: &Capabilities) -> Result<Experi
     let experiment = if errors.is_empty() {
         let table = table.into_inner();
         // The complaints outlive the document, the document outlives the walk.
-        let reader = Reader { source: &source, caps };
+        let reader =
+            Reader { source: &source, caps, dir: Path::new(file).parent().unwrap_or(Path::new("")).into() };
         reader.experiment(&Section::root(&source, &table))
     } else {
         None
@@ -42,7 +44,9 @@ pub(super) fn read(file: &str, text: &str, caps: &Capabilities) -> Result<Experi
 
 pub(super) struct Reader<'a> {
     pub(super) source: &'a Source<'a>,
-    caps: &'a Capabilities,
+    pub(super) caps: &'a Capabilities,
+    /// Directory of the file.
+    pub(super) dir: PathBuf,
 }
 
 impl<'a> Reader<'a> {
@@ -58,9 +62,10 @@ impl<'a> Reader<'a> {
             _ => {}
         }
         let meta = self.meta(&root.section("experiment"));
-        let model = self.model(&root.section("model"));
+        let model_section = root.section("model");
+        let model = self.model(&model_section);
         let workload = root.section("workload");
-        let workload_name = self.workload(&workload);
+        let inputs = self.workload(&workload, &model_section);
         let measure = root.section("measure");
         let seed = self.seed(&workload, &measure);
         let axes = root.section("axes");
@@ -86,13 +91,17 @@ impl<'a> Reader<'a> {
             &root.section("verify"),
             methods.as_deref().unwrap_or_default(),
             measured.quality_steps,
+            inputs.as_ref().map(|i| i.1.is_some()),
         );
         let gate = self.gate(&root.section("gate"));
         root.end();
+        let (workload, text) = inputs?;
         Some(Experiment {
             meta: meta?,
+            dir: self.dir.clone(),
             model: model?,
-            workload: workload_name?,
+            workload,
+            text,
             seed,
             contexts: contexts?,
             threads: threads?,
@@ -110,7 +119,12 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn required<T>(&self, section: &Section<'a>, key: &'static str, value: Option<T>) -> Option<T> {
+    pub(super) fn required<T>(
+        &self,
+        section: &Section<'a>,
+        key: &'static str,
+        value: Option<T>,
+    ) -> Option<T> {
         if value.is_none() && !section.has(key) {
             self.source.complain(&section.missing(key), format!("{key} is missing"), "");
         }
@@ -161,71 +175,6 @@ impl<'a> Reader<'a> {
             analysis,
             ..ExperimentMeta::default()
         })
-    }
-
-    fn model(&self, section: &Section<'a>) -> Option<ModelSpec> {
-        let preset = section.str("preset");
-        let path = section.str("path");
-        let head = section.str("head");
-        let seed = section.int("seed", 0, u64::MAX).map_or(1, |at| at.value);
-        section.end();
-        match (&preset, &path) {
-            (Some(_), Some(path)) => {
-                self.source.complain(
-                    &path.place,
-                    "a model is either a preset or a path",
-                    "remove one of the two",
-                );
-                return None;
-            }
-            (None, None) => {
-                if !section.has("preset") && !section.has("path") {
-                    let help = match self.caps.presets.first() {
-                        Some(p) => format!("preset = {:?}, or path = \"…\"", p.name),
-                        None => "path = \"…\"".to_owned(),
-                    };
-                    self.source.complain(&section.missing("preset"), "the model is missing", help);
-                }
-                return None;
-            }
-            _ => {}
-        }
-        if let Some(at) = &preset {
-            let names: Vec<&str> = self.caps.presets.iter().map(|p| p.name.as_str()).collect();
-            if !names.contains(&at.value.as_str()) {
-                self.source.complain(
-                    &at.place,
-                    format!("unknown preset {:?}", at.value),
-                    suggest(&at.value, &names),
-                );
-            }
-        }
-        if let Some(at) = path.as_ref().filter(|at| at.value.is_empty()) {
-            self.source.complain(&at.place, "path is empty", "");
-        }
-        if let Some(at) = head.as_ref().filter(|at| !self.caps.heads.contains(&at.value)) {
-            let what = format!("unknown number format {:?} of the head", at.value);
-            self.source.complain(&at.place, what, suggest(&at.value, &self.caps.heads));
-        }
-        Some(ModelSpec {
-            preset: preset.map(|at| at.value).unwrap_or_default(),
-            path: path.map(|at| at.value).unwrap_or_default(),
-            head: head.map_or_else(|| "bf16".to_owned(), |at| at.value),
-            seed,
-        })
-    }
-
-    fn workload(&self, section: &Section<'a>) -> Option<String> {
-        let at = self.required(section, "name", section.str("name"))?;
-        let listed: Listed<'_> =
-            self.caps.workloads.iter().map(|w| (w.name.as_str(), w.params.as_slice())).collect();
-        match named::parse("workload", &at.value, &listed) {
-            Ok(workload) => Some(workload.text()),
-            Err(wrong) => {
-                self.source.wrong(&at.place, wrong);
-                None
-            }
-        }
     }
 
     fn seed(&self, workload: &Section<'a>, measure: &Section<'a>) -> u64 {

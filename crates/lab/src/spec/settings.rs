@@ -33,10 +33,13 @@ impl<'a> Reader<'a> {
         section: &Section<'a>,
         methods: &[Named],
         quality_steps: u32,
+        reads_text: Option<bool>,
     ) -> Option<VerifySpec> {
         let verify = VerifySpec {
             cosine_min: section.float("cosine_min").map(|at| at.value),
             rel_l2_max: section.float("rel_l2_max").map(|at| at.value),
+            kl_nats_max: section.float("kl_nats_max").map(|at| at.value),
+            top1_min: section.float("top1_min").map(|at| at.value),
             on_fail: self
                 .choice(section, "on_fail", &[("mark", OnFail::Mark), ("stop", OnFail::Stop)])
                 .unwrap_or_default(),
@@ -56,9 +59,22 @@ impl<'a> Reader<'a> {
                 .collect(),
         };
         section.end();
-        if section.is_present() && !section.has("cosine_min") && !section.has("rel_l2_max") {
-            let help = "give cosine_min or rel_l2_max, or remove [verify]";
+        let (of_outputs, of_logits) = (["cosine_min", "rel_l2_max"], ["kl_nats_max", "top1_min"]);
+        if section.is_present() && !of_outputs.iter().chain(&of_logits).any(|key| section.has(key)) {
+            let help = match reads_text {
+                Some(true) => "give kl_nats_max or top1_min, or remove [verify]",
+                _ => "give cosine_min or rel_l2_max, or remove [verify]",
+            };
             self.source.complain(&section.place, "[verify] limits nothing", help);
+        }
+        // What a workload does not measure would fail every cell.
+        let (unknown, help) = match reads_text {
+            Some(true) => (of_outputs, "a text is compared by its logits: kl_nats_max, top1_min"),
+            _ => (of_logits, "generated inputs are compared by attention outputs: rel_l2_max, cosine_min"),
+        };
+        for key in unknown.into_iter().filter(|key| reads_text.is_some() && section.has(key)) {
+            let what = format!("{key} limits what this workload does not measure");
+            self.source.complain(&section.place_of(key), what, help);
         }
         if section.is_present() && quality_steps == 0 {
             let help = "set measure.quality_steps to 1 or more, or remove [verify]";
@@ -79,6 +95,12 @@ impl<'a> Reader<'a> {
             kv_bytes_pct: section.quantity("kv_bytes", units::percent).unwrap_or(default.kv_bytes_pct),
             rel_l2_abs: section.quantity("rel_l2", units::number).unwrap_or(default.rel_l2_abs),
             cosine_abs: section.quantity("cosine", units::number).unwrap_or(default.cosine_abs),
+            kl_abs: section.quantity("kl", units::number).unwrap_or(default.kl_abs),
+            top1_abs: section.quantity("top1", units::number).unwrap_or(default.top1_abs),
+            logit_cosine_abs: section
+                .quantity("logit_cosine", units::number)
+                .unwrap_or(default.logit_cosine_abs),
+            nll_abs: section.quantity("nll", units::number).unwrap_or(default.nll_abs),
         };
         section.end();
         gate

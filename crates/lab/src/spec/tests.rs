@@ -200,3 +200,89 @@ fn groups_are_folders() {
         assert_eq!(group_of(Path::new(path)), group, "{path}");
     }
 }
+
+/// A directory with the good file's experiment on a text, and the text beside it.
+fn with_text(model: &str, workload: &str, verify: &str) -> (tempfile::TempDir, Result<Experiment>) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.txt"), "Once upon a time.").unwrap();
+    std::fs::write(dir.path().join("bad.txt"), b"ab\xff").unwrap();
+    std::fs::write(dir.path().join("empty.txt"), "").unwrap();
+    let text = GOOD
+        .replace("preset = \"tiny\"", model)
+        .replace("name = \"mix\"", workload)
+        .replace("cosine_min = 0.99", verify);
+    let path = dir.path().join("x.toml");
+    std::fs::write(&path, text).unwrap();
+    let loaded = load(&path, &mock::capabilities());
+    (dir, loaded)
+}
+
+const MODEL: &str = "path = \"model\"";
+const TEXT: &str = "name = \"text\"\nfile = \"a.txt\"";
+const KL: &str = "kl_nats_max = 0.1\ntop1_min = 0.9";
+
+#[test]
+fn a_text_is_named_by_its_hash_and_found_from_the_file() {
+    let sha = "A".repeat(64);
+    let model = format!("{MODEL}\nsha256 = \"{sha}\"\ni2s = \"arm\"\nactivation = \"silu\"");
+    let (dir, e) = with_text(&model, &format!("{TEXT}\nprefill_limit = 4096"), KL);
+    let e = e.unwrap();
+    let text = e.text.unwrap();
+    assert_eq!(text.file.sha256, hex(&Sha256::digest("Once upon a time.")));
+    assert_eq!(e.workload, format!("text:sha256={}", &text.file.sha256[..12]));
+    assert_eq!((text.file.path.as_str(), text.prefill_limit), ("a.txt", 4096));
+    assert_eq!((e.model.path.as_str(), e.model.sha256), ("model", sha.to_lowercase()));
+    assert_eq!((e.model.i2s.as_str(), e.model.activation.as_str()), ("arm", "silu"));
+    assert_eq!(e.dir, dir.path());
+    assert_eq!(resolve(&e.dir, "a.txt"), dir.path().join("a.txt").to_str().unwrap());
+    assert_eq!((resolve(&e.dir, "/b"), resolve(&e.dir, "")), ("/b".to_owned(), String::new()));
+    let verify = e.verify.unwrap();
+    assert_eq!((verify.kl_nats_max, verify.top1_min, verify.rel_l2_max), (Some(0.1), Some(0.9), None));
+    let (_dir, e) = with_text(MODEL, TEXT, KL);
+    assert_eq!(e.unwrap().text.unwrap().prefill_limit, 8192);
+}
+
+#[test]
+fn what_a_text_needs_is_asked_for_with_its_place() {
+    let other = "cosine_min = 0.99";
+    for (model, workload, verify, want) in [
+        ("preset = \"tiny\"", TEXT, KL, "x.toml:11 (workload.name)\n help: [model] path"),
+        (MODEL, "name = \"text\"", KL, "file is missing\n   at: "),
+        (
+            MODEL,
+            "name = \"text\"\nfile = \"b.txt\"",
+            KL,
+            "x.toml:12 (workload.file)\n help: a path is relative to",
+        ),
+        (MODEL, "name = \"text\"\nfile = \"\"", KL, "file is empty"),
+        (MODEL, "name = \"text\"\nfile = \".\"", KL, "is not a file"),
+        (MODEL, "name = \"text\"\nfile = \"bad.txt\"", KL, "not UTF-8 text: wrong at byte 2"),
+        (MODEL, "name = \"text\"\nfile = \"empty.txt\"", KL, "empty.txt is empty"),
+        (
+            MODEL,
+            &format!("{TEXT}\nprefil_limit = 1"),
+            KL,
+            "x.toml:13 (workload.prefil_limit)\n help: did you mean \"prefill_limit\"?",
+        ),
+        (MODEL, &format!("{TEXT}\nprefill_limit = 0"), KL, "prefill_limit must be a whole number from 1"),
+        (MODEL, "name = \"mix\"\nfile = \"a.txt\"", other, "reads no text, so it has no file"),
+        (MODEL, "name = \"mix\"\nprefill_limit = 9", other, "reads no text, so it has no prefill_limit"),
+        (MODEL, TEXT, other, "cosine_min limits what this workload does not measure"),
+        (MODEL, TEXT, "", "give kl_nats_max or top1_min"),
+        (MODEL, "name = \"mix\"", KL, "kl_nats_max limits what this workload does not measure"),
+        (&format!("{MODEL}\nsha256 = \"abc\""), TEXT, KL, "\"abc\" is not a SHA-256\n   at: "),
+        (
+            &format!("{MODEL}\nsha256 = \"{}\"", "g".repeat(64)),
+            TEXT,
+            KL,
+            "x.toml:9 (model.sha256)\n help: 64 hexadecimal",
+        ),
+        (&format!("{MODEL}\ni2s = \"x68\""), TEXT, KL, "x.toml:9 (model.i2s)\n help: did you mean \"x86\"?"),
+        (&format!("{MODEL}\nactivation = \"gelu\""), TEXT, KL, "\"gelu\" is not a value of activation"),
+        ("preset = \"tiny\"\ni2s = \"x86\"", "name = \"mix\"", other, "i2s speaks of a checkpoint"),
+    ] {
+        let error = with_text(model, workload, verify).1.expect_err(want);
+        assert_eq!(error.exit(), crate::Exit::Usage);
+        assert!(error.to_string().contains(want), "{want}\n--- got\n{error}");
+    }
+}

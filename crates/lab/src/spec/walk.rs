@@ -105,6 +105,11 @@ impl<'a> Section<'a> {
         Place { key: self.path(key), span: self.place.span.clone() }
     }
 
+    /// The place of a key, or of the table where it is missing.
+    pub(super) fn place_of(&self, key: &'static str) -> Place {
+        self.value(key).map_or_else(|| self.missing(key), |at| at.place)
+    }
+
     fn path(&self, key: &str) -> String {
         if self.place.key.is_empty() { key.to_owned() } else { format!("{}.{key}", self.place.key) }
     }

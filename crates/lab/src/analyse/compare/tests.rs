@@ -150,3 +150,33 @@ fn a_failed_verification_counts_whatever_base_was() {
     let ids: Vec<&str> = found.verify_failed.iter().map(|g| g.cell_id.as_str()).collect();
     assert_eq!(ids, [base.records[0].cell_id.as_str(), new.as_str()]);
 }
+
+#[test]
+fn figures_of_logits_are_gated_like_those_of_outputs() {
+    let (plan, machine, lines) = Sweep { kv_dtypes: vec!["bf16"], text: true, ..Sweep::default() }.build();
+    let records = summarise::summarise(&plan, &machine, &lines);
+    let base = Side { records, times: BTreeMap::new() };
+    let mut head = base.clone();
+    for r in &mut head.records {
+        r.kl_nats = r.kl_nats.map(|v| v + 0.001);
+        r.nll_nats = r.nll_nats.map(|v| v + 0.001);
+        r.top1_agreement = r.top1_agreement.map(|v| v - 0.002);
+        r.logit_cosine_mean = r.logit_cosine_mean.map(|v| v - 0.002);
+    }
+    let logits = [Metric::KlNats, Metric::NllNats, Metric::Top1Agreement, Metric::LogitCosineMean];
+    let of = |a: &Side, b: &Side, gate: &Gate, m| verdicts(&compare(a, b, gate, 0.95), m);
+    for metric in logits {
+        let all = |v: Vec<Verdict>, wanted| v.len() == base.records.len() && v.iter().all(|v| *v == wanted);
+        assert!(all(of(&base, &head, &Gate::default(), metric), Verdict::Regressed), "{metric:?}");
+        assert!(all(of(&head, &base, &Gate::default(), metric), Verdict::Improved), "{metric:?}");
+        let loose =
+            Gate { kl_abs: 0.1, nll_abs: 0.1, top1_abs: 0.1, logit_cosine_abs: 0.1, ..Gate::default() };
+        assert!(all(of(&base, &head, &loose, metric), Verdict::Unchanged), "{metric:?}");
+    }
+    assert!(verdicts(&compare(&base, &head, &Gate::default(), 0.95), Metric::RelL2P50).is_empty());
+    // A plan of before these thresholds has their defaults.
+    let old =
+        r#"{"tpot_p50_pct":5.0,"tpot_p99_pct":15.0,"kv_bytes_pct":0.0,"rel_l2_abs":0.01,"cosine_abs":0.001}"#;
+    let gate: Gate = serde_json::from_str(old).unwrap();
+    assert_eq!(gate, Gate { rel_l2_abs: 0.01, ..Gate::default() });
+}

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::analyse::testing;
+use crate::plan::VerifySpec;
 use longbit_protocol::Probe;
 
 fn by_method<'a>(records: &'a [Record], context: u64, method: &str) -> &'a Record {
@@ -136,7 +137,10 @@ fn verify_marks_rows_and_keeps_their_numbers() {
     let records = summarise(&plan, &machine, &lines);
     assert_eq!(by_method(&records, 32768, "window").status, Status::Ok);
     let spec = VerifySpec { cosine_min: Some(0.9), ..VerifySpec::default() };
-    assert!(verify_violation(&spec, "dense", None).is_some(), "not measured is not passed");
+    assert!(
+        crate::analyse::verify::verify_violation(&spec, "dense", None).is_some(),
+        "not measured is not passed"
+    );
 }
 
 #[test]

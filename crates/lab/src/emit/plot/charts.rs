@@ -2,12 +2,16 @@
 
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
 use crate::analyse::label::{DENSE, Labels, context, distinct};
+use crate::analyse::loss::Loss;
 use crate::analyse::{stats, summarise};
 use crate::record::Record;
 use crate::run::store::Line;
 
 /// More panels than this in a figure of one line a method are too small to read.
 const MAX_PANELS: usize = 9;
+
+/// Errors up to this one are drawn as none.
+const NO_ERROR: f64 = 1e-7;
 
 /// Percentiles that carry a marker; more would hide the line.
 const CURVE_POINTS: [f64; 10] = [1.0, 20.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.9, 99.99];
@@ -332,22 +336,22 @@ fn threads(look: &Look<'_>) -> Option<Figure> {
 /// Error against speed, one panel a context; one figure a KV dtype where they would not fit in one.
 fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
     let threads = look.most_threads();
-    let errors: Vec<f64> = look
-        .records
+    let at_threads: Vec<&Record> = look.records.iter().copied().filter(|r| r.threads == threads).collect();
+    let Some(loss) = Loss::of(at_threads.iter().copied()) else { return Vec::new() };
+    let errors: Vec<f64> = at_threads
         .iter()
-        .filter(|r| r.threads == threads)
-        .flat_map(|r| [r.rel_l2_p50, r.rel_l2_p95])
+        .flat_map(|r| [loss.typical(r), loss.bad(r)])
         .flatten()
-        .filter(|e| *e > 1e-7)
+        .filter(|e| *e > NO_ERROR)
         .collect();
     let (Some(lo), Some(hi)) = (stats::min(&errors), stats::max(&errors)) else { return Vec::new() };
-    let y = Axis::log("Relative L2 error of the attention output", lo, hi);
+    let y = Axis::log(loss.axis(), lo, hi);
     let floor = y.range.0;
     let x = Axis::from_zero(
         "Decode speed (tokens/s)",
-        look.max(|r| r.decode_tok_s.filter(|_| r.threads == threads && r.rel_l2_p50.is_some())),
+        look.max(|r| r.decode_tok_s.filter(|_| r.threads == threads && loss.typical(r).is_some())),
     );
-    let exact = look.records.iter().any(|r| r.threads == threads && r.rel_l2_p50.is_some_and(|e| e <= 1e-7));
+    let exact = at_threads.iter().any(|r| loss.typical(r).is_some_and(|e| e <= NO_ERROR));
     let kvs: Vec<Option<&str>> =
         if look.split { look.kv_dtypes.iter().map(|k| Some(*k)).collect() } else { vec![None] };
     kvs.into_iter()
@@ -358,8 +362,9 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
                     r.threads == threads && r.context_tokens == tokens && kv.is_none_or(|k| r.kv_dtype == k)
                 };
                 let mut series = look.series(&pass, &|r| {
-                    let p50 = r.rel_l2_p50?.max(floor);
-                    Some(Point { x: r.decode_tok_s?, y: p50, whisker: r.rel_l2_p95.map(|p95| (p50, p95.max(p50))) })
+                    let typical = loss.typical(r)?.max(floor);
+                    let whisker = loss.bad(r).map(|bad| (typical, bad.max(typical)));
+                    Some(Point { x: r.decode_tok_s?, y: typical, whisker })
                 });
                 series.iter_mut().for_each(|s| s.style = s.style.points());
                 if !series.is_empty() {
@@ -371,10 +376,7 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
             Figure {
                 name: kv.map_or("error-speed".into(), |k| format!("error-speed-{k}")),
                 title: format!("Error against decode speed at each context{dtype} (lower right is better)"),
-                subtitle: format!(
-                    "{} · against exact f32 attention on the same inputs: median, bars up to the 95th percentile{note}",
-                    look.conditions(&[threads])
-                ),
+                subtitle: format!("{} · {}{note}", look.conditions(&[threads]), loss.caption()),
                 x: x.clone(),
                 y: y.clone(),
                 columns: columns(panels.len()),
@@ -460,6 +462,17 @@ mod tests {
         assert_eq!(three[0].panels.len(), 3);
         assert_eq!(three[0].legend().len(), 4);
         assert!(names(&three).contains(&"error-speed-int4"));
+    }
+
+    #[test]
+    fn a_text_is_drawn_by_its_divergence_and_the_axis_says_so() {
+        let sweep = Sweep { kv_dtypes: vec!["bf16"], contexts: vec![8192], text: true, ..Sweep::default() };
+        let figures = of(sweep);
+        let figure = figures.iter().find(|f| f.name == "error-speed").unwrap();
+        assert_eq!(figure.y.title, "KL divergence of the next token (nats)");
+        assert!(figure.subtitle.contains("dense attention over a bf16 cache"), "{}", figure.subtitle);
+        let window = figure.panels[0].series.iter().find(|s| s.name == "window").unwrap();
+        assert!((window.points[0].y - 0.43f64.powi(2)).abs() < 1e-4, "{:?}", window.points);
     }
 
     #[test]

@@ -1,0 +1,193 @@
+//! Where the numbers of a run come from: the sections `[model]` and `[workload]`.
+
+use longbit_protocol::{MAX_TEXT_BYTES, ModelSpec, TextFile};
+use sha2::{Digest, Sha256};
+
+use super::named::{self, suggest};
+use super::read::{Listed, MAX_CONTEXT, Reader};
+use super::units::show_bytes;
+use super::walk::{At, Section};
+use super::{TextPlan, hex, resolve};
+
+/// Longest context that is run through a model unless the file says otherwise. Beyond it a prompt takes hours on the
+/// machines that this is for.
+const PREFILL_LIMIT: usize = 8192;
+
+impl<'a> Reader<'a> {
+    pub(super) fn model(&self, section: &Section<'a>) -> Option<ModelSpec> {
+        let preset = section.str("preset");
+        let path = section.str("path");
+        let head = section.str("head");
+        let seed = section.int("seed", 0, u64::MAX).map_or(1, |at| at.value);
+        let sha256 = section.str("sha256").and_then(|at| self.sha256(&at));
+        let said = [("i2s", &self.caps.i2s), ("activation", &self.caps.activations)];
+        let [i2s, activation] = said.map(|(key, words)| self.word(section, key, words));
+        section.end();
+        match (&preset, &path) {
+            (Some(_), Some(path)) => {
+                self.source.complain(
+                    &path.place,
+                    "a model is either a preset or a path",
+                    "remove one of the two",
+                );
+                return None;
+            }
+            (None, None) => {
+                if !section.has("preset") && !section.has("path") {
+                    let help = match self.caps.presets.first() {
+                        Some(p) => format!("preset = {:?}, or path = \"…\"", p.name),
+                        None => "path = \"…\"".to_owned(),
+                    };
+                    self.source.complain(&section.missing("preset"), "the model is missing", help);
+                }
+                return None;
+            }
+            _ => {}
+        }
+        if let Some(at) = &preset {
+            let names: Vec<&str> = self.caps.presets.iter().map(|p| p.name.as_str()).collect();
+            if !names.contains(&at.value.as_str()) {
+                self.source.complain(
+                    &at.place,
+                    format!("unknown preset {:?}", at.value),
+                    suggest(&at.value, &names),
+                );
+            }
+        }
+        if path.is_none() {
+            for key in ["sha256", "i2s", "activation"].into_iter().filter(|key| section.has(key)) {
+                let place = section.place_of(key);
+                self.source.complain(
+                    &place,
+                    format!("{key} speaks of a checkpoint"),
+                    "give path, or remove it",
+                );
+            }
+        }
+        if let Some(at) = path.as_ref().filter(|at| at.value.is_empty()) {
+            self.source.complain(&at.place, "path is empty", "");
+        }
+        if let Some(at) = head.as_ref().filter(|at| !self.caps.heads.contains(&at.value)) {
+            let what = format!("unknown number format {:?} of the head", at.value);
+            self.source.complain(&at.place, what, suggest(&at.value, &self.caps.heads));
+        }
+        Some(ModelSpec {
+            preset: preset.map(|at| at.value).unwrap_or_default(),
+            path: path.map(|at| at.value).unwrap_or_default(),
+            head: head.map_or_else(|| "bf16".to_owned(), |at| at.value),
+            seed,
+            sha256: sha256.unwrap_or_default(),
+            i2s: i2s.unwrap_or_default(),
+            activation: activation.unwrap_or_default(),
+        })
+    }
+
+    /// 64 hexadecimal digits, in lower case.
+    fn sha256(&self, at: &At<String>) -> Option<String> {
+        if at.value.len() == 64 && at.value.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Some(at.value.to_ascii_lowercase());
+        }
+        self.source.complain(
+            &at.place,
+            format!("{:?} is not a SHA-256", at.value),
+            "64 hexadecimal digits, as sha256sum prints them",
+        );
+        None
+    }
+
+    /// One of the words that the engine lists.
+    fn word(&self, section: &Section<'a>, key: &'static str, words: &[String]) -> Option<String> {
+        let at = section.str(key)?;
+        if words.contains(&at.value) {
+            return Some(at.value);
+        }
+        self.source.complain(
+            &at.place,
+            format!("{:?} is not a value of {key}", at.value),
+            suggest(&at.value, words),
+        );
+        None
+    }
+
+    /// The workload, and the text that it reads, if it reads one.
+    pub(super) fn workload(
+        &self,
+        section: &Section<'a>,
+        model: &Section<'a>,
+    ) -> Option<(String, Option<TextPlan>)> {
+        let at = self.required(section, "name", section.str("name"))?;
+        let listed: Listed<'_> =
+            self.caps.workloads.iter().map(|w| (w.name.as_str(), w.params.as_slice())).collect();
+        let workload = match named::parse("workload", &at.value, &listed) {
+            Ok(workload) => workload,
+            Err(wrong) => {
+                self.source.wrong(&at.place, wrong);
+                return None;
+            }
+        };
+        let reads_text = self.caps.workloads.iter().any(|w| w.name == workload.name && w.reads_text);
+        if !reads_text {
+            for key in ["file", "prefill_limit"].into_iter().filter(|key| section.has(key)) {
+                let what = format!("the workload {:?} reads no text, so it has no {key}", workload.name);
+                self.source.complain(
+                    &section.place_of(key),
+                    what,
+                    "remove it, or take a workload that reads one",
+                );
+            }
+            return Some((workload.text(), None));
+        }
+        let limit = section.int("prefill_limit", 1, MAX_CONTEXT);
+        let file = self.required(section, "file", section.str("file"));
+        if !model.has("path") {
+            let what = format!(
+                "the workload {:?} runs a text through a checkpoint, and [model] names none",
+                workload.name
+            );
+            self.source.complain(&at.place, what, "[model] path = \"…\" in place of a preset");
+        }
+        let file = self.text(&file?)?;
+        // Enough digits to tell texts apart in a table; the identity of a cell takes all.
+        let name = format!("{}:sha256={}", workload.text(), &file.sha256[..12]);
+        let prefill_limit = limit.map_or(PREFILL_LIMIT, |at| usize::try_from(at.value).unwrap_or(usize::MAX));
+        Some((name, Some(TextPlan { file, prefill_limit })))
+    }
+
+    /// A text file that is there, with the hash of its bytes.
+    fn text(&self, at: &At<String>) -> Option<TextFile> {
+        let path = resolve(&self.dir, &at.value);
+        let fail = |what: String, help: &str| {
+            self.source.complain(&at.place, what, help);
+            None
+        };
+        let relative = "a path is relative to the directory of the experiment file";
+        if at.value.is_empty() {
+            return fail("file is empty".to_owned(), "the path of a text file");
+        }
+        match std::fs::metadata(&path) {
+            Err(e) => return fail(format!("cannot read {path}: {e}"), relative),
+            Ok(m) if !m.is_file() => return fail(format!("{path} is not a file"), relative),
+            Ok(m) if m.len() > MAX_TEXT_BYTES => {
+                let what = format!(
+                    "{path} has {}; a text has at most {}",
+                    show_bytes(m.len()),
+                    show_bytes(MAX_TEXT_BYTES)
+                );
+                return fail(what, "cut off what no context reaches");
+            }
+            Ok(_) => {}
+        }
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) => return fail(format!("cannot read {path}: {e}"), relative),
+        };
+        if bytes.is_empty() {
+            return fail(format!("{path} is empty"), "a text long enough for the longest context");
+        }
+        if let Err(e) = std::str::from_utf8(&bytes) {
+            let what = format!("{path} is not UTF-8 text: wrong at byte {}", e.valid_up_to());
+            return fail(what, "convert it, e.g. with iconv -t UTF-8");
+        }
+        Some(TextFile { path: at.value.clone(), sha256: hex(&Sha256::digest(&bytes)) })
+    }
+}

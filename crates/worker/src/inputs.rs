@@ -1,0 +1,236 @@
+//! What the cells of a job run on: the model, the filled cache, and what each decode step is given.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use longbit::attention::method;
+use longbit::kv::kv_dtype;
+use longbit::workload::{HeadShape, Workload, WorkloadSpec};
+use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
+use longbit_protocol::{Fill, Job, Quality};
+use longbit_sys::Team;
+
+use crate::capabilities::open_options;
+use crate::estimate;
+use crate::fill::{self, Filled};
+use crate::measure::phase;
+use crate::text::{self, REFERENCE_KV, TextRun};
+use crate::{Events, WorkerError, quality};
+
+/// A model with the tokens that it is to run, where it is to run any.
+pub(crate) struct Built {
+    model: Arc<Model>,
+    /// Identifies the model.
+    pub(crate) sha256: String,
+    text: Option<TextRun>,
+}
+
+/// What the decode steps of a job are given, and what their output is held against.
+pub(crate) enum Inputs {
+    /// Queries, keys and values of a generator.
+    Generated(Box<Filled>),
+    /// Tokens of a text.
+    Text(TextRun),
+}
+
+/// A session at the context of the job, with dense attention.
+pub(crate) struct Prepared {
+    pub(crate) session: Session,
+    pub(crate) inputs: Inputs,
+    /// Time to fill the cache.
+    pub(crate) fill_ns: u64,
+}
+
+/// Builds or loads the model. Whatever can be refused is refused before the weights are read.
+pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
+    let head = HeadFormat::parse(&job.model.head)?;
+    let wants_text = text::is_workload(&job.workload);
+    if job.model.path.is_empty() {
+        if wants_text {
+            return Err(WorkerError::Request(
+                "the workload text runs a real text through the model, so it needs a checkpoint; give model.path".into(),
+            ));
+        }
+        let shape = estimate::shape(&job.model)?;
+        let sha256 = Model::synthetic_sha256(&shape, head, job.model.seed);
+        let model = Arc::new(Model::synthetic(shape, head, job.model.seed, team)?);
+        return Ok(Built { model, sha256, text: None });
+    }
+    let checkpoint = Checkpoint::open(Path::new(&job.model.path), &open_options(&job.model)?)?;
+    let sha256 = checkpoint.sha256()?;
+    if !job.model.sha256.is_empty() && job.model.sha256 != sha256 {
+        return Err(WorkerError::Request(format!(
+            "{} is not the checkpoint that the experiment names: its SHA-256 is {sha256}, model.sha256 is {}",
+            job.model.path, job.model.sha256
+        )));
+    }
+    let text = match (&job.text, wants_text) {
+        (Some(file), true) => Some(text::read(job, file, &checkpoint)?),
+        (None, true) => {
+            return Err(WorkerError::Request("the workload text needs a text; give workload.file".into()));
+        }
+        (_, false) => None,
+    };
+    Ok(Built { model: Arc::new(checkpoint.load(head, team)?), sha256, text })
+}
+
+/// Makes the session of a job and fills its cache.
+pub(crate) fn prepare<W: Write>(
+    job: &Job,
+    built: Built,
+    team: Arc<Team>,
+    events: &mut Events<W>,
+) -> Result<Prepared, WorkerError> {
+    match built.text {
+        Some(text) => decode_text(job, built.model, text, team, events),
+        None => generate(job, built.model, team, events),
+    }
+}
+
+fn generate<W: Write>(
+    job: &Job,
+    model: Arc<Model>,
+    team: Arc<Team>,
+    events: &mut Events<W>,
+) -> Result<Prepared, WorkerError> {
+    let measure = &job.measure;
+    let steps = measure.warmup_tokens.saturating_add(measure.gen_tokens).max(measure.quality_steps) as usize;
+    let config = &model.config;
+    let shape = HeadShape {
+        layers: config.layers,
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        rope_theta: config.rope_theta,
+    };
+    let spec = WorkloadSpec::parse(&job.workload)?;
+    let options = SessionOptions {
+        capacity: job.context.saturating_add(steps),
+        kv: kv_dtype(&job.kv_dtype)?,
+        method: method("dense")?,
+    };
+    let workload = Workload::new(&spec, &shape, job.context, steps, job.seed)?;
+    let mut session = Session::new(model, team, options)?;
+    let clock = Instant::now();
+    let compared = measure.quality_steps as usize;
+    let filled = fill::fill(&mut session, &workload, job.context, steps, compared, |done, total| {
+        events.send(&phase("filling the cache", done, total))
+    })?;
+    let fill_ns = clock.elapsed().as_nanos() as u64;
+    Ok(Prepared { session, inputs: Inputs::Generated(Box::new(filled)), fill_ns })
+}
+
+fn decode_text<W: Write>(
+    job: &Job,
+    model: Arc<Model>,
+    mut text: TextRun,
+    team: Arc<Team>,
+    events: &mut Events<W>,
+) -> Result<Prepared, WorkerError> {
+    let compared = match job.cells.iter().all(|c| c.quality_done) {
+        true => 0,
+        false => job.measure.quality_steps as usize,
+    };
+    let apart = job.kv_dtype != REFERENCE_KV && compared > 0;
+    if apart {
+        // One cache at a time: the reference is gone before the cells' own is made.
+        let mut reference = text.session(job, REFERENCE_KV, &model, &team)?;
+        text.prefill(&mut reference, |done, total| {
+            events.send(&phase("filling the cache of the reference", done, total))
+        })?;
+        text.take_reference(&mut reference, compared, |done, total| {
+            events.send(&phase("decoding the reference", done, total))
+        })?;
+    }
+    let mut session = text.session(job, &job.kv_dtype, &model, &team)?;
+    let clock = Instant::now();
+    text.prefill(&mut session, |done, total| events.send(&phase("filling the cache", done, total)))?;
+    text.identify(&session);
+    let fill_ns = clock.elapsed().as_nanos() as u64;
+    if !apart {
+        text.take_reference(&mut session, compared, |done, total| {
+            events.send(&phase("decoding the reference", done, total))
+        })?;
+    }
+    Ok(Prepared { session, inputs: Inputs::Text(text), fill_ns })
+}
+
+impl Inputs {
+    /// Decodes step `step` of a repetition; the logits stay in the session.
+    pub(crate) fn decode(&self, session: &mut Session, step: usize) -> Result<(), WorkerError> {
+        match self {
+            Inputs::Generated(filled) => {
+                let token = quality::token(step, session.model().config.vocab);
+                session.decode_supplied(token, &filled.steps[step], false)?;
+            }
+            Inputs::Text(text) => {
+                session.decode(text.token(step))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Quality of the session's method over `steps` steps. The session must stand at the filled context, and stands there
+    /// again afterwards.
+    pub(crate) fn quality(
+        &self,
+        session: &mut Session,
+        steps: usize,
+        progress: &mut dyn FnMut(u64, u64) -> Result<(), WorkerError>,
+    ) -> Result<Quality, WorkerError> {
+        match self {
+            Inputs::Generated(filled) => quality::measure(session, filled, steps),
+            Inputs::Text(text) => text.compare(session, progress),
+        }
+    }
+
+    /// How the cache was filled.
+    pub(crate) fn fill(&self) -> Fill {
+        match self {
+            Inputs::Generated(_) => Fill::Synthetic,
+            Inputs::Text(_) => Fill::Prefill,
+        }
+    }
+
+    /// SHA-256 over the SHA-256s of all heads' rows.
+    pub(crate) fn fill_sha256(&self) -> &str {
+        match self {
+            Inputs::Generated(filled) => &filled.sha256,
+            Inputs::Text(text) => &text.sha256,
+        }
+    }
+
+    /// What is known of the workload, by name.
+    pub(crate) fn statistics(&self, session: &Session) -> BTreeMap<String, f64> {
+        match self {
+            Inputs::Generated(filled) => statistics(session, filled),
+            Inputs::Text(text) => BTreeMap::from([
+                ("text.bytes".to_owned(), text.file_bytes as f64),
+                ("text.tokens".to_owned(), text.len() as f64),
+            ]),
+        }
+    }
+}
+
+/// How the mass of the first step's queries lies, for the first head of each type: mean over its query group.
+fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
+    let mut stats = BTreeMap::new();
+    for (i, head) in filled.heads.iter().enumerate() {
+        let kind = filled.types[i].name();
+        if filled.types[..i].contains(&filled.types[i]) {
+            continue;
+        }
+        let rope = session.rope();
+        let queries = head.statistics(0, |positions| (rope.cos(positions.clone()), rope.sin(positions)));
+        let n = queries.len() as f64;
+        let mut put = |name: &str, value: f64| stats.insert(format!("{kind}.{name}"), value);
+        put("sink_mass", queries.iter().map(|q| q.sink_mass).sum::<f64>() / n);
+        put("top_percent_mass", queries.iter().map(|q| q.top_percent_mass).sum::<f64>() / n);
+        put("effective_tokens", queries.iter().map(|q| q.effective_tokens).sum::<f64>() / n);
+        put("density_95", queries.iter().map(|q| q.density_95).sum::<f64>() / n);
+    }
+    stats
+}
