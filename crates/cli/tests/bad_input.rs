@@ -14,6 +14,8 @@ use common::*;
 fn refused(text: &str, line: usize, says: &[&str]) {
     let dir = tempfile::tempdir().expect("a folder");
     put(&dir.path().join("small.toml"), text);
+    put(&dir.path().join("story.txt"), "Once upon a time.");
+    let given = 2;
     let place = format!("at: small.toml:{line}");
     for verb in [&["run", "small.toml", "--out", "out"][..], &["plan", "small.toml"]] {
         let ran = run(dir.path(), verb).expect(2).says(&["error: "]).says(says);
@@ -22,7 +24,7 @@ fn refused(text: &str, line: usize, says: &[&str]) {
             |l: &str| l.trim().strip_prefix(&place).is_some_and(|r| r.is_empty() || r.starts_with(" ("));
         assert!(ran.err.lines().any(placed), "{place} is missing in:\n{}", ran.err);
         let left: Vec<_> = std::fs::read_dir(dir.path()).expect("the folder").collect();
-        assert_eq!(left.len(), 1, "{verb:?} wrote something: {left:?}");
+        assert_eq!(left.len(), given, "{verb:?} wrote something: {left:?}");
     }
 }
 
@@ -283,4 +285,95 @@ fn a_damaged_log_is_named_with_its_line() {
     measure(dir.path(), file, "out", &[]).expect(1).says(&["samples.jsonl:2", "remove it to go on"]);
     put(&samples, &text);
     measure(dir.path(), file, "out", &[]).expect(0);
+}
+
+#[test]
+fn what_a_text_needs_is_asked_for_with_its_line() {
+    let text = Experiment { text: true, ..Experiment::default() }.toml();
+    let refused_when = |old: &str, new: &str, says: &[&str]| {
+        let at = text.find(old).unwrap_or_else(|| panic!("{old:?} is not in the file:\n{text}"));
+        refused(&text.replacen(old, new, 1), 1 + text[..at].matches('\n').count(), says);
+    };
+    let path = format!("path = {:?}", checkpoint());
+    refused_when(
+        "file = \"story.txt\"",
+        "fille = \"story.txt\"",
+        &["unknown key \"fille\"", "did you mean \"file\"?"],
+    );
+    refused_when(
+        "file = \"story.txt\"",
+        "file = \"gone.txt\"",
+        &["cannot read gone.txt", "relative to the directory"],
+    );
+    let table = "[workload]\nname = \"text\"\n";
+    refused_when(&format!("{table}file = \"story.txt\""), table, &["file is missing"]);
+    refused_when(
+        &path,
+        &format!("sha256 = \"12\"\n{path}"),
+        &["\"12\" is not a SHA-256", "64 hexadecimal digits"],
+    );
+    let preset = text.replacen(&path, "preset = \"tiny\"", 1);
+    let at = preset.find("name = \"text\"").expect("the workload");
+    refused(
+        &preset,
+        1 + preset[..at].matches('\n').count(),
+        &["runs a text through a checkpoint", "[model] path"],
+    );
+}
+
+#[test]
+fn another_checkpoint_than_the_declared_one_is_not_measured() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = Experiment { text: true, ..Experiment::default() }.write(dir.path());
+    let whole = get(&dir.path().join(file));
+    let declared = "12".repeat(32);
+    put(&dir.path().join(file), &whole.replacen("head =", &format!("sha256 = \"{declared}\"\nhead ="), 1));
+    measure(dir.path(), file, "out", &[]).expect(6);
+    let rows = cells(&dir.path().join("out"));
+    assert!(rows.iter().all(|r| r["status"] == "error" && r["error"].contains(&declared)), "{rows:?}");
+    let found = rows[0]["error"].split("SHA-256 is ").nth(1).expect("the hash found")[..64].to_owned();
+    put(&dir.path().join(file), &whole.replacen("head =", &format!("sha256 = \"{found}\"\nhead ="), 1));
+    measure(dir.path(), file, "right", &[]).expect(0);
+    assert!(cells(&dir.path().join("right")).iter().all(|r| r["model_sha256"] == found));
+}
+
+#[test]
+fn a_text_shorter_than_the_context_is_an_error_with_both_numbers() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = Experiment { text: true, ..Experiment::default() }.write(dir.path());
+    put(&dir.path().join("story.txt"), "A short story.");
+    measure(dir.path(), file, "out", &[]).expect(6);
+    let rows = cells(&dir.path().join("out"));
+    // 128 of context, then 1 and 8 tokens a repetition.
+    assert!(
+        rows.iter().all(|r| r["error"].contains("tokens") && r["error"].contains("needs 137")),
+        "{rows:?}"
+    );
+}
+
+#[test]
+fn a_checkpoint_that_changed_is_not_mixed_into_a_result() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for entry in std::fs::read_dir(checkpoint()).expect("the checkpoint") {
+        let from = entry.expect("an entry").path();
+        std::fs::copy(&from, model.join(from.file_name().expect("a name"))).expect("a copy");
+    }
+    let sweep = Experiment { text: true, kv_dtypes: vec!["bf16", "f32"], ..Experiment::default() };
+    let file = sweep.write(dir.path());
+    let given = get(&dir.path().join(file)).replacen(&format!("{:?}", checkpoint()), "\"model\"", 1);
+    put(&dir.path().join(file), &given);
+    measure(dir.path(), file, "out", &[]).expect(0);
+    // As if it had been stopped after the first cohort.
+    let samples = dir.path().join("out/samples.jsonl");
+    let log = get(&samples);
+    let second = log.lines().position(|l| l.contains("\"cohort\":1")).expect("a second cohort");
+    put(&samples, &log.lines().take(second).map(|l| l.to_owned() + "\n").collect::<String>());
+    let config = model.join("config.json");
+    put(&config, &(get(&config) + "\n"));
+    measure(dir.path(), file, "out", &[]).expect(6).says(&["model has changed", "--fresh"]);
+    let rows = cells(&dir.path().join("out"));
+    let ok: Vec<_> = rows.iter().map(|r| (r["kv_dtype"].as_str(), r["status"].as_str())).collect();
+    assert_eq!(ok, [("bf16", "ok"), ("bf16", "ok"), ("f32", "error"), ("f32", "error")]);
 }

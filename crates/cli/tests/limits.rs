@@ -185,3 +185,29 @@ fn a_cell_that_needs_more_cpus_than_there_are_is_skipped_with_the_number() {
         assert!(row["threads"] == "4096" && row["error"].starts_with("needs 4096 CPUs, "), "{row:?}");
     }
 }
+
+#[test]
+fn a_prompt_beyond_the_limit_is_a_row_with_its_work() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let sweep = Experiment { contexts: vec![128, 512], text: true, ..Experiment::default() };
+    sweep.write(dir.path());
+    let file = dir.path().join("small.toml");
+    put(&file, &get(&file).replace("file = \"story.txt\"", "file = \"story.txt\"\nprefill_limit = 256"));
+    let plan = run(dir.path(), &["plan", "small.toml"]).expect(0).out;
+    for part in ["prefill", "TMAC", "contexts above 256 tokens (workload.prefill_limit)", "2 skipped"] {
+        assert!(plan.contains(part), "{part} is missing in:\n{plan}");
+    }
+    let ran = measure(dir.path(), "small.toml", "out", &[]).expect(0);
+    let found = statuses(&dir.path().join("out"));
+    assert_eq!(found["128 dense"], ("ok".to_owned(), String::new()));
+    for method in ["dense", "window"] {
+        let (status, reason) = &found[&format!("512 {method}")];
+        assert_eq!(status, "skipped");
+        // 512 tokens, 4 layers of 589,824 weights and 256 numbers a query with 512 keys and values: 1.48e9 multiply-adds.
+        let says = "a prompt of 512 tokens is longer than the limit of 256, and would take 0.00148 tera multiply-adds; \
+                    raise workload.prefill_limit";
+        assert!(reason.contains(says), "{reason}");
+        assert!(ran.out.contains(says), "{}", ran.out);
+    }
+    assert!(cells(&dir.path().join("out")).iter().all(|r| r["fill"] != "synthetic"));
+}

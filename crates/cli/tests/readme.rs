@@ -159,7 +159,10 @@ fn tiny(text: &str, keep: &[i64]) -> String {
         let table = file.get_mut(table).and_then(toml::Value::as_table_mut).expect("the table");
         table.insert(key.to_owned(), value);
     };
-    set("model", "preset", "tiny".into());
+    // A checkpoint of the fixtures is tiny as it is.
+    if !text.contains("\npath = ") {
+        set("model", "preset", "tiny".into());
+    }
     set("measure", "probe", "1MiB".into());
     set("measure", "gen_tokens", 10.into());
     let axes = file["axes"].as_table_mut().expect("axes");

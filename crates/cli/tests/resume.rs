@@ -111,6 +111,14 @@ fn every_column_is_a_timing_or_exact() {
         "cosine_min",
         "cosine_mean",
         "needle_accuracy",
+        "kl_nats",
+        "kl_nats_max",
+        "top1_agreement",
+        "logit_cosine_mean",
+        "logit_cosine_min",
+        "nll_nats",
+        "nll_reference_nats",
+        "quality_steps",
         "kv_bytes_stored",
         "kv_bytes_read_per_token",
         "index_bytes_read_per_token",
@@ -165,6 +173,44 @@ fn ten_kills_lose_nothing_and_double_nothing() {
     let before = get(&drilled.join("samples.jsonl"));
     measure(dir.path(), file, "drilled", &[]).expect(0);
     assert_eq!(get(&drilled.join("samples.jsonl")), before);
+}
+
+#[test]
+fn a_text_goes_on_where_it_was_killed() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let rest = "[verify]\nkl_nats_max = 0.01\nmethods = [\"dense\"]\n".to_owned();
+    let sweep = Experiment { text: true, rest, ..sweep() };
+    let file = sweep.write(dir.path());
+    measure(dir.path(), file, "undisturbed", &[]).expect(0);
+    let all = log(&dir.path().join("undisturbed")).len();
+    let drilled = dir.path().join("drilled");
+    let mut unfinished = 0;
+    for kill in 1..=3 {
+        let mut group =
+            Group::start(longbit(dir.path(), &["run", file, "--out", "drilled", "--no-progress"]));
+        wait_for("the next lines of the log", || {
+            (group.ended() || log(&drilled).len() >= kill * all / 5).then_some(())
+        });
+        unfinished += usize::from(!group.ended());
+        group.kill();
+        assert!(repetitions(&drilled).values().all(|n| *n == 1), "after kill {kill}");
+    }
+    assert!(unfinished >= 2, "only {unfinished} of 3 kills met a running sweep; make the sweep longer");
+    measure(dir.path(), file, "drilled", &[]).expect(0);
+    assert_same_but_timings(&dir.path().join("undisturbed"), &drilled);
+    assert_each_repetition_once(&drilled, sweep.cells(), sweep.reps);
+    let rows = cells(&drilled);
+    assert!(rows.iter().all(|r| r["status"] == "ok" && r["fill"] == "prefill" && r["rel_l2_p50"].is_empty()));
+    let exact = rows.iter().filter(|r| r["kv_dtype"] == "bf16" && r["method"] == "dense");
+    assert!(
+        exact.clone().count() == 2
+            && exact.clone().all(|r| r["kl_nats"] == "0" && r["top1_agreement"] == "1")
+    );
+
+    // Another text is another run, whatever its name.
+    let story = dir.path().join("story.txt");
+    put(&story, &format!("{}!", get(&story)));
+    measure(dir.path(), file, "drilled", &[]).expect(2).says(&["holds another run: its plan is", "--fresh"]);
 }
 
 #[test]

@@ -476,3 +476,50 @@ fn a_damaged_checkpoint_is_an_error_that_names_the_tensor() {
     assert!(config_cut.contains("config.json"), "{config_cut}");
     ask(&[], &config);
 }
+
+#[test]
+fn a_text_is_verified_compared_and_reported_by_its_logits() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let limits =
+        |methods: &str| format!("[verify]\nkl_nats_max = 0.000001\ntop1_min = 1\nmethods = [{methods}]\n");
+    let with = |rest: String| Experiment { text: true, rest, reps: 6, ..Experiment::default() };
+    let file = with(limits("\"window\"")).write(dir.path());
+    let ran = run(dir.path(), &["verify", file]).expect(4);
+    for part in ["KL mean", "FAIL: largest KL divergence", "verify.kl_nats_max", "1 pass, 1 fail"] {
+        assert!(ran.out.contains(part), "{part} is missing in:\n{}", ran.out);
+    }
+    let file = with(limits("\"dense\"")).write(dir.path());
+    run(dir.path(), &["verify", file]).expect(0);
+    // From elsewhere the paths of the file mean the same.
+    let there = dir.path().join(file);
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let ran = measure(elsewhere.path(), path(&there), path(&dir.path().join("before")), &[]).expect(0);
+    assert!(ran.out.contains("KL divergence of the next token from dense bf16"), "{}", ran.out);
+    let again = measure(dir.path(), file, "before", &[]).expect(0);
+    assert!(again.out.contains("wrote before/cells.csv"), "{}", again.out);
+    let before = dir.path().join("before");
+    let cmp = run(dir.path(), &["cmp", "before"]).expect(0).out;
+    assert!(cmp.contains("top-1") && cmp.contains("perplexity") && !cmp.contains("L2"), "{cmp}");
+    let summary = get(&before.join("summary.md"));
+    assert!(summary.contains("KL nats: divergence") && !summary.contains("rel L2"), "{summary}");
+    let figure = get(&before.join("plots/error-speed.svg"));
+    assert!(figure.contains("KL divergence of the next token (nats)"));
+    // The same figures are no change, worse ones a regression, on any machine.
+    let after = dir.path().join("after");
+    std::fs::create_dir(&after).expect("a folder");
+    for name in ["plan.json", "machine.json"] {
+        std::fs::copy(before.join(name), after.join(name)).expect("a copy");
+    }
+    let worse = |line: &mut serde_json::Value| {
+        if line["line"] == "quality" {
+            let value = line["quality"]["kl_nats"].as_f64().expect("a divergence") + 0.01;
+            line["quality"]["kl_nats"] = value.into();
+        }
+    };
+    let mut lines = log(&before);
+    lines.iter_mut().for_each(worse);
+    put(&after.join("samples.jsonl"), &lines.iter().map(|l| l.to_string() + "\n").collect::<String>());
+    let ran = run(dir.path(), &["check", "before", "after"]).expect(3);
+    assert!(ran.out.contains("kl_nats") && ran.out.contains("regressed"), "{}", ran.out);
+    assert!(run(dir.path(), &["check", "before", "before"]).code != 3);
+}

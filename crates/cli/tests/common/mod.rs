@@ -101,6 +101,8 @@ pub(crate) struct Experiment {
     pub(crate) gen_tokens: u32,
     pub(crate) cell_timeout: &'static str,
     pub(crate) max_rss: &'static str,
+    /// The tiny checkpoint decodes `story.txt`, a text of the fixtures, in place of generated inputs of a preset.
+    pub(crate) text: bool,
     /// Further TOML.
     pub(crate) rest: String,
 }
@@ -115,6 +117,7 @@ impl Default for Experiment {
             gen_tokens: 8,
             cell_timeout: "60s",
             max_rss: "8GiB",
+            text: false,
             rest: String::new(),
         }
     }
@@ -123,10 +126,14 @@ impl Default for Experiment {
 impl Experiment {
     /// The file's text.
     pub(crate) fn toml(&self) -> String {
+        let (model, workload) = match self.text {
+            false => ("preset = \"tiny\"".to_owned(), "name = \"mix\""),
+            true => (format!("path = {:?}", checkpoint()), "name = \"text\"\nfile = \"story.txt\""),
+        };
         format!(
             "schema = 1\n\n[experiment]\nname = \"small\"\nquestion = \"Does it hold?\"\n\n\
-             [model]\npreset = \"tiny\"\nhead = \"bf16\"\nseed = 1\n\n\
-             [workload]\nname = \"mix\"\nseed = 1\n\n\
+             [model]\n{model}\nhead = \"bf16\"\nseed = 1\n\n\
+             [workload]\n{workload}\nseed = 1\n\n\
              [axes]\ncontext = {:?}\nthreads = [1]\nkv_dtype = {:?}\nmethod = {:?}\n\n\
              [measure]\nreps = {}\ngen_tokens = {}\nwarmup_tokens = 1\nquality_steps = 2\nprobe = \"1MiB\"\n\
              pin = false\n\n[limits]\ncell_timeout = {:?}\nmax_rss = {:?}\n{}",
@@ -141,8 +148,12 @@ impl Experiment {
         )
     }
 
-    /// Writes the file as `small.toml` into `dir`.
+    /// Writes the file as `small.toml` into `dir`, and the text beside it when it reads one.
     pub(crate) fn write(&self, dir: &Path) -> &'static str {
+        if self.text {
+            std::fs::copy(root().join("fixtures/text/lighthouse.txt"), dir.join("story.txt"))
+                .expect("a copy");
+        }
         put(&dir.join("small.toml"), &self.toml());
         "small.toml"
     }

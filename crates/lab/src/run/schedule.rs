@@ -35,6 +35,8 @@ pub(super) struct Scheduler<'a> {
     attempts: Vec<u32>,
     /// A cell violates `[verify]`.
     violated: bool,
+    /// SHA-256 of the model that the log speaks of; empty before the first worker stood.
+    model: String,
     /// Directory of the experiment file: paths of the plan are relative to it.
     pub(super) dir: PathBuf,
     /// See [`super::RunOptions::fail_fast`].
@@ -63,9 +65,12 @@ impl<'a> Scheduler<'a> {
         progress: Progress<'a>,
     ) -> Self {
         let mut attempts = vec![0; plan.cohorts.len()];
-        let mut violated = false;
+        let (mut violated, mut model) = (false, String::new());
         let index: BTreeMap<&str, usize> = wanted(plan).map(|i| (plan.cells[i].id.as_str(), i)).collect();
         for line in lines {
+            if let Line::Ready { ready, .. } = line {
+                model.clone_from(&ready.model_sha256);
+            }
             match line {
                 Line::Ready { cohort, attempt, .. }
                 | Line::Sample { cohort, attempt, .. }
@@ -93,6 +98,7 @@ impl<'a> Scheduler<'a> {
             index,
             attempts,
             violated,
+            model,
             dir: PathBuf::new(),
             fail_fast: false,
             retry_failed: false,
@@ -312,6 +318,16 @@ impl<'a> Scheduler<'a> {
             match event {
                 Event::Phase { what, done, total } => self.progress.phase(&what, done, total),
                 Event::Ready(r) => {
+                    if !self.model.is_empty() && self.model != r.model_sha256 {
+                        running.kill();
+                        let error = format!(
+                            "the model has changed since the result was begun: its SHA-256 is {}, it was {}; restore it, or \
+                             start anew with --fresh",
+                            r.model_sha256, self.model
+                        );
+                        return Ok(End::Broken { status: Status::Error, error, ready, fatal: true });
+                    }
+                    self.model.clone_from(&r.model_sha256);
                     ready = true;
                     self.store.append(&Line::Ready { cohort, attempt, ready: r })?;
                 }
