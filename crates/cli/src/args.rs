@@ -7,6 +7,8 @@ use longbit_lab::plan::{Filter, PlanOptions, Selection};
 use longbit_lab::{emit, spec::units};
 
 use crate::Failure;
+use crate::generate::GenerateArgs;
+use crate::perplexity::{PROTOCOL, PerplexityArgs};
 
 /// What keeps a ternary language model fast at long context on a CPU, and what does it cost in quality?
 #[derive(Parser)]
@@ -90,6 +92,18 @@ Examples:
   longbit logits --model path/to/checkpoint --tokens 1,2,3 --out logits.safetensors
   longbit logits --model path/to/checkpoint --tokens ids.txt --chunk 16")]
     Logits(LogitsArgs),
+    /// Write text that a checkpoint goes on with, as it comes.
+    #[command(after_help = "\
+Examples:
+  longbit generate --model path/to/checkpoint --prompt 'The capital of France is'
+  longbit generate --model path/to/checkpoint --chat --prompt 'Why is the sky blue?' --temperature 0.7 --seed 3
+  longbit generate --model path/to/checkpoint --prompt-file long.txt --kv bf16 --method window:sinks=4,window=1020
+
+Exit code 6 when Ctrl-C ended it.")]
+    Generate(GenerateArgs),
+    /// Score a text with several KV dtypes and attention methods, on the same tokens.
+    #[command(after_help = PROTOCOL)]
+    Perplexity(PerplexityArgs),
     /// Write a model as GGUF or as packed safetensors.
     #[command(after_help = "\
 Examples:

@@ -4,9 +4,11 @@
 
 mod args;
 mod convert;
+mod generate;
 mod inspect;
 mod logits;
 mod model_args;
+mod perplexity;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -194,6 +196,8 @@ fn dispatch(cli: Cli, matches: &clap::ArgMatches, out: &mut dyn Write) -> Result
             report::report(&options, out)?
         }
         Command::Logits(a) => logits::run(&a, out)?,
+        Command::Generate(a) => generate::run(&a, out)?,
+        Command::Perplexity(a) => perplexity::run(&a, out)?,
         Command::Convert(a) => convert::run(&a, out)?,
         Command::Inspect(a) => inspect::run(&a, out)?,
     })

@@ -306,6 +306,15 @@ fn a_gguf_file_gives_the_same_and_its_wrong_template_is_replaced() {
     let (_, file) = &both("spm")[0];
     assert_eq!(spm.tokenizer.encode("a b", true).unwrap(), file.encode("a b", true).unwrap());
 
+    // A whole tokenizer.json in the file comes before the arrays.
+    let whole = std::fs::read_to_string(fixture("tokenizer/spm/tokenizer.json")).unwrap();
+    let key = "tokenizer.huggingface.json";
+    let model =
+        open("bpe", &[(key, Kv::String(whole)), ("tokenizer.ggml.bos_token_id", Kv::U32(1))]).unwrap();
+    assert_eq!(model.tokenizer.encode("a b", true).unwrap(), file.encode("a b", true).unwrap());
+    let error = open("bpe", &[(key, Kv::String("{".into()))]).unwrap_err().to_string();
+    assert!(error.contains("bpe.gguf") && error.contains(key), "{error}");
+
     let error = open("bpe", &[("tokenizer.ggml.model", Kv::String("bert".into()))]).unwrap_err().to_string();
     assert!(error.contains("bpe.gguf") && error.contains("`bert` is not supported"), "{error}");
     let error = open("bpe", &[("tokenizer.ggml.tokens", Kv::U32(1))]).unwrap_err().to_string();

@@ -17,6 +17,8 @@ use crate::gguf::{GgufError, Header, Metadata};
 const MAX_TEXT: u64 = 16 << 20;
 /// Tokens that end an answer wherever a vocabulary has them as special tokens: some configurations name only one.
 const KNOWN_STOPS: &[&str] = &["<|eot_id|>", "<|end_of_text|>"];
+/// Key of a whole `tokenizer.json` in a GGUF file.
+const WHOLE_TOKENIZER: &str = "tokenizer.huggingface.json";
 /// GGUF architectures of the 2B-4T model, whose published files carry a chat template that it was not trained with.
 const BITNET_2B: &[&str] = &["bitnet-25", "bitnet-b1.58"];
 
@@ -181,24 +183,39 @@ fn template_of(value: &Value) -> Option<String> {
 }
 
 fn gguf(path: &Path, options: &TextOptions) -> Result<TextModel> {
-    let fail = |reason: String| Error::Config { path: path.into(), reason };
+    let fail = |source| Error::Gguf { path: path.into(), source };
     let map = FileMap::open(path)?;
-    let header = Header::parse(&map).map_err(|e| fail(e.to_string()))?;
-    let vocabulary = GgufVocabulary::read(&header.metadata).map_err(|e| fail(e.to_string()))?;
+    let header = Header::parse(&map).map_err(fail)?;
+    let vocabulary = GgufVocabulary::read(&header.metadata).map_err(fail)?;
     let tokenizer = match &options.tokenizer {
         Some(path) => Tokenizer::from_file(path)?.with_ends(
             vocabulary.bos,
             vocabulary.eos,
             vocabulary.add_bos.unwrap_or(false),
         ),
-        None if vocabulary.tokens.is_empty() => {
-            return Err(fail("the file has no tokenizer; say where a tokenizer.json is".into()));
-        }
-        None => Tokenizer::from_bpe_arrays(&vocabulary).map_err(|e| at(path, e))?,
+        None => gguf_tokenizer(&header.metadata, &vocabulary).map_err(|e| at(path, e))?,
     };
     let stop_tokens = stops(&tokenizer, vocabulary.eot);
     let (chat, notes) = gguf_chat(&vocabulary, &tokenizer).map_err(|e| at(path, e))?;
     Ok(TextModel { tokenizer, chat, stop_tokens, notes })
+}
+
+/// The tokenizer of a GGUF file: the whole `tokenizer.json` where the file holds it, as the GGUF specification allows,
+/// otherwise what the arrays describe.
+fn gguf_tokenizer(metadata: &Metadata, vocabulary: &GgufVocabulary) -> Result<Tokenizer> {
+    let whole = metadata.str(WHOLE_TOKENIZER).map_err(|e| Error::Invalid(e.to_string()))?;
+    match whole {
+        Some(text) => {
+            let tokenizer = super::tokenizer_json::parse(text.as_bytes())
+                .map_err(|reason| Error::Invalid(format!("{WHOLE_TOKENIZER}: {reason}")))?;
+            let bos = vocabulary.bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
+            Ok(tokenizer.with_ends(bos, vocabulary.eos, vocabulary.add_bos.unwrap_or(false)))
+        }
+        None if vocabulary.tokens.is_empty() => {
+            Err(Error::Invalid("the file has no tokenizer; say where a tokenizer.json is".into()))
+        }
+        None => Tokenizer::from_bpe_arrays(vocabulary),
+    }
 }
 
 /// The chat template of a GGUF file, or the one that its model was trained with.
@@ -275,9 +292,9 @@ impl Tokenizer {
     /// Builds the tokenizer that the metadata of a GGUF file holds.
     ///
     /// # Errors
-    /// As [`GgufVocabulary::read`] and [`Tokenizer::from_bpe_arrays`].
+    /// A key of another type, and as [`Tokenizer::from_bpe_arrays`].
     pub fn from_gguf(metadata: &Metadata) -> Result<Self> {
         let vocabulary = GgufVocabulary::read(metadata).map_err(|e| Error::Invalid(e.to_string()))?;
-        Tokenizer::from_bpe_arrays(&vocabulary)
+        gguf_tokenizer(metadata, &vocabulary)
     }
 }

@@ -22,8 +22,8 @@ const MAX_MISSING: usize = 1 << 16;
 const MAX_TOKEN: usize = 1 << 16;
 /// Longest text that is encoded (bytes); the crate needs some tens of times as much memory.
 const MAX_TEXT: usize = 256 << 20;
-/// Longest run of white space that is encoded (characters): beyond about twice as many the regular expression of the
-/// pre-tokenizer gives up without saying so.
+/// Longest run of white space that is encoded (characters). The pre-tokenizer's regular expression steps back through
+/// such runs, and its engine (fancy-regex) gives up after a million steps without saying so.
 const MAX_BLANK: usize = 250_000;
 
 /// A tokenizer as files describe it.

@@ -95,10 +95,15 @@ pub(super) fn read(path: &Path) -> Result<Tokenizer> {
     let file = std::fs::File::open(path).map_err(unreadable)?;
     let mut text = Vec::new();
     file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(unreadable)?;
+    parse(&text).map_err(fail)
+}
+
+/// Builds the tokenizer that the text of such a file describes; the error is a sentence without a place.
+pub(super) fn parse(text: &[u8]) -> Result<Tokenizer, String> {
     if text.len() as u64 > MAX_FILE {
-        return Err(fail(format!("the tokenizer has more than {MAX_FILE} bytes; larger ones are not read")));
+        return Err(format!("the tokenizer has more than {MAX_FILE} bytes; larger ones are not read"));
     }
-    parts(&text).and_then(Tokenizer::build).map_err(fail)
+    parts(text).and_then(Tokenizer::build)
 }
 
 fn parts(text: &[u8]) -> Result<Parts, String> {
