@@ -291,9 +291,8 @@ pub(crate) struct ReportArgs {
 
 #[derive(Args)]
 pub(crate) struct LogitsArgs {
-    /// Checkpoint directory (config.json and safetensors) or GGUF file.
-    #[arg(long, value_name = "DIR|FILE")]
-    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) model: crate::model_args::ModelArgs,
     /// Token ids: 1,2,3 or a file of ids separated by commas or blanks.
     #[arg(long, value_name = "IDS|FILE")]
     pub(crate) tokens: String,
@@ -303,13 +302,7 @@ pub(crate) struct LogitsArgs {
     /// Where to write the tensor `logits`, f32 [tokens, vocab], as safetensors; absent: the likeliest tokens are printed.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
-    /// Threads [default: all CPUs allowed].
-    #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
-    pub(crate) threads: Option<usize>,
     /// KV dtype of the cache.
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     pub(crate) kv: String,
-    /// Number format of the head.
-    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
-    pub(crate) head: String,
 }

@@ -1,6 +1,6 @@
 //! `longbit convert`: a model from any layout that can be read into one that other engines read.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,6 +13,7 @@ use longbit_sys::{Team, allowed_cpus};
 
 use crate::Failure;
 use crate::model_args::FileArgs;
+use crate::status::Status;
 
 #[derive(Args)]
 pub(crate) struct ConvertArgs {
@@ -79,8 +80,13 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<Exit, Failu
             };
             let linear = named(&GgufOptions::LINEAR, args.linear.as_deref().unwrap_or("i2_s"))?;
             let options = GgufOptions { linear, head };
-            let mut progress = progress(clock);
-            write_gguf(&model, &vocabulary, options, &args.output, &mut progress)?
+            let mut status = Status::new(false);
+            let mut progress = |done: u64, total: u64| {
+                status.show("writing, MB", (done / 1_000_000) as usize, (total / 1_000_000) as usize);
+            };
+            let written = write_gguf(&model, &vocabulary, options, &args.output, &mut progress)?;
+            status.clear();
+            written
         }
         false => write_safetensors(&model, &vocabulary, &args.output)?,
     };
@@ -102,27 +108,6 @@ fn load(args: &ConvertArgs, team: &Team) -> Result<(Model, Vocabulary), Failure>
     let checkpoint = Checkpoint::open(Path::new(&args.input), &args.file.options())?;
     let vocabulary = Vocabulary::of(&checkpoint)?;
     Ok((checkpoint.load(checkpoint.exact_head(), team)?, vocabulary))
-}
-
-/// A line on the terminal, a few times a second, once two seconds have passed.
-fn progress(clock: Instant) -> impl FnMut(u64, u64) {
-    let shown = std::io::stderr().is_terminal();
-    let mut last = 0.0;
-    move |done, total| {
-        let now = clock.elapsed().as_secs_f64();
-        if !shown || now < 2.0 || now - last < 0.2 || done == 0 {
-            return;
-        }
-        last = now;
-        let left = now * (total - done) as f64 / done as f64;
-        let mut err = std::io::stderr();
-        // Progress is for the eyes alone: a terminal that is gone needs none.
-        let _ = write!(err, "\rwriting {:3.0} %, {left:.0} s left ", 100.0 * done as f64 / total as f64);
-        if done == total {
-            let _ = write!(err, "\r{:40}\r", "");
-        }
-        let _ = err.flush();
-    }
 }
 
 fn report(

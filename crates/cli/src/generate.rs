@@ -1,111 +1,26 @@
 //! `longbit generate`: text from a checkpoint, as it comes.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
 use longbit::text::generate;
-use longbit::text::{
-    GenerateOptions, Generation, Message, Progress, SamplerOptions, StopReason, TextModel, TextOptions,
-};
-use longbit::{Checkpoint, Footprint, HeadFormat, Model, Session, SessionOptions, footprint};
+use longbit::text::{GenerateOptions, Generation, Message, Progress, SamplerOptions, StopReason, TextModel};
+use longbit::{Session, SessionOptions};
 use longbit_lab::Exit;
-use longbit_sys::{Team, allowed_cpus, open_memory};
 
 use crate::Failure;
-use crate::model_args::FileArgs;
+use crate::model_args::{Opened, TextArgs};
+use crate::status::{Status, say};
 
 /// Largest prompt or text that is read (bytes).
 const MAX_TEXT: u64 = 256 << 20;
-/// What the process takes beside its data: code, stacks, tokenizer.
-const PROCESS_BYTES: u64 = 256 << 20;
-
-/// Which model, and how it is loaded; shared by the verbs that read text.
-#[derive(Args)]
-pub(crate) struct ModelArgs {
-    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file.
-    #[arg(long, value_name = "DIR|FILE")]
-    pub(crate) model: PathBuf,
-    /// A tokenizer.json to use instead of the checkpoint's own.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) tokenizer: Option<PathBuf>,
-    /// Threads [default: all CPUs allowed].
-    #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
-    pub(crate) threads: Option<usize>,
-    /// Number format of the head.
-    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
-    pub(crate) head: String,
-    #[command(flatten)]
-    pub(crate) file: FileArgs,
-}
-
-/// A checkpoint that was opened and not yet loaded.
-pub(crate) struct Opened {
-    pub(crate) checkpoint: Checkpoint,
-    pub(crate) head: HeadFormat,
-    pub(crate) threads: usize,
-}
-
-impl ModelArgs {
-    pub(crate) fn open(&self) -> Result<Opened, Failure> {
-        let head = HeadFormat::parse(&self.head)?;
-        let threads = self.threads.unwrap_or_else(|| allowed_cpus().map_or(1, |cpus| cpus.len()));
-        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &self.file.options())?, head, threads })
-    }
-
-    pub(crate) fn text(&self, chat_template: Option<PathBuf>) -> Result<TextModel, Failure> {
-        let options = TextOptions { tokenizer: self.tokenizer.clone(), chat_template };
-        let text = TextModel::open(&self.model, &options)?;
-        for note in &text.notes {
-            say(&format!("note: {note}"));
-        }
-        Ok(text)
-    }
-}
-
-impl Opened {
-    /// Bytes of a session with room for `tokens`.
-    pub(crate) fn footprint(&self, kv: &str, how: &str, tokens: usize) -> Result<Footprint, Failure> {
-        let config = self.checkpoint.config();
-        Ok(footprint(config, self.head, kv_dtype(kv)?, &method(how)?, tokens, 0, self.threads))
-    }
-
-    /// Refuses what cannot fit memory: `weights` and `rest` are predicted bytes, `what` names the rest.
-    pub(crate) fn check_memory(weights: u64, rest: u64, what: &str) -> Result<(), Failure> {
-        let needed = weights.saturating_add(rest).saturating_add(PROCESS_BYTES);
-        match open_memory().usable() {
-            Some(usable) if needed > usable => Err(Failure::Core(longbit::Error::Invalid(format!(
-                "not enough memory: {} are needed ({} of weights, {} for {what}) and {} are available; ask for fewer \
-                 tokens or a smaller KV dtype",
-                gib(needed),
-                gib(weights),
-                gib(rest),
-                gib(usable)
-            )))),
-            _ => Ok(()),
-        }
-    }
-
-    pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
-        let team = Arc::new(Team::new(self.threads, true).map_err(longbit::Error::from)?);
-        Ok((Arc::new(self.checkpoint.load(self.head, &team)?), team))
-    }
-}
-
-fn gib(bytes: u64) -> String {
-    format!("{bytes} bytes ({:.2} GiB)", bytes as f64 / (1u64 << 30) as f64)
-}
-
-/// A line on standard error; nobody may be left to read it.
-pub(crate) fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
 
 /// The text of a file, or of standard input for `-`.
 pub(crate) fn read_text(flag: &str, path: &std::path::Path) -> Result<String, Failure> {
@@ -122,42 +37,6 @@ pub(crate) fn read_text(flag: &str, path: &std::path::Path) -> Result<String, Fa
     Ok(text)
 }
 
-/// A line on a terminal that tells how far a long piece of work is, from its third second on.
-pub(crate) struct Status {
-    terminal: bool,
-    started: Instant,
-    last: Option<Instant>,
-}
-
-impl Status {
-    /// Nothing is shown before this much time.
-    const PATIENCE: Duration = Duration::from_secs(2);
-    const EVERY: Duration = Duration::from_millis(200);
-
-    pub(crate) fn new(quiet: bool) -> Self {
-        Status { terminal: !quiet && std::io::stderr().is_terminal(), started: Instant::now(), last: None }
-    }
-
-    pub(crate) fn show(&mut self, what: &str, done: usize, total: usize) {
-        let elapsed = self.started.elapsed();
-        let due = self.last.is_none_or(|last| last.elapsed() >= Self::EVERY);
-        if !self.terminal || elapsed < Self::PATIENCE || !due || done == 0 {
-            return;
-        }
-        self.last = Some(Instant::now());
-        let left = elapsed.as_secs_f64() * (total - done) as f64 / done as f64;
-        let mut err = std::io::stderr();
-        let _ = write!(err, "\r{what}: {done} of {total}, about {left:.0} s left\x1b[K");
-        let _ = err.flush();
-    }
-
-    pub(crate) fn clear(&mut self) {
-        if self.last.take().is_some() {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
-    }
-}
-
 /// A flag that the first Ctrl-C sets; the second ends the process at once.
 pub(crate) fn interrupts() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
@@ -172,7 +51,7 @@ pub(crate) fn interrupts() -> Arc<AtomicBool> {
 #[derive(Args)]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    pub(crate) model: TextArgs,
     /// The prompt.
     #[arg(
         long,
@@ -235,7 +114,7 @@ pub(crate) struct GenerateArgs {
 }
 
 pub(crate) fn run(args: &GenerateArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
-    let opened = args.model.open()?;
+    let opened = args.model.model.open()?;
     // Names are checked before the larger files are read.
     let (kv, how) = (kv_dtype(&args.kv)?, method(&args.method)?);
     let sampler = SamplerOptions {
@@ -360,7 +239,7 @@ fn document(
         "model": opened.checkpoint.path().display().to_string(),
         "kv_dtype": args.kv,
         "method": method(&args.method)?.canonical(),
-        "head": args.model.head,
+        "head": args.model.model.head,
         "isa": longbit::isa()?,
         "threads": opened.threads,
         "temperature": args.temperature,

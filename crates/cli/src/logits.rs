@@ -3,25 +3,26 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
-use std::sync::Arc;
 
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::{HeadFormat, Model, Session, SessionOptions};
+use longbit::{Session, SessionOptions};
 use longbit_lab::{Exit, LabError};
-use longbit_sys::{Team, allowed_cpus};
 
 use crate::Failure;
 use crate::args::LogitsArgs;
+use crate::model_args::Opened;
 
 /// Most likely tokens that are printed a position.
 const SHOWN: usize = 5;
 
 pub(crate) fn run(args: &LogitsArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
     let tokens = tokens(&args.tokens)?;
-    let threads = args.threads.unwrap_or_else(|| allowed_cpus().map_or(1, |cpus| cpus.len()));
-    let team = Arc::new(Team::new(threads, true).map_err(longbit::Error::from)?);
-    let model = Arc::new(Model::load(&args.model, HeadFormat::parse(&args.head)?, &team)?);
+    let opened = args.model.open()?;
+    let bytes = opened.footprint(&args.kv, "dense", tokens.len())?;
+    let what = format!("a cache of {} tokens in {}", tokens.len(), args.kv);
+    Opened::check_memory(bytes.weights, bytes.cache.saturating_add(bytes.scratch), &what)?;
+    let (model, team) = opened.load()?;
     let vocab = model.config.vocab;
     let options =
         SessionOptions { capacity: tokens.len(), kv: kv_dtype(&args.kv)?, method: method("dense")? };

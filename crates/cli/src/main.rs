@@ -9,6 +9,7 @@ mod inspect;
 mod logits;
 mod model_args;
 mod perplexity;
+mod status;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -1,9 +1,23 @@
-//! Flags that every verb with a model file shares: what the file does not say about itself.
+//! What every verb with a model file shares: which file, what it does not say about itself, and whether it fits.
+
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
+use longbit::attention::method;
 use longbit::formats::I2sLayout;
-use longbit::{Activation, OpenOptions};
+use longbit::kv::kv_dtype;
+use longbit::text::{TextModel, TextOptions};
+use longbit::{Activation, Checkpoint, Footprint, HeadFormat, Model, OpenOptions, footprint};
+use longbit_sys::{Team, allowed_cpus, open_memory};
 
+use crate::Failure;
+use crate::status::say;
+
+/// What the process takes beside its data: code, stacks, tokenizer.
+const PROCESS_BYTES: u64 = 256 << 20;
+
+/// What the file does not say about itself.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub(crate) struct FileArgs {
     /// Byte order of I2_S tensors, for GGUF files that do not say it.
@@ -26,4 +40,89 @@ fn layout(name: &str) -> Result<I2sLayout, String> {
 
 fn activation(name: &str) -> Result<Activation, String> {
     Activation::parse(name).ok_or_else(|| "it is relu2 or silu".into())
+}
+
+/// Which model, and how it is loaded.
+#[derive(Args)]
+pub(crate) struct ModelArgs {
+    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file.
+    #[arg(long, value_name = "DIR|FILE")]
+    pub(crate) model: PathBuf,
+    /// Threads [default: all CPUs allowed].
+    #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
+    pub(crate) threads: Option<usize>,
+    /// Number format of the head.
+    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
+    pub(crate) head: String,
+    #[command(flatten)]
+    pub(crate) file: FileArgs,
+}
+
+/// A model together with its text.
+#[derive(Args)]
+pub(crate) struct TextArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// A tokenizer.json to use instead of the checkpoint's own.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+}
+
+impl TextArgs {
+    pub(crate) fn text(&self, chat_template: Option<PathBuf>) -> Result<TextModel, Failure> {
+        let options = TextOptions { tokenizer: self.tokenizer.clone(), chat_template };
+        let text = TextModel::open(&self.model.model, &options)?;
+        for note in &text.notes {
+            say(&format!("note: {note}"));
+        }
+        Ok(text)
+    }
+}
+
+/// A checkpoint that was opened and not yet loaded.
+pub(crate) struct Opened {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) head: HeadFormat,
+    pub(crate) threads: usize,
+}
+
+impl ModelArgs {
+    pub(crate) fn open(&self) -> Result<Opened, Failure> {
+        let head = HeadFormat::parse(&self.head)?;
+        let threads = self.threads.unwrap_or_else(|| allowed_cpus().map_or(1, |cpus| cpus.len()));
+        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &self.file.options())?, head, threads })
+    }
+}
+
+impl Opened {
+    /// Bytes of a session with room for `tokens`.
+    pub(crate) fn footprint(&self, kv: &str, how: &str, tokens: usize) -> Result<Footprint, Failure> {
+        let config = self.checkpoint.config();
+        Ok(footprint(config, self.head, kv_dtype(kv)?, &method(how)?, tokens, 0, self.threads))
+    }
+
+    /// Refuses what cannot fit memory: `weights` and `rest` are predicted bytes, `what` names the rest.
+    pub(crate) fn check_memory(weights: u64, rest: u64, what: &str) -> Result<(), Failure> {
+        let needed = weights.saturating_add(rest).saturating_add(PROCESS_BYTES);
+        match open_memory().usable() {
+            Some(usable) if needed > usable => Err(Failure::Core(longbit::Error::Invalid(format!(
+                "not enough memory: {} are needed ({} of weights, {} for {what}) and {} are available; ask for fewer \
+                 tokens or a smaller KV dtype",
+                gib(needed),
+                gib(weights),
+                gib(rest),
+                gib(usable)
+            )))),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
+        let team = Arc::new(Team::new(self.threads, true).map_err(longbit::Error::from)?);
+        Ok((Arc::new(self.checkpoint.load(self.head, &team)?), team))
+    }
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{bytes} bytes ({:.2} GiB)", bytes as f64 / (1u64 << 30) as f64)
 }

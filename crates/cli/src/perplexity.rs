@@ -10,7 +10,9 @@ use longbit::text::{PerplexityOptions, Score, Scored, Variant, perplexity};
 use longbit_lab::Exit;
 
 use crate::Failure;
-use crate::generate::{ModelArgs, Opened, Status, interrupts, read_text};
+use crate::generate::{interrupts, read_text};
+use crate::model_args::{Opened, TextArgs};
+use crate::status::{Status, say};
 
 /// The protocol, as `--help` tells it.
 pub(crate) const PROTOCOL: &str = "\
@@ -31,7 +33,7 @@ Examples:
 #[derive(Args)]
 pub(crate) struct PerplexityArgs {
     #[command(flatten)]
-    pub(crate) model: ModelArgs,
+    pub(crate) model: TextArgs,
     /// The text; - for standard input.
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,
@@ -56,7 +58,7 @@ pub(crate) struct PerplexityArgs {
 }
 
 pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
-    let opened = args.model.open()?;
+    let opened = args.model.model.open()?;
     let dense = ["dense".to_string()];
     let methods = if args.methods.is_empty() { &dense[..] } else { &args.methods };
     let mut variants = Vec::new();
@@ -84,7 +86,7 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
     })?;
     status.clear();
     let Some(scores) = scores else {
-        crate::generate::say("interrupted");
+        say("interrupted");
         return Ok(Exit::Incomplete);
     };
     if args.json {
@@ -185,7 +187,7 @@ fn document(
     serde_json::json!({
         "model": opened.checkpoint.path().display().to_string(),
         "text": args.text.display().to_string(),
-        "head": args.model.head,
+        "head": args.model.model.head,
         "tokens": tokens,
         "context": options.context,
         "stride": options.stride,

@@ -171,6 +171,7 @@ fn check_step(what: &str, value: &Value, known: &[&str], depth: usize) -> Result
             {
                 return Err(format!("{what} `{name}` is not supported; supported are {}", known.join(", ")));
             }
+            check_template(what, map)?;
             map.values().try_for_each(|value| check_step(what, value, known, depth + 1))
         }
         Value::Array(values) => values.iter().try_for_each(|value| check_step(what, value, known, depth + 1)),
@@ -179,6 +180,23 @@ fn check_step(what: &str, value: &Value, known: &[&str], depth: usize) -> Result
         }
         _ => Ok(()),
     }
+}
+
+/// A template names only special tokens that it lists: the library looks them up without asking.
+fn check_template(what: &str, step: &serde_json::Map<String, Value>) -> Result<(), String> {
+    if step.get("type").and_then(Value::as_str) != Some("TemplateProcessing") {
+        return Ok(());
+    }
+    let listed = step.get("special_tokens").and_then(Value::as_object);
+    let parts = ["single", "pair"].into_iter().filter_map(|key| step.get(key)?.as_array()).flatten();
+    for id in parts.filter_map(|part| part.pointer("/SpecialToken/id")?.as_str()) {
+        if !listed.is_some_and(|listed| listed.contains_key(id)) {
+            return Err(format!(
+                "{what} uses the special token `{id}`, which its special_tokens do not list"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// How the vocabulary spells bytes, from the decoder; without one, from the pre-tokenizer.
