@@ -92,11 +92,15 @@ impl Checkpoint {
 
     /// The head format that holds the file's tables exactly.
     pub fn exact_head(&self) -> HeadFormat {
-        let tables = std::iter::once(&self.plan.embedding).chain(&self.plan.head);
-        match tables.into_iter().all(|t| t.encoding == Encoding::Bf16) {
-            true => HeadFormat::Bf16,
-            false => HeadFormat::F32,
+        match self.tables() {
+            (Encoding::Bf16, None | Some(Encoding::Bf16)) => HeadFormat::Bf16,
+            _ => HeadFormat::F32,
         }
+    }
+
+    /// How the embedding is stored, and a head of its own where there is one.
+    pub fn tables(&self) -> (Encoding, Option<Encoding>) {
+        (self.plan.embedding.encoding, self.plan.head.as_ref().map(|head| head.encoding))
     }
 
     /// Bytes of all weight files.
