@@ -32,6 +32,11 @@ fn safetensors() {
 }
 
 #[test]
+fn index() {
+    replay("index", untrusted::index);
+}
+
+#[test]
 fn config() {
     replay("config", untrusted::config);
 }
@@ -47,7 +52,7 @@ fn sound_seeds_reach_the_forward_pass() {
     use longbit::{Checkpoint, OpenOptions};
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
     let dir = tempfile::tempdir().unwrap();
-    for seed in ["floats", "spm", "llama", "i2_s", "iq2_bn"] {
+    for seed in ["floats", "spm", "llama", "i2_s", "iq2_bn", "types_a", "types_b"] {
         let path = dir.path().join(format!("{seed}.gguf"));
         std::fs::copy(corpus.join("gguf").join(seed), &path).unwrap();
         let opened = Checkpoint::open(&path, &OpenOptions::default());
@@ -55,7 +60,15 @@ fn sound_seeds_reach_the_forward_pass() {
         let team = longbit_sys::Team::new(1, false).unwrap();
         checkpoint.load(checkpoint.exact_head(), &team).unwrap_or_else(|e| panic!("{seed}: {e}"));
     }
+    let masters = untrusted::CONFIG.replace("offline", "online");
+    for (config, seed) in [(untrusted::CONFIG, "sound"), (&masters, "masters")] {
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        std::fs::copy(corpus.join("safetensors").join(seed), dir.path().join("model.safetensors")).unwrap();
+        Checkpoint::open(dir.path(), &OpenOptions::default()).unwrap_or_else(|e| panic!("{seed}: {e}"));
+    }
+    std::fs::rename(dir.path().join("model.safetensors"), dir.path().join("gone")).unwrap();
     std::fs::write(dir.path().join("config.json"), untrusted::CONFIG).unwrap();
-    std::fs::copy(corpus.join("safetensors/sound"), dir.path().join("model.safetensors")).unwrap();
+    std::fs::copy(corpus.join("safetensors/sound"), dir.path().join("a.safetensors")).unwrap();
+    std::fs::copy(corpus.join("index/sound"), dir.path().join("model.safetensors.index.json")).unwrap();
     Checkpoint::open(dir.path(), &OpenOptions::default()).unwrap();
 }

@@ -2,6 +2,8 @@
 //! replays their corpus. Nothing here may panic, and nothing may take time or memory out of proportion to the file.
 #![allow(dead_code, reason = "each fuzz target uses one function")]
 
+use longbit::convert::{GgufOptions, Vocabulary, write_gguf, write_safetensors};
+use longbit::formats::Encoding;
 use longbit::gguf::Header;
 use longbit::text::{Message, TextModel, TextOptions, Tokenizer};
 use longbit::{Checkpoint, OpenOptions, Session, SessionOptions, list};
@@ -15,6 +17,14 @@ pub(crate) const CONFIG: &str = r#"{"architectures":["BitNetForCausalLM"],"vocab
     "rope_theta":10000.0,"tie_word_embeddings":true,"quantization_config":{"quant_method":"bitnet",
     "linear_class":"autobitlinear","quantization_mode":"offline"}}"#;
 
+/// The packed weights of that shape.
+const SHARD: &[u8] = include_bytes!("../../../../fuzz/corpus/safetensors/sound");
+
+/// The same shape with master weights.
+fn masters() -> String {
+    CONFIG.replace("offline", "online")
+}
+
 /// A directory in memory where there is one, so that a fuzzer does not wear out a disk.
 fn place() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
@@ -24,12 +34,18 @@ fn place() -> tempfile::TempDir {
 
 static TEAM: LazyLock<Arc<Team>> = LazyLock::new(|| Arc::new(Team::new(1, false).expect("one thread")));
 
-/// Opens, loads and asks what can be loaded.
+/// Opens, loads, writes and asks what can be loaded.
 fn run(path: &Path) {
     let _ = list(path);
     let Ok(checkpoint) = Checkpoint::open(path, &OpenOptions::default()) else { return };
     let head = checkpoint.exact_head();
     let Ok(model) = checkpoint.load(head, &TEAM) else { return };
+    let out = place();
+    if let Ok(vocabulary) = Vocabulary::of(&checkpoint) {
+        let options = GgufOptions { linear: Encoding::Iq2Bn, head: Encoding::F32 };
+        let _ = write_gguf(&model, &vocabulary, options, &out.path().join("out.gguf"), &mut |_, _| {});
+        let _ = write_safetensors(&model, &vocabulary, &out.path().join("out"));
+    }
     let options = SessionOptions { capacity: 4, ..Default::default() };
     if let Ok(mut session) = Session::new(Arc::new(model), TEAM.clone(), options) {
         let _ = session.prefill(&[0]);
@@ -59,11 +75,22 @@ fn speak(tokenizer: &Tokenizer) {
     }
 }
 
-/// The weights of a checkpoint whose `config.json` is sound.
+/// The weights of a checkpoint whose `config.json` is sound: packed ones, or master weights.
 pub(crate) fn safetensors(data: &[u8]) {
     let dir = place();
-    std::fs::write(dir.path().join("config.json"), CONFIG).expect("room for the file");
     std::fs::write(dir.path().join("model.safetensors"), data).expect("room for the file");
+    for config in [CONFIG, &masters()] {
+        std::fs::write(dir.path().join("config.json"), config).expect("room for the file");
+        run(dir.path());
+    }
+}
+
+/// The index of a checkpoint in shards, beside one shard with all tensors.
+pub(crate) fn index(data: &[u8]) {
+    let dir = place();
+    std::fs::write(dir.path().join("config.json"), CONFIG).expect("room for the file");
+    std::fs::write(dir.path().join("a.safetensors"), SHARD).expect("room for the file");
+    std::fs::write(dir.path().join("model.safetensors.index.json"), data).expect("room for the file");
     run(dir.path());
 }
 
