@@ -84,34 +84,31 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
             }])
             .collect(),
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
-        i2s: I2S.iter().map(|(name, _)| (*name).into()).collect(),
-        activations: ACTIVATIONS.iter().map(|(name, _)| (*name).into()).collect(),
+        i2s: I2sLayout::ALL.iter().map(|l| l.as_str().into()).collect(),
+        activations: Activation::ALL.iter().map(|a| a.as_str().into()).collect(),
     })
 }
-
-/// Byte orders of I2_S tensors by name.
-const I2S: [(&str, I2sLayout); 2] = [("x86", I2sLayout::X86), ("arm", I2sLayout::Arm)];
-/// Feed-forward non-linearities by name.
-const ACTIVATIONS: [(&str, Activation); 2] = [("relu2", Activation::Relu2), ("silu", Activation::Silu)];
 
 /// What the user says about a file that does not say it itself.
 pub(crate) fn open_options(model: &ModelSpec) -> Result<OpenOptions, Error> {
+    let orders = I2sLayout::ALL.map(I2sLayout::as_str);
+    let activations = Activation::ALL.map(Activation::as_str);
     Ok(OpenOptions {
-        i2s: by_name("byte order of I2_S", &model.i2s, &I2S)?,
-        activation: by_name("activation", &model.activation, &ACTIVATIONS)?,
+        i2s: named("byte order of I2_S", &model.i2s, I2sLayout::parse, &orders)?,
+        activation: named("activation", &model.activation, Activation::parse, &activations)?,
     })
 }
 
-/// The value called `name`; none for no name.
-fn by_name<T: Copy>(kind: &'static str, name: &str, of: &[(&str, T)]) -> Result<Option<T>, Error> {
-    match of.iter().find(|(n, _)| *n == name) {
-        Some((_, value)) => Ok(Some(*value)),
-        None if name.is_empty() => Ok(None),
-        None => Err(Error::Unknown {
-            kind,
-            name: name.into(),
-            known: of.iter().map(|(n, _)| *n).collect::<Vec<_>>().join(", "),
-        }),
+/// What `parse` makes of `name`; none for no name.
+fn named<T>(
+    kind: &'static str,
+    name: &str,
+    parse: fn(&str) -> Option<T>,
+    known: &[&str],
+) -> Result<Option<T>, Error> {
+    match parse(name) {
+        None if !name.is_empty() => Err(Error::Unknown { kind, name: name.into(), known: known.join(", ") }),
+        found => Ok(found),
     }
 }
 

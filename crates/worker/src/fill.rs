@@ -11,7 +11,7 @@ use longbit_sys::Team;
 use sha2::{Digest, Sha256};
 use std::sync::Mutex;
 
-use crate::WorkerError;
+use crate::{WorkerError, hex};
 
 /// Exact attention of one (layer, KV head): for each compared step and query head, the partial over the context.
 #[derive(Clone, Debug, Default)]
@@ -171,7 +171,7 @@ pub(crate) fn rows_sha256(session: &Session) -> String {
 fn together(digests: impl Iterator<Item = [u8; 32]>) -> String {
     let mut hash = Sha256::new();
     digests.for_each(|d| hash.update(d));
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 fn digest(kv: &KvHead) -> [u8; 32] {

@@ -97,6 +97,11 @@ pub fn serve(mut input: impl BufRead, output: impl Write) -> u8 {
     }
 }
 
+/// Lower-case hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// The message of a panic.
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let known = panic

@@ -15,7 +15,7 @@ use longbit_protocol::{Job, MAX_TEXT_BYTES, Measure, Quality, TextFile};
 use longbit_sys::Team;
 use sha2::{Digest, Sha256};
 
-use crate::{WorkerError, fill, logits};
+use crate::{WorkerError, fill, hex, logits};
 
 /// KV dtype of the reference: what released checkpoints are run with.
 pub(crate) const REFERENCE_KV: &str = "bf16";
@@ -90,7 +90,7 @@ fn read_file(file: &TextFile) -> Result<String, WorkerError> {
         )));
     }
     let bytes = std::fs::read(&file.path).map_err(cannot)?;
-    let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let found = hex(&Sha256::digest(&bytes));
     if found != file.sha256 {
         return Err(WorkerError::Request(format!(
             "{} has changed since the run was planned: its SHA-256 is {found}, planned was {}; restore it, or start anew \

@@ -30,6 +30,11 @@ pub enum I2sLayout {
     Arm,
 }
 
+impl I2sLayout {
+    /// Every byte order.
+    pub const ALL: [I2sLayout; 2] = [I2sLayout::X86, I2sLayout::Arm];
+}
+
 /// How the numbers of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

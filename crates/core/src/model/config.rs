@@ -12,6 +12,9 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// Every activation.
+    pub const ALL: [Activation; 2] = [Activation::Relu2, Activation::Silu];
+
     /// Name, as configurations write it.
     pub fn as_str(self) -> &'static str {
         match self {
