@@ -193,51 +193,93 @@ fn the_activation_is_the_architectures_own_and_never_silu_for_2b_4t() {
     let mut odd = parts.clone();
     odd.metadata.set("bitnet-b1.58.hidden_activation", Value::String("gelu".into()));
     assert!(refusal(&odd.write(&dir.path().join("gelu.gguf")), &ANY).contains("`gelu`"));
+    let mut both = parts.clone();
+    both.metadata.set("bitnet-b1.58.hidden_act", Value::String("silu".into()));
+    let message = refusal(&both.write(&dir.path().join("both.gguf")), &ANY);
+    for part in ["hidden_activation says relu2", "hidden_act says silu", "agree"] {
+        assert!(message.contains(part), "{message}");
+    }
+    both.metadata.set("bitnet-b1.58.hidden_act", Value::String("relu_sqr".into()));
+    assert_eq!(activation(&both.write(&dir.path().join("both.gguf"))), Activation::Relu2);
     // And it makes the difference that it should: the same weights say something else with SiLU.
     let other = OpenOptions { activation: Some(Activation::Silu), ..ANY };
     assert_ne!(logits_at(&silent, &other), logits_at(&told, &ANY));
     assert_eq!(logits_at(&told, &ANY), logits_at(&fixture("hf_bitnet/offline"), &ANY));
 }
 
-/// Mainline's converter writes 2B-4T under `bitnet` without a word about the activation, and runs it with SiLU.
-#[test]
-fn the_shape_of_2b_4t_means_squared_relu_under_any_architecture() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("shape.gguf");
+/// A file with a header and nothing behind it: what is known of an architecture `bitnet` from its shape alone, as
+/// `[vocabulary, hidden, intermediate, layers, heads, key/value heads]`.
+fn header_only(dir: &Path, shape: [u64; 6]) -> PathBuf {
+    let [vocab, hidden, intermediate, layers, heads, kv_heads] = shape;
+    let path = dir.join("shape.gguf");
     let mut metadata = Metadata::new();
     metadata.set("general.architecture", Value::String("bitnet".into()));
     for (key, value) in [
-        ("embedding_length", 2560),
-        ("block_count", 30),
-        ("feed_forward_length", 6912),
-        ("attention.head_count", 20),
-        ("attention.head_count_kv", 5),
+        ("embedding_length", hidden),
+        ("block_count", layers),
+        ("feed_forward_length", intermediate),
+        ("attention.head_count", heads),
+        ("attention.head_count_kv", kv_heads),
     ] {
-        metadata.set(format!("bitnet.{key}"), Value::U32(value));
+        metadata.set(format!("bitnet.{key}"), Value::U32(value as u32));
     }
     metadata.set("bitnet.attention.layer_norm_rms_epsilon", Value::F32(1e-5));
     metadata.set("bitnet.rope.freq_base", Value::F32(500_000.0));
     let mut writer = Writer::new(metadata).unwrap();
-    writer.tensor("token_embd.weight", &[2560, 128_256], TensorType::F16).unwrap();
+    writer.tensor("token_embd.weight", &[hidden, vocab], TensorType::F16).unwrap();
     // The numbers of the embedding are a hole in the file: only the shape is read.
     let mut head = Vec::new();
     let error = writer.write(&mut head, |_, _| Err(std::io::Error::other("no data"))).unwrap_err();
     assert!(error.to_string().contains("no data"), "{error}");
     let file = std::fs::File::create(&path).unwrap();
     std::io::Write::write_all(&mut &file, &head).unwrap();
-    file.set_len(head.len() as u64 + 2 * 2560 * 128_256 + 4096).unwrap();
+    file.set_len(head.len() as u64 + 2 * hidden * vocab + 4096).unwrap();
+    path
+}
+
+const SHAPE_2B_4T: [u64; 6] = [128_256, 2560, 6912, 30, 20, 5];
+
+/// Mainline's converter writes 2B-4T under `bitnet` without a word about the activation, and runs it with SiLU.
+#[test]
+fn the_shape_of_2b_4t_means_squared_relu_under_any_architecture() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = header_only(dir.path(), SHAPE_2B_4T);
     let config = Checkpoint::config_of(&path, &ANY).unwrap();
     assert_eq!((config.activation, config.parameters()), (Activation::Relu2, 2_412_820_480));
 }
 
 #[test]
-fn grouped_heads_tell_1bitllm_from_2b_4t() {
+fn a_silent_bitnet_file_is_1bitllms_only_with_its_heads_and_its_vocabulary() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |shape, activation| {
+        let config =
+            Checkpoint::config_of(&header_only(dir.path(), shape), &OpenOptions { activation, ..ANY });
+        config.map(|c| c.activation).map_err(|e| e.to_string())
+    };
+    // The 3B of 1bitLLM, and LLaMA's vocabulary without the two tokens added.
+    for vocab in [32_002, 32_000] {
+        assert_eq!(of([vocab, 3200, 8640, 26, 32, 32], None), Ok(Activation::Silu));
+    }
+    // Another vocabulary or grouped heads: nothing says what the model was trained with.
+    for shape in [[128_256, 3200, 8640, 26, 32, 32], [32_002, 3200, 8640, 26, 32, 8]] {
+        let message = of(shape, None).unwrap_err();
+        assert!(message.contains("--activation relu2"), "{message}");
+        assert_eq!(of(shape, Some(Activation::Silu)), Ok(Activation::Silu));
+    }
+    // What was inferred from a shape, the user may know better.
+    assert_eq!(of([32_002, 3200, 8640, 26, 32, 32], Some(Activation::Relu2)), Ok(Activation::Relu2));
+    assert_eq!(of(SHAPE_2B_4T, Some(Activation::Silu)), Ok(Activation::Silu));
+}
+
+#[test]
+fn heads_without_groups_alone_say_nothing_of_the_activation() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mha.gguf");
     convert(&fixture("hf_1bitllm"), &path, Encoding::I2s(I2sLayout::X86), Encoding::F16).unwrap();
     let silent = Parts::read(&path).renamed("bitnet", &["hidden_activation"]).write(&path);
-    assert_eq!(open(&silent).config().activation, Activation::Silu);
-    assert_eq!(logits_at(&silent, &ANY), logits_at(&fixture("hf_1bitllm"), &ANY));
+    assert!(refusal(&silent, &ANY).contains("--activation silu"));
+    let silu = OpenOptions { activation: Some(Activation::Silu), ..ANY };
+    assert_eq!(logits_at(&silent, &silu), logits_at(&fixture("hf_1bitllm"), &ANY));
 }
 
 #[test]
@@ -346,6 +388,27 @@ fn what_cannot_be_run_is_refused_by_name() {
     assert!(kind.contains("block_count"), "{kind}");
     let rope = refused(&|p| p.metadata.set("bitnet-b1.58.rope.scaling.type", Value::String("yarn".into())));
     assert!(rope.contains("`yarn`"), "{rope}");
+    for key in ["rope.scaling.factor", "rope.scale_linear"] {
+        for kind in [None, Some("none")] {
+            let factor = refused(&|p| {
+                p.metadata.set(format!("bitnet-b1.58.{key}"), Value::F32(4.0));
+                if let Some(kind) = kind {
+                    p.metadata.set("bitnet-b1.58.rope.scaling.type", Value::String(kind.into()));
+                }
+            });
+            assert!(factor.contains(key) && factor.contains("is 4;"), "{factor}");
+        }
+        for plain in [0.0, 1.0] {
+            let mut changed = parts.clone();
+            changed.metadata.set(format!("bitnet-b1.58.{key}"), Value::F32(plain));
+            open(&changed.write(&path));
+        }
+    }
+    let part = refused(&|p| {
+        p.metadata =
+            [("split.no", 1), ("split.count", 3)].map(|(k, v)| (k, Value::U16(v))).into_iter().collect();
+    });
+    assert!(part.contains("part 2") && part.contains("llama-gguf-split --merge"), "{part}");
     let code = refused(&|p| p.tensor("blk.2.attn_v.weight").3[40] = 0xFF);
     assert!(code.contains("blk.2.attn_v.weight") && code.contains("damaged"), "{code}");
     let scale = refused(&|p| {

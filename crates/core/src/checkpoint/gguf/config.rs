@@ -58,6 +58,13 @@ impl<'a> Keys<'a> {
     pub(super) fn of(path: &'a Path, header: &'a Header) -> Result<Self> {
         let metadata = &header.metadata;
         let fail = |reason: String| Error::Config { path: path.to_path_buf(), reason };
+        // First of all: only one of the parts has the keys of the model.
+        if let Some(parts) = metadata.u64("split.count").map_err(at(path))?.filter(|parts| *parts > 1) {
+            let part = metadata.u64("split.no").map_err(at(path))?.map_or(0, |no| no.saturating_add(1));
+            return Err(fail(format!(
+                "is part {part} of a model split into {parts} files (split.count); join them with llama-gguf-split --merge"
+            )));
+        }
         let name = metadata.str("general.architecture").map_err(at(path))?;
         let name = name.ok_or_else(|| fail("the key general.architecture is missing".into()))?;
         let Some(architecture) = ARCHITECTURES.iter().find(|a| a.name == name) else {
@@ -156,6 +163,15 @@ impl<'a> Keys<'a> {
                 self.fail(format!("{scaling} is `{kind}`; only the plain rotary embedding is supported"))
             );
         }
+        // A factor without a type means linear scaling in llama.cpp, where 0 stands for none.
+        for name in ["rope.scaling.factor", "rope.scale_linear"] {
+            if let Some(found) = self.float(name)?.filter(|found| *found != 0.0 && *found != 1.0) {
+                return Err(self.fail(format!(
+                    "{} is {found}; only the plain rotary embedding (1) is supported",
+                    self.key(name)
+                )));
+            }
+        }
         for name in ["expert_count", "attention.sliding_window"] {
             if let Some(found) = self.count(name)?.filter(|found| *found != 0) {
                 return Err(
@@ -166,34 +182,15 @@ impl<'a> Keys<'a> {
         Ok(())
     }
 
-    /// The file's own key decides; else what the architecture was trained with; else the user. Never a guess: the same
-    /// file runs without complaint with either, and one of them writes nonsense.
+    /// The file's own key decides; else what the architecture was trained with, which a flag cannot change either; else
+    /// the flag; else the family, where the shape shows it. Never a guess: the same file runs without complaint with
+    /// either, and one of them writes nonsense.
     fn activation(&self, config: &ModelConfig, options: &OpenOptions) -> Result<Activation> {
-        let mut told: Option<(String, Activation)> = None;
-        for name in ACTIVATION_KEYS {
-            let key = self.key(name);
-            if let Some(value) = self.metadata.str(&key).map_err(at(self.path))? {
-                let found = Activation::parse(value)
-                    .ok_or_else(|| self.fail(format!("{key} is `{value}`; supported are relu2 and silu")))?;
-                told = Some((key, found));
-                break;
-            }
-        }
-        let by_architecture = || {
-            let why = format!("architecture `{}`", self.architecture.name);
-            match self.architecture.activation {
-                Some(activation) => Some((why, activation)),
-                // Two families share this architecture. The models of 1bitLLM have no grouped heads; 2B-4T has its shape.
-                None if config.kv_heads == config.heads => {
-                    Some((format!("{why} without grouped heads"), Activation::Silu))
-                }
-                None if is_2b_4t(config) => {
-                    Some((format!("{why} in the shape of bitnet-b1.58-2B-4T"), Activation::Relu2))
-                }
-                None => None,
-            }
+        let told = match self.activation_key()? {
+            Some((key, activation)) => Some((key, activation)),
+            None => self.architecture.activation.map(|a| (self.said_by_architecture(), a)),
         };
-        match (told.or_else(by_architecture), options.activation) {
+        match (told, options.activation) {
             (Some((why, known)), Some(asked)) if known != asked => Err(self.fail(format!(
                 "the activation asked for is {}, but {why} means {}",
                 asked.as_str(),
@@ -201,12 +198,51 @@ impl<'a> Keys<'a> {
             ))),
             (Some((_, known)), _) => Ok(known),
             (None, Some(asked)) => Ok(asked),
-            (None, None) => Err(self.fail(format!(
-                "does not say its feed-forward activation, and architecture `{}` has been used with two: pass --activation \
-                 relu2 (models of the 2B-4T kind) or --activation silu (models of the 1bitLLM kind)",
-                self.architecture.name
-            ))),
+            (None, None) => by_shape(config).ok_or_else(|| {
+                self.fail(format!(
+                    "does not say its feed-forward activation, and {} has been used with two: pass --activation relu2 \
+                     (models of the 2B-4T kind) or --activation silu (models of the 1bitLLM kind)",
+                    self.said_by_architecture()
+                ))
+            }),
         }
+    }
+
+    fn said_by_architecture(&self) -> String {
+        format!("architecture `{}`", self.architecture.name)
+    }
+
+    /// The key that names the activation, with what it says; two that contradict each other are refused.
+    fn activation_key(&self) -> Result<Option<(String, Activation)>> {
+        let mut told: Option<(String, Activation)> = None;
+        for name in ACTIVATION_KEYS {
+            let key = self.key(name);
+            let Some(value) = self.metadata.str(&key).map_err(at(self.path))? else { continue };
+            let found = Activation::parse(value)
+                .ok_or_else(|| self.fail(format!("{key} is `{value}`; supported are relu2 and silu")))?;
+            match &told {
+                Some((first, said)) if *said != found => {
+                    return Err(self.fail(format!(
+                        "{first} says {} and {key} says {}; they must agree",
+                        said.as_str(),
+                        found.as_str()
+                    )));
+                }
+                Some(_) => {}
+                None => told = Some((key, found)),
+            }
+        }
+        Ok(told)
+    }
+}
+
+/// Two families share the architecture `bitnet`. The models of 1bitLLM have no grouped heads and the vocabulary of LLaMA
+/// (32000 tokens, 32002 with two of their own); 2B-4T has its shape.
+fn by_shape(config: &ModelConfig) -> Option<Activation> {
+    if config.kv_heads == config.heads && matches!(config.vocab, 32_000 | 32_002) {
+        Some(Activation::Silu)
+    } else {
+        is_2b_4t(config).then_some(Activation::Relu2)
     }
 }
 
