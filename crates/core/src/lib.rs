@@ -23,6 +23,7 @@ mod checkpoint;
 pub mod convert;
 mod error;
 mod estimate;
+mod files;
 pub mod formats;
 pub mod gguf;
 pub mod kv;

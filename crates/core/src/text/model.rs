@@ -1,7 +1,6 @@
 //! What a checkpoint says about its text: tokenizer, chat template, and the tokens that end an answer.
 
 use std::collections::BTreeSet;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use longbit_sys::FileMap;
@@ -11,6 +10,7 @@ use super::chat::{BITNET_CHAT_TEMPLATE, ChatTemplate, Message};
 use super::gguf_vocabulary::GgufVocabulary;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::files::{if_there, read_text};
 use crate::gguf::{GgufError, Header, Metadata};
 
 /// Largest JSON file or template beside a tokenizer (bytes).
@@ -53,7 +53,7 @@ impl TextModel {
     pub fn open(path: &Path, options: &TextOptions) -> Result<Self> {
         let mut model = if path.is_dir() { directory(path, options)? } else { gguf(path, options)? };
         if let Some(path) = &options.chat_template {
-            let source = read(path)?;
+            let source = read_text(path, MAX_TEXT)?;
             let (bos, eos) = ends(&model.tokenizer);
             model.chat = Some(ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(path, e))?);
             model.notes.clear();
@@ -96,30 +96,9 @@ fn at(path: &Path, error: Error) -> Error {
     }
 }
 
-/// A text of bounded size.
-fn read(path: &Path) -> Result<String> {
-    let unreadable = |source| Error::Read { path: path.into(), source };
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(MAX_TEXT + 1).read_to_string(&mut text).map_err(unreadable)?;
-    if text.len() as u64 > MAX_TEXT {
-        let reason = format!("the file has more than {MAX_TEXT} bytes; larger ones are not read");
-        return Err(Error::Config { path: path.into(), reason });
-    }
-    Ok(text)
-}
-
-/// A file that may be absent.
-fn read_if_there(path: &Path) -> Result<Option<String>> {
-    match read(path) {
-        Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
-    }
-}
-
 /// A JSON file; `null` where it is absent.
 fn json(path: &Path) -> Result<Value> {
-    let Some(text) = read_if_there(path)? else { return Ok(Value::Null) };
+    let Some(text) = if_there(read_text(path, MAX_TEXT))? else { return Ok(Value::Null) };
     serde_json::from_str(&text)
         .map_err(|e| Error::Config { path: path.into(), reason: format!("not JSON: {e}") })
 }
@@ -149,7 +128,7 @@ fn directory(dir: &Path, options: &TextOptions) -> Result<TextModel> {
     let stop_tokens = stops(&tokenizer, named);
 
     let (file, own) = (dir.join("chat_template.jinja"), template_of(&settings["chat_template"]));
-    let chat = match (read_if_there(&file)?, own) {
+    let chat = match (if_there(read_text(&file, MAX_TEXT))?, own) {
         (Some(source), _) => Some((file, source)),
         (None, Some(source)) => Some((settings_path, source)),
         (None, None) => None,

@@ -1,7 +1,6 @@
 //! `tokenizer.json`, as the Hugging Face `tokenizers` library writes it.
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -91,11 +90,7 @@ enum Merge {
 /// Reads the tokenizer at `path`.
 pub(super) fn read(path: &Path) -> Result<Tokenizer> {
     let fail = |reason: String| Error::Config { path: path.into(), reason };
-    let unreadable = |source| Error::Read { path: path.into(), source };
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    let mut text = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut text).map_err(unreadable)?;
-    parse(&text).map_err(fail)
+    parse(&crate::files::read(path, MAX_FILE)?).map_err(fail)
 }
 
 /// Builds the tokenizer that the text of such a file describes; the error is a sentence without a place.
