@@ -442,6 +442,86 @@ fn what_cannot_be_run_is_refused_by_name() {
 }
 
 #[test]
+fn tables_and_norms_are_not_ternary() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = Parts::tiny(dir.path());
+    let path = dir.path().join("bad.gguf");
+    for (name, kind, size, why) in [
+        ("token_embd.weight", TensorType::Tq2_0, 66 * 512, "not ternary"),
+        ("token_embd.weight", TensorType::I2S, 256 * 512 / 4 + 32, "not ternary"),
+        ("output_norm.weight", TensorType::Tq2_0, 66, "norms and scales are f32"),
+        ("blk.0.attn_norm.weight", TensorType::Q8_0, 34 * 8, "norms and scales are f32"),
+    ] {
+        let mut changed = parts.clone();
+        let tensor = changed.tensor(name);
+        (tensor.2, tensor.3) = (kind, vec![0; size]);
+        let message = refusal(&changed.write(&path), &ANY);
+        for part in [name, kind.name(), why] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+    }
+    // Neither the byte order of I2_S nor its absence is any matter of a table.
+    let mut changed = parts.renamed("bitnet-b1.58", &["i2_s"]);
+    let tensor = changed.tensor("token_embd.weight");
+    (tensor.2, tensor.3) = (TensorType::I2S, vec![0; 256 * 512 / 4 + 32]);
+    assert!(!refusal(&changed.write(&path), &ANY).contains("--i2s"));
+}
+
+/// Matrices of one row are listed with one dimension or with two; vectors too.
+#[test]
+fn a_matrix_of_one_row_is_a_matrix() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parts = Parts::tiny(dir.path());
+    parts.metadata.set("bitnet-b1.58.vocab_size", Value::U32(1));
+    parts.metadata.set("bitnet-b1.58.feed_forward_length", Value::U32(1));
+    let f32s = |n: usize| std::iter::repeat_n(0.5f32.to_le_bytes(), n).flatten().collect::<Vec<u8>>();
+    for (name, dims, kind, data) in &mut parts.tensors {
+        match name.rsplit('.').nth(1) {
+            Some("token_embd") => (*dims, *data) = (vec![256, 1], data[..512].to_vec()),
+            Some("ffn_gate" | "ffn_up") => (*dims, *kind, *data) = (vec![256, 1], TensorType::F32, f32s(256)),
+            Some("ffn_down") => (*dims, *kind, *data) = (vec![1, 256], TensorType::F32, f32s(256)),
+            Some("ffn_sub_norm") => (*dims, *data) = (vec![1], f32s(1)),
+            _ => {}
+        }
+    }
+    let path = parts.write(&dir.path().join("two.gguf"));
+    assert_eq!((open(&path).config().vocab, open(&path).config().intermediate), (1, 1));
+    let direct = logits_at(&path, &ANY);
+    let mut flat = parts.clone();
+    for (_, dims, ..) in &mut flat.tensors {
+        match dims[..] {
+            [cols, 1] => *dims = vec![cols],
+            [cols] => *dims = vec![cols, 1],
+            _ => {}
+        }
+    }
+    assert_eq!(logits_at(&flat.write(&dir.path().join("one.gguf")), &ANY), direct);
+    // Blocks of numbers cannot hold the one column of its down projection, which is said before anything is written.
+    let again = dir.path().join("again.gguf");
+    let model = open(&path).load(longbit::HeadFormat::F32, &team(1)).unwrap();
+    let options = GgufOptions { linear: Encoding::Iq2Bn, head: Encoding::F32 };
+    let error = write_gguf(&model, &Vocabulary::none("one"), options, &again, &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("ffn_down") && !again.exists(), "{error}");
+}
+
+#[test]
+fn errors_about_interleaved_rows_name_the_row_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("llama.gguf");
+    convert(&fixture("hf_llama"), &path, Encoding::Iq2Bn, Encoding::Bf16).unwrap();
+    let mut parts = Parts::read(&path);
+    let (_, dims, _, data) = parts.tensor("blk.1.attn_q.weight");
+    let width = data.len() / dims[1] as usize;
+    // A row that the model has in place 65.
+    data[3 * width..3 * width + 4].copy_from_slice(&7f32.to_le_bytes());
+    let message = refusal(&parts.write(&path), &ANY);
+    assert!(
+        message.contains("blk.1.attn_q.weight") && message.contains("row 3 has the scale 7"),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_file_cut_anywhere_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     Parts::tiny(dir.path());

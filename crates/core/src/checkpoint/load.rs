@@ -132,7 +132,7 @@ impl<'a> Progress<'a> {
         Progress { planned, left: AtomicUsize::new(0), scale: Mutex::new(None) }
     }
 
-    /// Takes note of a row's scale.
+    /// Takes note of the scale of a stored row.
     fn saw(&self, row: usize, scale: f32) -> Result<(), FormatError> {
         let mut known = self.scale.lock().unwrap_or_else(|e| e.into_inner());
         let first = *known.get_or_insert(scale);
@@ -221,7 +221,9 @@ impl<'a> Repack<'a> {
             None => {
                 let mut seen = None;
                 let rows = |row: usize, codes: &mut [u8]| -> Result<(), RowError> {
-                    if let Some(scale) = matrix.ternary_row(order.stored(row), codes)?
+                    // Errors are about the row of the file.
+                    let row = order.stored(row);
+                    if let Some(scale) = matrix.ternary_row(row, codes)?
                         && seen != Some(scale)
                     {
                         self.progress.saw(row, scale)?;

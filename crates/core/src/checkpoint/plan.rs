@@ -96,9 +96,7 @@ impl RowOrder {
             }
         }
     }
-}
 
-impl RowOrder {
     /// The row of the model that stored row `row` holds.
     pub(crate) fn model(self, row: usize) -> usize {
         match self {
@@ -136,4 +134,20 @@ pub(super) struct WeightPlan {
     pub(super) head: Option<Stored>,
     pub(super) final_norm: Vec<f32>,
     pub(super) layers: Vec<LayerPlan>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RowOrder;
+
+    #[test]
+    fn interleaved_rows_lie_as_llama_cpp_lays_them() {
+        let order = RowOrder::Interleaved { head_dim: 8 };
+        let model: Vec<usize> = (0..16).map(|stored| order.model(stored)).collect();
+        assert_eq!(model, [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]);
+        for row in 0..16 {
+            assert_eq!((order.model(order.stored(row)), order.stored(order.model(row))), (row, row));
+            assert_eq!((RowOrder::Same.model(row), RowOrder::Same.stored(row)), (row, row));
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::vocabulary::Vocabulary;
 use super::{Beside, Progress, Written, failed, linears, own_head, write_table};
 use crate::checkpoint::RowOrder;
-use crate::checkpoint::gguf::{ACTIVATION_KEYS, ARCHITECTURES, Architecture, I2S_KEY, LINEARS};
+use crate::checkpoint::gguf::{ACTIVATION_KEYS, ARCHITECTURES, Architecture, I2S_KEY, LINEARS, type_of};
 use crate::error::{Error, Result};
 use crate::formats::{Encoding, encode_ternary, holds_scale};
 use crate::gguf::{Metadata, TensorType, Value, Writer};
@@ -46,23 +46,8 @@ impl GgufOptions {
 
 /// The type under which a file lists an encoding.
 fn kind(encoding: Encoding) -> Result<TensorType> {
-    Ok(match encoding {
-        Encoding::F32 => TensorType::F32,
-        Encoding::F16 => TensorType::F16,
-        Encoding::Bf16 => TensorType::Bf16,
-        Encoding::Q4_0 => TensorType::Q4_0,
-        Encoding::Q5_0 => TensorType::Q5_0,
-        Encoding::Q8_0 => TensorType::Q8_0,
-        Encoding::Q6K => TensorType::Q6K,
-        Encoding::Tq1_0 => TensorType::Tq1_0,
-        Encoding::Tq2_0 => TensorType::Tq2_0,
-        Encoding::I2s(_) => TensorType::I2S,
-        Encoding::Iq1Bn => TensorType::Iq1Bn,
-        Encoding::Iq2Bn => TensorType::Iq2Bn,
-        Encoding::HfU8 => {
-            return Err(Error::Invalid("GGUF has no type for the packed layout of safetensors".into()));
-        }
-    })
+    let none = || Error::Invalid(format!("GGUF has no type for {}", encoding.name()));
+    type_of(encoding).ok_or_else(none)
 }
 
 /// `general.file_type` of llama.cpp and bitnet.cpp, where they have a number for it.

@@ -5,6 +5,21 @@
 use super::two_bits::{HIGH_FIRST, Seen, pack, unpack};
 use super::{Encoding, FormatError, I2sLayout, check_codes, positive};
 
+impl I2sLayout {
+    /// `x86` or `arm`, as flags, keys and messages write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            I2sLayout::X86 => "x86",
+            I2sLayout::Arm => "arm",
+        }
+    }
+
+    /// The layout called `name`.
+    pub fn parse(name: &str) -> Option<Self> {
+        [I2sLayout::X86, I2sLayout::Arm].into_iter().find(|layout| layout.as_str() == name)
+    }
+}
+
 /// The scale and what follows it.
 const TAIL: usize = 32;
 

@@ -121,10 +121,10 @@ pub enum FormatError {
         /// The code found.
         code: u8,
     },
-    /// A row whose blocks disagree about the scale.
+    /// Blocks of a row, or rows, that disagree about the scale.
     #[error(
-        "row {row} has blocks with the scales {first} and {second}; a ternary matrix has one scale: this is no b1.58 \
-         weight"
+        "row {row} has the scale {second} where {first} stands before it; a ternary matrix has one scale: this is no \
+         b1.58 weight"
     )]
     Scales {
         /// Row in the stored matrix.

@@ -1,9 +1,10 @@
 //! Single GGUF files: names of tensors, and what their types mean for a ternary model.
 
 mod config;
-mod layout;
+mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use longbit_sys::FileMap;
@@ -17,6 +18,8 @@ use crate::model::ModelConfig;
 use config::{Keys, at};
 
 pub(crate) use config::{ACTIVATION_KEYS, ARCHITECTURES, Architecture};
+use types::encodings_of;
+pub(crate) use types::type_of;
 
 /// Key in which this project's converter says the byte order of its I2_S tensors.
 pub(crate) const I2S_KEY: &str = "longbit.i2_s.layout";
@@ -25,7 +28,7 @@ pub(crate) const I2S_KEY: &str = "longbit.i2_s.layout";
 pub(crate) const LINEARS: [&str; 7] =
     ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
-/// The shape, without the weights.
+/// The shape. No weight is read, but where the file has a head as large as its embedding the two are compared.
 pub(super) fn config(path: &Path, options: &OpenOptions) -> Result<ModelConfig> {
     let map = FileMap::open(path)?;
     let header = Header::parse(&map).map_err(at(path))?;
@@ -42,6 +45,45 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Checkpoint> {
     let container = Container::Gguf(Box::new(header));
     Ok(Checkpoint { path: path.to_path_buf(), container, config, files: vec![map], plan })
 }
+
+/// What a tensor is for, which decides how it may be stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// Norms and scales: floats.
+    Vector,
+    /// The embedding and the head: floats, or blocks of integers.
+    Table,
+    /// Linear layers: any format.
+    Linear,
+}
+
+impl Use {
+    /// The formats that it may have, if not any, and why.
+    fn formats(self) -> Option<(&'static [Encoding], &'static str)> {
+        const FLOATS: [Encoding; 3] = [Encoding::F32, Encoding::F16, Encoding::Bf16];
+        const NUMBERS: [Encoding; 7] = [
+            Encoding::F32,
+            Encoding::F16,
+            Encoding::Bf16,
+            Encoding::Q8_0,
+            Encoding::Q6K,
+            Encoding::Q5_0,
+            Encoding::Q4_0,
+        ];
+        match self {
+            Use::Vector => Some((&FLOATS, "norms and scales are f32, f16 or bf16")),
+            Use::Table => Some((
+                &NUMBERS,
+                "the embedding and the head are not ternary in these models; supported are f32, f16, bf16, q8_0, q6_k, \
+                 q5_0 and q4_0",
+            )),
+            Use::Linear => None,
+        }
+    }
+}
+
+/// Bytes of two tables that are compared before they are given back.
+const COMPARED: usize = 1 << 20;
 
 struct Source<'a> {
     path: &'a Path,
@@ -71,10 +113,14 @@ impl<'a> Source<'a> {
     fn config(&self, options: &OpenOptions) -> Result<ModelConfig> {
         let name = "token_embd.weight";
         let embedding = self.find(name).ok_or_else(|| self.fail(name, "is missing"))?;
-        let [_, vocab] = embedding.dims[..] else {
-            return Err(
-                self.fail(name, format!("has {} dimensions; an embedding has 2", embedding.dims.len()))
-            );
+        let vocab = match embedding.dims[..] {
+            [_, vocab] => vocab,
+            [_] => 1,
+            _ => {
+                return Err(
+                    self.fail(name, format!("has {} dimensions; an embedding has 2", embedding.dims.len()))
+                );
+            }
         };
         let vocab = usize::try_from(vocab).unwrap_or(usize::MAX);
         self.keys.config(vocab, !self.has_own_head(embedding), options)
@@ -82,55 +128,71 @@ impl<'a> Source<'a> {
 
     /// Whether the file has a head that is not the embedding once more, as the first upload of 2B-4T has it.
     fn has_own_head(&self, embedding: &TensorInfo) -> bool {
-        let bytes = |t: &TensorInfo| t.range.clone().and_then(|range| self.map.get(range));
-        match self.find("output.weight") {
-            None => false,
-            Some(head) => {
-                let same = head.kind == embedding.kind && head.dims == embedding.dims;
-                !(same && bytes(head).is_some() && bytes(head) == bytes(embedding))
+        let Some(head) = self.find("output.weight") else { return false };
+        match (&head.range, &embedding.range) {
+            (Some(a), Some(b)) if head.kind == embedding.kind && head.dims == embedding.dims => {
+                !self.same_bytes(a.clone(), b.clone())
             }
+            _ => true,
         }
     }
 
-    /// How the tensor's type is read.
-    fn encoding(&self, info: &TensorInfo, layout: Option<I2sLayout>) -> Result<Encoding> {
+    /// Whether two ranges of the file hold the same, up to the first difference. What was compared is given back: two
+    /// tables may be more than is to be held in memory at once.
+    fn same_bytes(&self, a: Range<usize>, b: Range<usize>) -> bool {
+        a.len() == b.len()
+            && (0..a.len()).step_by(COMPARED).all(|at| {
+                let part =
+                    |whole: &Range<usize>| whole.start + at..whole.end.min(whole.start + at + COMPARED);
+                let (a, b) = (part(&a), part(&b));
+                let same = self.map[a.clone()] == self.map[b.clone()];
+                self.map.release(a);
+                self.map.release(b);
+                same
+            })
+    }
+
+    /// How the tensor's type is read, where it is for `used_as`.
+    fn encoding(&self, info: &TensorInfo, used_as: Use, layout: Option<I2sLayout>) -> Result<Encoding> {
         let refuse = |why: &str| Err(self.fail(&info.name, format!("has type {}: {why}", info.kind.name())));
-        match info.kind {
-            TensorType::F32 => Ok(Encoding::F32),
-            TensorType::F16 => Ok(Encoding::F16),
-            TensorType::Bf16 => Ok(Encoding::Bf16),
-            TensorType::Q4_0 => Ok(Encoding::Q4_0),
-            TensorType::Q5_0 => Ok(Encoding::Q5_0),
-            TensorType::Q8_0 => Ok(Encoding::Q8_0),
-            TensorType::Q6K => Ok(Encoding::Q6K),
-            TensorType::Tq1_0 => Ok(Encoding::Tq1_0),
-            TensorType::Tq2_0 => Ok(Encoding::Tq2_0),
-            TensorType::Iq1Bn => Ok(Encoding::Iq1Bn),
-            TensorType::Iq2Bn => Ok(Encoding::Iq2Bn),
-            TensorType::I2S => match layout {
-                Some(layout) => Ok(Encoding::I2s(layout)),
-                None => refuse(
-                    "files from x86 and from ARM share this type and differ in byte order, and this file does not say which \
-                     it is; pass --i2s x86 (the files published for 2B-4T and Falcon3) or --i2s arm",
-                ),
-            },
-            TensorType::Tl1 | TensorType::Tl2 => refuse(
+        let meant: Vec<Encoding> = encodings_of(info.kind).collect();
+        if let (Some(first), Some((formats, why))) = (meant.first(), used_as.formats())
+            && !formats.contains(first)
+        {
+            return refuse(why);
+        }
+        match (meant[..].as_ref(), layout) {
+            (&[only], _) => Ok(only),
+            (&[_, ..], Some(layout)) => Ok(Encoding::I2s(layout)),
+            (&[_, ..], None) => refuse(
+                "files from x86 and from ARM share this type and differ in byte order, and this file does not say which it \
+                 is; pass --i2s x86 (the files published for 2B-4T and Falcon3) or --i2s arm",
+            ),
+            ([], _) if matches!(info.kind, TensorType::Tl1 | TensorType::Tl2) => refuse(
                 "its tiles depend on constants that were compiled into the program that wrote it and stand nowhere in the \
                  file; use a file with I2_S, or convert the original checkpoint",
             ),
-            _ => refuse(
+            ([], _) => refuse(
                 "it is not supported; use f32, f16, bf16, q8_0, q6_k, q5_0, q4_0, tq1_0, tq2_0, i2_s, iq1_bn or iq2_bn",
             ),
         }
     }
 
-    /// The tensor `name`, which must have the dimensions `[cols, rows]`, innermost first.
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize, layout: Option<I2sLayout>) -> Result<Stored> {
+    /// The tensor `name`, which must have the dimensions `[cols, rows]`, innermost first; the last may be missing where
+    /// it is 1.
+    fn stored(
+        &mut self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+        used_as: Use,
+        layout: Option<I2sLayout>,
+    ) -> Result<Stored> {
         self.used.insert(name.into());
         let info = self.find(name).ok_or_else(|| self.fail(name, "is missing"))?;
-        let encoding = self.encoding(info, layout)?;
-        let expected: &[u64] = if rows == 1 { &[cols as u64] } else { &[cols as u64, rows as u64] };
-        if info.dims != expected {
+        let encoding = self.encoding(info, used_as, layout)?;
+        let (flat, whole) = ([cols as u64], [cols as u64, rows as u64]);
+        if info.dims != whole && !(rows == 1 && info.dims == flat) {
+            let expected: &[u64] = if used_as == Use::Vector { &flat } else { &whole };
             let reason = format!("has dimensions {:?}; the keys of the file imply {expected:?}", info.dims);
             return Err(self.fail(name, reason));
         }
@@ -141,7 +203,7 @@ impl<'a> Source<'a> {
 
     /// A vector of finite numbers.
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let stored = self.matrix(name, 1, len, None)?;
+        let stored = self.stored(name, [1, len], Use::Vector, None)?;
         let mut values = vec![0.0; len];
         Matrix::new(stored.encoding, 1, len, &self.map[stored.span.range.clone()])
             .and_then(|matrix| matrix.dequantize_row(0, &mut values))
@@ -149,14 +211,18 @@ impl<'a> Source<'a> {
         stored.finite(values)
     }
 
+    fn table(&mut self, name: &str, config: &ModelConfig) -> Result<Stored> {
+        self.stored(name, [config.vocab, config.hidden], Use::Table, None)
+    }
+
     fn plan(&mut self, config: &ModelConfig, options: &OpenOptions) -> Result<WeightPlan> {
-        let embedding = self.matrix("token_embd.weight", config.vocab, config.hidden, None)?;
+        let embedding = self.table("token_embd.weight", config)?;
         let head = match config.tied_head {
             true => {
                 self.used.insert("output.weight".into());
                 None
             }
-            false => Some(self.matrix("output.weight", config.vocab, config.hidden, None)?),
+            false => Some(self.table("output.weight", config)?),
         };
         let final_norm = self.vector("output_norm.weight", config.hidden)?;
         let layout = self.i2s_layout(options)?;
@@ -221,7 +287,7 @@ impl<'a> Source<'a> {
         cols: usize,
         layout: Option<I2sLayout>,
     ) -> Result<LinearPlan> {
-        let stored = self.matrix(&format!("{prefix}{name}.weight"), rows, cols, layout)?;
+        let stored = self.stored(&format!("{prefix}{name}.weight"), [rows, cols], Use::Linear, layout)?;
         let scale_name = format!("{prefix}{name}.scale");
         let times = match self.find(&scale_name) {
             Some(_) => self.vector(&scale_name, 1)?[0],

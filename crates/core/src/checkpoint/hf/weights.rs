@@ -163,12 +163,7 @@ impl Planner<'_> {
         Matrix::new(stored.encoding, 1, len, bytes)
             .and_then(|matrix| matrix.dequantize_row(0, &mut values))
             .map_err(|e| stored.damaged(&e))?;
-        match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => {
-                Err(stored.fail(format!("holds {} at index {i}; every value must be finite", values[i])))
-            }
-            None => Ok(values),
-        }
+        stored.finite(values)
     }
 
     /// The files have no tensor that the plan did not ask for.
