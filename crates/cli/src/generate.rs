@@ -156,11 +156,11 @@ pub(crate) fn run(args: &GenerateArgs, out: &mut dyn Write) -> Result<Exit, Fail
         match progress {
             Progress::Prompt { done, total } if done == total => status.clear(),
             Progress::Prompt { done, total } => status.show("reading the prompt, tokens", done, total),
-            Progress::Token { text, .. } if !args.json => {
+            Progress::Token { text, .. } | Progress::End { text } if !args.json => {
                 out.write_all(text.as_bytes())?;
                 out.flush()?;
             }
-            Progress::Token { .. } => {}
+            Progress::Token { .. } | Progress::End { .. } => {}
         }
         let stop = interrupted.load(Ordering::Relaxed);
         Ok::<_, Failure>(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })

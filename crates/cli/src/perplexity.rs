@@ -80,7 +80,7 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
     let mut status = Status::new(false);
     let bytes = |token| text.tokenizer.text_bytes(token);
     let scores = perplexity(&model, &team, &tokens, bytes, &options, |Scored { done, total }| {
-        status.show("scoring, passes", done, total);
+        status.show("scoring, tokens", done, total);
         let stop = interrupted.load(Ordering::Relaxed);
         Ok::<_, Failure>(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;

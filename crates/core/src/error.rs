@@ -89,6 +89,17 @@ pub enum Error {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// The model's output is not a distribution.
+    #[error(
+        "the model's output is not finite: the logit of token {token} is {value}; the weights are damaged or a number \
+         format overflows: try f32 keys and values, or another copy of the model"
+    )]
+    NotFinite {
+        /// The first token with such a logit.
+        token: usize,
+        /// The logit.
+        value: f32,
+    },
     /// The KV cache is full.
     #[error(
         "the KV cache holds {capacity} tokens and {wanted} were asked for; make the session with a larger capacity"

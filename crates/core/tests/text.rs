@@ -450,7 +450,7 @@ fn an_answer_ends_at_either_stop_token_at_a_full_cache_and_on_request() {
     let mut session = session(&model, 2, 64, "bf16", "dense");
     let mut shown = String::new();
     let got = generate(&mut session, &text.tokenizer, &prompt, &options, |step| {
-        if let Progress::Token { text, .. } = step {
+        if let Progress::Token { text, .. } | Progress::End { text } = step {
             shown.push_str(text);
         }
         let enough = matches!(step, Progress::Token { id, .. } if id == free.tokens[near]);
@@ -556,8 +556,7 @@ fn every_format_and_method_scores_the_same_tokens() {
     let whole = find("window=64");
     assert_eq!(whole.nats, scores[0].nats);
     let zero = whole.difference.unwrap();
-    assert_eq!((zero.mean, zero.error, zero.same_top), (0.0, 0.0, Some(1.0)));
-    assert!(zero.kl.unwrap() < 1e-6);
+    assert_eq!((zero.mean, zero.error, zero.kl, zero.same_top), (0.0, 0.0, Some(0.0), Some(1.0)));
     let narrow = find("window=4").difference.unwrap();
     assert!(narrow.kl.unwrap() > 1e-3 && narrow.error > 0.0, "{narrow:?}");
     let f32 = by_name[&("f32", "dense")].difference.unwrap();
@@ -576,4 +575,85 @@ fn perplexity_refuses_what_cannot_be_scored_and_stops_on_request() {
     let wide = PerplexityOptions { stride: 24, ..options.clone() };
     assert!(run(&wide, 100).unwrap_err().to_string().contains("stride"));
     assert!(run(&options, 100).unwrap().is_none());
+
+    // The last token of a window is scored and never fed; one outside the vocabulary is an error wherever it stands.
+    let go_on = |_: Scored| Ok::<_, Error>(ControlFlow::Continue(()));
+    let outside = |options: &PerplexityOptions, tokens: &[u32]| {
+        perplexity(&model, &team(1), tokens, |_| 1, options, go_on).unwrap_err()
+    };
+    for at in [0, 13, 23] {
+        let mut tokens = common::tokens(24, 500);
+        tokens[at] = 512;
+        let error = outside(&options, &tokens);
+        assert!(matches!(error, Error::Token { token: 512, vocab: 512 }), "{at}: {error}");
+    }
+    let begun = PerplexityOptions { bos: Some(600), ..options.clone() };
+    assert!(matches!(outside(&begun, &common::tokens(24, 500)), Error::Token { token: 600, .. }));
+}
+
+/// The tiny checkpoint with a final norm that makes every logit not a number.
+fn broken() -> Arc<Model> {
+    let mut model = Model::load(&fixture("hf_bitnet/offline"), HeadFormat::Bf16, &team(1)).unwrap();
+    model.final_norm.fill(f32::NAN);
+    Arc::new(model)
+}
+
+#[test]
+fn output_that_is_not_finite_is_an_error_and_never_a_number() {
+    let model = broken();
+    let options = PerplexityOptions { context: 24, stride: 10, bos: None, variants: Vec::new() };
+    let go_on_scoring = |_: Scored| Ok::<_, Error>(ControlFlow::Continue(()));
+    let error = perplexity(&model, &team(1), &common::tokens(30, 500), |_| 1, &options, go_on_scoring);
+    let error = error.unwrap_err();
+    assert!(matches!(error, Error::NotFinite { token: 0, .. }), "{error}");
+    let text = bpe_model();
+    for temperature in [0.0, 1.0] {
+        let sampler = SamplerOptions { temperature, ..SamplerOptions::default() };
+        let options = GenerateOptions { sampler, ..GenerateOptions::default() };
+        let mut session = session(&model, 1, 64, "bf16", "dense");
+        let error = generate(&mut session, &text.tokenizer, &[1, 2, 3], &options, go_on).unwrap_err();
+        assert!(error.to_string().contains("not finite"), "{error}");
+    }
+}
+
+#[test]
+fn progress_counts_tokens_and_is_seen_within_a_chunk() {
+    let model = offline();
+    let variants =
+        vec![Variant::new("f32", "dense").unwrap(), Variant::new("bf16", "window:sinks=1,window=8").unwrap()];
+    let options = PerplexityOptions { context: 200, stride: 40, bos: None, variants };
+    let mut seen = Vec::new();
+    let tokens = common::tokens(250, 500);
+    let scores = perplexity(
+        &model,
+        &team(2),
+        &tokens,
+        |_| 1,
+        &options,
+        |scored| {
+            seen.push(scored);
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        },
+    );
+    assert_eq!(scores.unwrap().map(|scores| scores.len()), Some(3));
+    // Two windows; 159 tokens prefilled in two formats, 40 scored by three variants.
+    let total = 2 * (2 * 159 + 3 * 40);
+    assert!(seen.iter().all(|s| s.total == total) && seen.last().unwrap().done == total);
+    let mut steps = seen.windows(2).map(|pair| pair[1].done - pair[0].done);
+    assert!(steps.all(|step| (1..=128).contains(&step)), "{seen:?}");
+    // Ended in the first prefill: nothing more is done.
+    let mut calls = 0;
+    let ended = perplexity(
+        &model,
+        &team(2),
+        &tokens,
+        |_| 1,
+        &options,
+        |scored| {
+            calls += 1;
+            assert!(scored.done <= 128);
+            Ok::<_, Error>(ControlFlow::Break(()))
+        },
+    );
+    assert!(ended.unwrap().is_none() && calls == 1);
 }

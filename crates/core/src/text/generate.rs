@@ -53,6 +53,11 @@ pub enum Progress<'a> {
         /// The characters that it completes; often empty in scripts whose characters take several tokens.
         text: &'a str,
     },
+    /// The answer has ended.
+    End {
+        /// What stands for a character that was begun and never completed; empty where there is none.
+        text: &'a str,
+    },
 }
 
 /// Why an answer ended.
@@ -125,11 +130,12 @@ fn rate(tokens: usize, time: Duration) -> Option<f64> {
     (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
 }
 
-/// Appends `prompt` to what `session` holds, then decodes. `progress` sees every step and may end the work.
+/// Appends `prompt` to what `session` holds, then decodes. `progress` sees every step and may end the
+/// work; its last call is [`Progress::End`].
 ///
 /// # Errors
-/// A prompt that is empty, does not fit the cache or has tokens that the model lacks; options out of range; what
-/// `progress` returns.
+/// A prompt that is empty, does not fit the cache or has tokens that the model lacks; options out of range;
+/// [`Error::NotFinite`] where the model's output is no distribution; what `progress` returns.
 pub fn generate<E: From<Error>>(
     session: &mut Session,
     tokenizer: &Tokenizer,
@@ -156,7 +162,7 @@ pub fn generate<E: From<Error>>(
         done.prompt_tokens += chunk.len();
         if done.prompt_tokens == total && options.max_tokens > 0 {
             done.prefill = start.elapsed();
-            next = Some(sampler.sample(logits));
+            next = Some(sampler.sample(logits)?);
             done.first_token = Some(start.elapsed());
         }
         if progress(Progress::Prompt { done: done.prompt_tokens, total })?.is_break() {
@@ -185,16 +191,14 @@ pub fn generate<E: From<Error>>(
             done.stop = StopReason::Context;
         } else {
             let step = Instant::now();
-            next = Some(sampler.sample(session.decode(token)?));
+            next = Some(sampler.sample(session.decode(token)?)?);
             done.steps.push(step.elapsed());
         }
     }
     let from = done.text.len();
     stream.finish(&mut done.text);
-    if let (Some(&id), true) = (done.tokens.last(), done.text.len() > from) {
-        // Nothing is left to end.
-        let _ = progress(Progress::Token { id, text: &done.text[from..] })?;
-    }
+    // Nothing is left to end.
+    let _ = progress(Progress::End { text: &done.text[from..] })?;
     Ok(done)
 }
 

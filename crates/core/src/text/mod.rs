@@ -6,6 +6,7 @@
 
 mod bytes;
 mod chat;
+mod compare;
 mod generate;
 mod gguf_vocabulary;
 mod model;
@@ -16,6 +17,7 @@ mod tokenizer;
 mod tokenizer_json;
 
 pub use chat::{BITNET_CHAT_TEMPLATE, ChatTemplate, Message};
+pub use compare::{Compared, Distribution, compare};
 pub use generate::{GenerateOptions, Generation, Progress, StopReason, generate};
 pub use gguf_vocabulary::GgufVocabulary;
 pub use model::{TextModel, TextOptions};

@@ -16,13 +16,15 @@ use std::sync::Arc;
 
 use longbit_sys::Team;
 
+use super::compare::{Distribution, compare};
 use crate::attention::{Attention, MethodSpec, method};
 use crate::error::{Error, Result};
 use crate::kv::{KvDtype, kv_dtype};
 use crate::model::Model;
 use crate::session::{Session, SessionOptions};
 
-/// Tokens that a dense scoring pass takes at a time: their logits are held together.
+/// Tokens that a dense scoring pass takes at a time: their logits are held together. Also decode steps between two calls
+/// for progress.
 const DENSE_CHUNK: usize = 16;
 
 /// A KV dtype with an attention method.
@@ -64,9 +66,9 @@ pub struct PerplexityOptions {
 /// How far the work is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scored {
-    /// Passes done: one a window and variant.
+    /// Tokens that went through the model: those of each window's prefill once a KV dtype, the scored ones once a variant.
     pub done: usize,
-    /// Passes in all.
+    /// Such tokens in all.
     pub total: usize,
 }
 
@@ -111,8 +113,32 @@ impl Score {
 }
 
 impl PerplexityOptions {
-    /// Most memory for the baseline's log-probabilities of a window; with more the divergence is left out (bytes).
+    /// Most memory for the baseline's logits of a window; with more the divergence is left out (bytes).
     pub const MAX_BASELINE: usize = 512 << 20;
+
+    /// Bytes of the baseline's logits of a window over `vocab` tokens; 0 where they are not needed, since dense bf16 is
+    /// all that is measured, or are more than [`PerplexityOptions::MAX_BASELINE`].
+    ///
+    /// # Errors
+    /// None but of the tables' own names.
+    pub fn baseline_bytes(&self, vocab: usize) -> Result<usize> {
+        let bytes = self.stride.saturating_mul(vocab).saturating_mul(size_of::<f32>());
+        Ok(if self.all_variants()?.len() > 1 && bytes <= Self::MAX_BASELINE { bytes } else { 0 })
+    }
+
+    /// What is measured: dense bf16 first, then each variant once.
+    ///
+    /// # Errors
+    /// None but of the tables' own names.
+    pub fn all_variants(&self) -> Result<Vec<Variant>> {
+        let mut all = vec![Variant::new("bf16", "dense")?];
+        for variant in &self.variants {
+            if !all.iter().any(|known| known.is(variant)) {
+                all.push(variant.clone());
+            }
+        }
+        Ok(all)
+    }
 
     /// Windows in a text of `tokens` tokens.
     pub fn windows(&self, tokens: usize) -> usize {
@@ -143,11 +169,12 @@ impl PerplexityOptions {
 }
 
 /// Scores `tokens` with every variant; the first of the result is dense bf16. `text_bytes` gives the bytes of text that a
-/// token stands for. `progress` may end the work after a pass, which gives `None`.
+/// token stands for. `progress` is called after every chunk of a prefill and every few scored tokens, and may end the
+/// work, which gives `None`.
 ///
 /// # Errors
 /// A text shorter than a window, a stride that is no less than the context, tokens that the model lacks, memory that
-/// cannot be had, and what `progress` returns.
+/// cannot be had, [`Error::NotFinite`] where the model's output is no distribution, and what `progress` returns.
 pub fn perplexity<E: From<Error>>(
     model: &Arc<Model>,
     team: &Arc<Team>,
@@ -156,8 +183,45 @@ pub fn perplexity<E: From<Error>>(
     options: &PerplexityOptions,
     mut progress: impl FnMut(Scored) -> Result<ControlFlow<()>, E>,
 ) -> Result<Option<Vec<Score>>, E> {
+    let mut tell = |scored| match progress(scored) {
+        Ok(ControlFlow::Continue(())) => Ok(()),
+        Ok(ControlFlow::Break(())) => Err(End::Asked),
+        Err(error) => Err(End::Failed(error)),
+    };
+    match measure(model, team, tokens, &text_bytes, options, &mut tell) {
+        Ok(scores) => Ok(Some(scores)),
+        Err(End::Asked) => Ok(None),
+        Err(End::Failed(error)) => Err(error),
+    }
+}
+
+/// Why the work ended early.
+enum End<E> {
+    Asked,
+    Failed(E),
+}
+
+impl<E: From<Error>> From<Error> for End<E> {
+    fn from(error: Error) -> Self {
+        End::Failed(error.into())
+    }
+}
+
+fn measure<E: From<Error>>(
+    model: &Arc<Model>,
+    team: &Arc<Team>,
+    tokens: &[u32],
+    text_bytes: &dyn Fn(u32) -> usize,
+    options: &PerplexityOptions,
+    tell: &mut dyn FnMut(Scored) -> Result<(), End<E>>,
+) -> Result<Vec<Score>, End<E>> {
     options.check(tokens.len())?;
-    let mut tallies = variants(options)?.into_iter().map(Tally::new).collect::<Vec<_>>();
+    let vocab = model.config.vocab;
+    // The last token of a window is scored and never fed, so no session would refuse it.
+    if let Some(&token) = tokens.iter().chain(&options.bos).find(|&&token| token as usize >= vocab) {
+        return Err(Error::Token { token, vocab }.into());
+    }
+    let mut tallies = options.all_variants()?.into_iter().map(Tally::new).collect::<Vec<_>>();
     let (context, stride) = (options.context, options.stride);
     let windows = options.windows(tokens.len());
     let mut sessions: Vec<Session> = Vec::new();
@@ -173,77 +237,77 @@ pub fn perplexity<E: From<Error>>(
             }
         };
     }
-    let vocab = model.config.vocab;
-    let with_divergence = tallies.len() > 1
-        && stride.saturating_mul(vocab).saturating_mul(4) <= PerplexityOptions::MAX_BASELINE;
-    let mut baseline = Baseline { vocab, log_p: Vec::new() };
-    let (mut done, total) = (0, windows * tallies.len());
+    let with_divergence = options.baseline_bytes(vocab)? > 0;
+    let mut baseline = Baseline { vocab, logits: Vec::new(), log_sums: Vec::new() };
+    // The first scored token of a window, and the tokens that are prefilled before the one that predicts it.
+    let scored = context - stride;
+    let before = scored - 1;
+    let total = windows * (sessions.len() * before + tallies.len() * stride);
+    let mut done = 0;
+    let mut advance = |tokens: usize| {
+        done += tokens;
+        tell(Scored { done, total })
+    };
     let mut bytes = 0;
     for window in 0..windows {
         let first = window * stride;
         let text = &tokens[first..first + context - usize::from(options.bos.is_some())];
         let input: Vec<u32> = options.bos.into_iter().chain(text.iter().copied()).collect();
-        let scored = context - stride;
         bytes += input[scored..].iter().map(|&token| text_bytes(token)).sum::<usize>();
         for session in &mut sessions {
             session.rewind(0);
-            if scored > 1 {
-                session.prefill(&input[..scored - 1])?;
+            for chunk in input[..before].chunks(Session::DEFAULT_CHUNK) {
+                session.prefill(chunk)?;
+                advance(chunk.len())?;
             }
         }
-        baseline.log_p.clear();
+        baseline.clear();
         for (i, tally) in tallies.iter_mut().enumerate() {
             let session = &mut sessions[tally.session];
             let mut at = scored;
             let variant = tally.variant.clone();
-            score(session, &variant, &input[scored - 1..context - 1], |logits| {
-                let row = LogSoftmax::of(logits);
-                tally.nats.push(-row.log_p(input[at]));
-                if with_divergence {
+            score(session, &variant, &input[before..context - 1], |logits| {
+                let rows = logits.len() / vocab;
+                for logits in logits.chunks_exact(vocab) {
+                    let ours = Distribution::new(logits)?;
+                    tally.nats.push(ours.nll(input[at])?);
                     match i {
-                        0 => baseline.keep(&row),
-                        _ => tally.compare(baseline.row(at - scored), &row),
+                        _ if !with_divergence => {}
+                        0 => baseline.keep(&ours),
+                        _ => {
+                            let step = compare(&baseline.row(at - scored), &ours, input[at])?;
+                            tally.kl += step.kl;
+                            tally.same_top += usize::from(step.same_top);
+                        }
                     }
+                    at += 1;
                 }
-                at += 1;
+                // Every few steps of one token, and every chunk.
+                tally.untold += rows;
+                if tally.untold >= DENSE_CHUNK || at == context {
+                    advance(std::mem::take(&mut tally.untold))?;
+                }
+                Ok::<(), End<E>>(())
             })?;
-            session.rewind(scored - 1);
-            done += 1;
-            if progress(Scored { done, total })?.is_break() {
-                return Ok(None);
-            }
+            session.rewind(before);
         }
     }
-    Ok(Some(finish(tallies, bytes, with_divergence)))
+    Ok(finish(tallies, bytes, with_divergence))
 }
 
-/// The baseline first, then each variant once.
-fn variants(options: &PerplexityOptions) -> Result<Vec<Variant>> {
-    let mut all = vec![Variant::new("bf16", "dense")?];
-    for variant in &options.variants {
-        if !all.iter().any(|known| known.is(variant)) {
-            all.push(variant.clone());
-        }
-    }
-    Ok(all)
-}
-
-/// Feeds `tokens` to `session` and hands the logits after each to `each`; leaves the cache longer by `tokens`.
-fn score(
+/// Feeds `tokens` to `session` and hands the logits that follow, of one or several tokens together, to `each`; leaves the
+/// cache longer by `tokens`.
+fn score<E: From<Error>>(
     session: &mut Session,
     variant: &Variant,
     tokens: &[u32],
-    mut each: impl FnMut(&[f32]),
-) -> Result<()> {
-    let vocab = session.model().config.vocab;
+    mut each: impl FnMut(&[f32]) -> Result<(), E>,
+) -> Result<(), E> {
     if variant.method.canonical() == method("dense")?.canonical() {
-        return session.each_logits(tokens, DENSE_CHUNK, |rows| {
-            rows.chunks_exact(vocab).for_each(&mut each);
-            Ok(())
-        });
+        return session.each_logits(tokens, DENSE_CHUNK, each);
     }
     let dense = session.swap_attention(Attention::new(variant.method.clone(), session.cache()));
-    let scored = tokens.iter().try_for_each(|&token| session.decode(token).map(&mut each));
+    let scored = tokens.iter().try_for_each(|&token| each(session.decode(token)?));
     session.swap_attention(dense);
     scored
 }
@@ -256,65 +320,37 @@ struct Tally {
     nats: Vec<f64>,
     kl: f64,
     same_top: usize,
+    /// Scored tokens that progress was not told of.
+    untold: usize,
 }
 
 impl Tally {
     fn new(variant: Variant) -> Self {
-        Tally { variant, session: 0, nats: Vec::new(), kl: 0.0, same_top: 0 }
-    }
-
-    fn compare(&mut self, baseline: &[f32], row: &LogSoftmax<'_>) {
-        let mut kl = 0.0;
-        let mut top = (0, f32::NEG_INFINITY);
-        for (token, (&p, &logit)) in baseline.iter().zip(row.logits).enumerate() {
-            let p = f64::from(p);
-            kl += libm::exp(p) * (p - (f64::from(logit) - row.log_sum));
-            if logit > top.1 {
-                top = (token, logit);
-            }
-        }
-        self.kl += kl.max(0.0);
-        self.same_top += usize::from(argmax(baseline) == top.0);
+        Tally { variant, session: 0, nats: Vec::new(), kl: 0.0, same_top: 0, untold: 0 }
     }
 }
 
-/// Index of the largest, the first of several.
-fn argmax(row: &[f32]) -> usize {
-    let larger = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
-    row.iter().enumerate().fold((0, f32::NEG_INFINITY), larger).0
-}
-
-/// Log-probabilities of dense bf16 for the scored tokens of the window.
+/// Logits of dense bf16 for the scored tokens of the window. They are kept as they came, so that equal logits have no
+/// divergence at all.
 struct Baseline {
     vocab: usize,
-    log_p: Vec<f32>,
+    logits: Vec<f32>,
+    log_sums: Vec<f64>,
 }
 
 impl Baseline {
-    fn keep(&mut self, row: &LogSoftmax<'_>) {
-        self.log_p.extend(row.logits.iter().map(|&l| (f64::from(l) - row.log_sum) as f32));
+    fn clear(&mut self) {
+        self.logits.clear();
+        self.log_sums.clear();
     }
 
-    fn row(&self, i: usize) -> &[f32] {
-        &self.log_p[i * self.vocab..(i + 1) * self.vocab]
-    }
-}
-
-/// Logits with the logarithm of the sum of their exponentials.
-struct LogSoftmax<'a> {
-    logits: &'a [f32],
-    log_sum: f64,
-}
-
-impl<'a> LogSoftmax<'a> {
-    fn of(logits: &'a [f32]) -> Self {
-        let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let sum: f64 = logits.iter().map(|&l| libm::exp(f64::from(l) - max)).sum();
-        LogSoftmax { logits, log_sum: max + libm::log(sum) }
+    fn keep(&mut self, row: &Distribution<'_>) {
+        self.logits.extend_from_slice(row.logits());
+        self.log_sums.push(row.log_sum());
     }
 
-    fn log_p(&self, token: u32) -> f64 {
-        f64::from(self.logits[token as usize]) - self.log_sum
+    fn row(&self, i: usize) -> Distribution<'_> {
+        Distribution::kept(&self.logits[i * self.vocab..(i + 1) * self.vocab], self.log_sums[i])
     }
 }
 

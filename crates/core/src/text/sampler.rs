@@ -4,6 +4,7 @@
 //! that top-p and min-p look at are those of the model, before the temperature. All arithmetic is in f64 with `libm`, and
 //! the random numbers are counter-based, so that a seed gives the same tokens on every machine.
 
+use super::compare::{check_finite, likeliest};
 use crate::error::{Error, Result};
 use crate::rng::mix;
 
@@ -66,11 +67,14 @@ impl Sampler {
         Ok(Sampler { options, drawn: 0, candidates: Vec::new() })
     }
 
-    /// The next token for `logits`, one a token of the vocabulary. Of equal logits the lowest id comes first; one that is
-    /// not a number is never chosen while another is.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+    /// The next token for `logits`, one a token of the vocabulary. Of equal logits the lowest id comes first.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`]: what is not a distribution has no likeliest token.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        check_finite(logits)?;
         if self.options.temperature == 0.0 {
-            return greedy(logits);
+            return Ok(likeliest(logits));
         }
         self.filter(logits);
         let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
@@ -80,11 +84,12 @@ impl Sampler {
         for candidate in &self.candidates {
             left -= candidate.weight;
             if left < 0.0 {
-                return candidate.token;
+                return Ok(candidate.token);
             }
         }
         // Rounding used up the whole sum: the last one that was possible.
-        self.candidates.iter().rev().find(|c| c.weight > 0.0).map_or_else(|| greedy(logits), |c| c.token)
+        let last = self.candidates.iter().rev().find(|c| c.weight > 0.0);
+        Ok(last.map_or_else(|| likeliest(logits), |c| c.token))
     }
 
     /// Leaves the candidates that the filters keep, likeliest first, with weights at the temperature.
@@ -92,7 +97,8 @@ impl Sampler {
         let SamplerOptions { temperature, top_k, top_p, min_p, .. } = self.options;
         let candidates = &mut self.candidates;
         candidates.clear();
-        let candidate = |(token, &logit): (u32, &f32)| Candidate { token, logit: order(logit), weight: 0.0 };
+        let candidate =
+            |(token, &logit): (u32, &f32)| Candidate { token, logit: f64::from(logit), weight: 0.0 };
         candidates.extend((0u32..).zip(logits).map(candidate));
         let likelier = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token));
         if top_k > 0 && top_k < candidates.len() {
@@ -101,9 +107,6 @@ impl Sampler {
         }
         candidates.sort_unstable_by(likelier);
         let Some(best) = candidates.first().map(|c| c.logit) else { return };
-        if best == f64::NEG_INFINITY {
-            candidates.truncate(1);
-        }
         if top_p < 1.0 {
             candidates.iter_mut().for_each(|c| c.weight = libm::exp(c.logit - best));
             let total: f64 = candidates.iter().map(|c| c.weight).sum();
@@ -120,22 +123,6 @@ impl Sampler {
         }
         candidates.iter_mut().for_each(|c| c.weight = libm::exp((c.logit - best) / temperature));
     }
-}
-
-/// What a logit counts for: not a number is the least.
-fn order(logit: f32) -> f64 {
-    if logit.is_nan() { f64::NEG_INFINITY } else { f64::from(logit) }
-}
-
-/// The likeliest token, the lowest id of several.
-fn greedy(logits: &[f32]) -> u32 {
-    let mut best = (0, f64::NEG_INFINITY);
-    for (token, &logit) in (0u32..).zip(logits) {
-        if order(logit) > best.1 {
-            best = (token, order(logit));
-        }
-    }
-    best.0
 }
 
 #[cfg(test)]
@@ -186,7 +173,7 @@ mod tests {
         let mut sampler = Sampler::new(OPEN).unwrap();
         let mut counts = [0u32; 4];
         let n = 40_000;
-        let first: Vec<u32> = (0..n).map(|_| sampler.sample(&logits())).collect();
+        let first: Vec<u32> = (0..n).map(|_| sampler.sample(&logits()).unwrap()).collect();
         first.iter().for_each(|&t| counts[t as usize] += 1);
         for (count, p) in counts.iter().zip([0.1, 0.4, 0.3, 0.2]) {
             // Five standard errors.
@@ -194,19 +181,29 @@ mod tests {
             assert!((f64::from(*count) - f64::from(n) * p).abs() < 5.0 * error, "{counts:?}");
         }
         let mut again = Sampler::new(OPEN).unwrap();
-        assert!(first.iter().all(|&t| t == again.sample(&logits())));
+        assert!(first.iter().all(|&t| t == again.sample(&logits()).unwrap()));
         let mut other = Sampler::new(SamplerOptions { seed: 2, ..OPEN }).unwrap();
-        assert!(first.iter().any(|&t| t != other.sample(&logits())));
+        assert!(first.iter().any(|&t| t != other.sample(&logits()).unwrap()));
     }
 
     #[test]
     fn greedy_takes_the_lowest_id_of_equals() {
         let mut sampler = Sampler::new(SamplerOptions::default()).unwrap();
-        assert_eq!(sampler.sample(&[1.0, 3.0, f32::NAN, 3.0]), 1);
-        assert_eq!(sampler.sample(&[f32::NAN, f32::NEG_INFINITY]), 0);
-        let mut hot = Sampler::new(SamplerOptions { temperature: 1.0, ..SamplerOptions::default() }).unwrap();
-        assert_eq!(hot.sample(&[f32::NEG_INFINITY, f32::NAN, f32::NEG_INFINITY]), 0);
-        assert_eq!(hot.sample(&[f32::NAN, 2.0]), 1);
+        assert_eq!(sampler.sample(&[1.0, 3.0, -1.0, 3.0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_errors() {
+        let hot = SamplerOptions { temperature: 1.0, ..SamplerOptions::default() };
+        for options in [SamplerOptions::default(), hot] {
+            let mut sampler = Sampler::new(options).unwrap();
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let error = sampler.sample(&[1.0, 2.0, bad]).unwrap_err();
+                assert!(matches!(error, Error::NotFinite { token: 2, .. }), "{error}");
+            }
+            // As far apart as finite logits can be.
+            assert_eq!(sampler.sample(&[f32::MIN, f32::MAX]).unwrap(), 1);
+        }
     }
 
     #[test]
