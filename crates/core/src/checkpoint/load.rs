@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use longbit_kernels::{BadCode, Kernels, TernaryShape};
 use longbit_sys::Team;
 
+use super::ahead::while_reading_ahead;
 use super::master::{self, Rounding};
 use super::plan::{LayerPlan, LinearPlan, RowOrder, Scale, Stored};
 use super::{Checkpoint, plan::WeightPlan};
@@ -18,8 +19,17 @@ use crate::model::{HeadFormat, Layer, Model, Table, TableFormat, TernaryLinear};
 const TILES_A_JOB: usize = 64;
 /// Bytes of a stored table that one job converts.
 const TABLE_BYTES_A_JOB: usize = 4 << 20;
+/// Bytes that are looked at and copied together; half a second-level cache.
+const COPY_BYTES: usize = 256 << 10;
+
+/// A job and the place in the files where it reads: file, byte, part of the matrix.
+type Placed<'a> = ((usize, usize, usize), Job<'a>);
 
 pub(super) fn load(checkpoint: &Checkpoint, head_format: HeadFormat, team: &Team) -> Result<Model> {
+    while_reading_ahead(&checkpoint.files, || repack(checkpoint, head_format, team))
+}
+
+fn repack(checkpoint: &Checkpoint, head_format: HeadFormat, team: &Team) -> Result<Model> {
     let (config, plan) = (&checkpoint.config, &checkpoint.plan);
     let kernels = Kernels::from_env()?;
     let roundings = roundings(checkpoint, plan, team)?;
@@ -39,7 +49,7 @@ pub(super) fn load(checkpoint: &Checkpoint, head_format: HeadFormat, team: &Team
     let rounded = AtomicU64::new(0);
     let progress: Vec<Progress<'_>> =
         plan.layers.iter().flat_map(|layer| layer.linears.iter()).map(Progress::new).collect();
-    let mut jobs: Vec<Job<'_>> = Vec::new();
+    let mut jobs: Vec<Placed<'_>> = Vec::new();
     let mut at = 0;
     for (layer, planned) in layers.iter_mut().zip(&plan.layers) {
         let Layer { q, k, v, o, gate, up, down, .. } = layer;
@@ -53,7 +63,9 @@ pub(super) fn load(checkpoint: &Checkpoint, head_format: HeadFormat, team: &Team
     if let (Some(stored), Some(own)) = (&plan.head, own.as_mut()) {
         table_jobs(checkpoint, stored, format, own, kernels, &rounded, &mut jobs)?;
     }
-    run_all(team, jobs)?;
+    // In the order of the file, which is read ahead; the last of the list is taken first.
+    jobs.sort_unstable_by_key(|(place, _)| std::cmp::Reverse(*place));
+    run_all(team, jobs.into_iter().map(|(_, job)| job).collect())?;
 
     let mut scales = progress.into_iter().zip(roundings).map(|(p, rounding)| p.scale(rounding));
     for layer in &mut layers {
@@ -184,7 +196,7 @@ struct Repack<'a> {
 }
 
 impl<'a> Repack<'a> {
-    fn jobs(self, linear: &'a mut TernaryLinear, jobs: &mut Vec<Job<'a>>) -> Result<()> {
+    fn jobs(self, linear: &'a mut TernaryLinear, jobs: &mut Vec<Placed<'a>>) -> Result<()> {
         let shape = linear.shape;
         let stored = &self.planned.stored;
         let matrix =
@@ -192,7 +204,8 @@ impl<'a> Repack<'a> {
                 .map_err(|e| stored.damaged(&e))?;
         for (i, out) in linear.data.chunks_mut(TILES_A_JOB * shape.tile_bytes()).enumerate() {
             self.progress.left.fetch_add(1, Ordering::Relaxed);
-            jobs.push(Box::new(move || {
+            let job: Job<'a> = Box::new(move || {
+                self.checkpoint.files[stored.span.file].populate(stored.span.range.clone());
                 let first = i * TILES_A_JOB;
                 let tiles = first..first + out.len() / shape.tile_bytes();
                 self.tiles(shape, matrix, tiles, out)?;
@@ -200,7 +213,8 @@ impl<'a> Repack<'a> {
                     self.checkpoint.files[stored.span.file].release(stored.span.range.clone());
                 }
                 Ok(())
-            }));
+            });
+            jobs.push(((stored.span.file, stored.span.range.start, i), job));
         }
         Ok(())
     }
@@ -258,7 +272,7 @@ fn table_jobs<'a>(
     to: &'a mut [u8],
     kernels: &'static Kernels,
     rounded: &'a AtomicU64,
-    jobs: &mut Vec<Job<'a>>,
+    jobs: &mut Vec<Placed<'a>>,
 ) -> Result<()> {
     let bytes = checkpoint.bytes(&stored.span);
     let matrix =
@@ -266,25 +280,31 @@ fn table_jobs<'a>(
     let (from_width, to_width) = (bytes.len() / stored.rows, stored.cols * format.size());
     let rows_a_job = (TABLE_BYTES_A_JOB / from_width.max(1)).max(1);
     for (i, to) in to.chunks_mut(rows_a_job * to_width).enumerate() {
-        jobs.push(Box::new(move || {
+        let start = stored.span.range.start;
+        let job: Job<'a> = Box::new(move || {
             let rows = i * rows_a_job..i * rows_a_job + to.len() / to_width;
             let range = rows.start * from_width..rows.end * from_width;
+            checkpoint.files[stored.span.file].populate(start + range.start..start + range.end);
             let same = matches!((stored.encoding, format), (Encoding::Bf16, TableFormat::Bf16));
             if same && cfg!(target_endian = "little") {
                 let from = &bytes[range.clone()];
-                // All exponent bits set: infinite or not a number.
-                if from.as_chunks::<2>().0.iter().any(|b| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80) {
-                    return Err(not_finite(stored));
+                // A part at a time, so that what was looked at is copied from the cache.
+                for (from, to) in from.chunks(COPY_BYTES).zip(to.chunks_mut(COPY_BYTES)) {
+                    // All exponent bits set: infinite or not a number. Without an early end this is vector code.
+                    let odd = |b: &[u8; 2]| u16::from_le_bytes(*b) & 0x7F80 == 0x7F80;
+                    if from.as_chunks::<2>().0.iter().fold(false, |any, b| any | odd(b)) {
+                        return Err(not_finite(stored));
+                    }
+                    to.copy_from_slice(from);
                 }
-                to.copy_from_slice(from);
             } else {
                 let lost = convert_rows(stored, matrix, rows, format, kernels, to)?;
                 rounded.fetch_add(lost, Ordering::Relaxed);
             }
-            let start = stored.span.range.start;
             checkpoint.files[stored.span.file].release(start + range.start..start + range.end);
             Ok(())
-        }));
+        });
+        jobs.push(((stored.span.file, start + i * rows_a_job * from_width, i), job));
     }
     Ok(())
 }

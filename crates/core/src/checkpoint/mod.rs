@@ -5,6 +5,7 @@
 //! architecture needs is found and checked against it, before any memory is asked for. `hf` and `gguf` know names and
 //! conventions and end in one [`plan::WeightPlan`]; `load` builds the model from any plan.
 
+mod ahead;
 pub(crate) mod gguf;
 mod hf;
 mod inspect;
