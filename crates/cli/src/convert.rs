@@ -7,13 +7,16 @@ use std::time::Instant;
 use clap::Args;
 use longbit::convert::{GgufOptions, Vocabulary, Written, write_gguf, write_safetensors};
 use longbit::formats::Encoding;
-use longbit::{Checkpoint, HeadFormat, Model, preset};
+use longbit::{Checkpoint, HeadFormat, Model, ModelBytes, preset};
 use longbit_lab::Exit;
 use longbit_sys::{Team, allowed_cpus};
 
 use crate::Failure;
-use crate::model_args::FileArgs;
+use crate::model_args::{FileArgs, check_weights};
 use crate::status::Status;
+
+/// What an input that is no path begins with.
+const PRESET: &str = "preset:";
 
 #[derive(Args)]
 pub(crate) struct ConvertArgs {
@@ -26,12 +29,13 @@ pub(crate) struct ConvertArgs {
     /// GGUF: format of the ternary matrices [default: i2_s].
     #[arg(long = "type", value_name = "TYPE", value_parser = linear_names())]
     linear: Option<String>,
-    /// GGUF: format of the embedding and head [default: as wide as in the input].
+    /// GGUF: format of the embedding and head [default: that of the input where it is f32, f16 or bf16, else f32, which
+    /// holds every other exactly].
     #[arg(long, value_name = "TYPE", value_parser = head_names())]
     head: Option<String>,
-    /// Seed of the weights of a preset.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
+    /// Seed of the weights of a preset [default: 1].
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Replace OUT if it exists.
     #[arg(long)]
     force: bool,
@@ -66,20 +70,26 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<Exit, Failu
             args.output.display()
         )));
     }
+    if args.seed.is_some() && !args.input.starts_with(PRESET) {
+        return Err(Failure::Usage("--seed is for the weights of preset:NAME; leave it out".into()));
+    }
     let clock = Instant::now();
     let threads = allowed_cpus().map_or(1, |cpus| cpus.len());
     let team = Team::new(threads, false).map_err(longbit::Error::from)?;
-    let (model, vocabulary) = load(args, &team)?;
+    let Loaded { model, vocabulary, head } = load(args, &team)?;
     let read = clock.elapsed();
     let written = match gguf {
         true => {
             let head = match &args.head {
                 Some(name) => named(&GgufOptions::HEAD, name)?,
-                None if model.head_format == HeadFormat::Bf16 => Encoding::Bf16,
-                None => Encoding::F32,
+                None => head,
             };
             let linear = named(&GgufOptions::LINEAR, args.linear.as_deref().unwrap_or("i2_s"))?;
             let options = GgufOptions { linear, head };
+            if let Some(parent) = args.output.parent() {
+                std::fs::create_dir_all(parent)
+                    .map_err(|source| longbit::Error::Write { path: args.output.clone(), source })?;
+            }
             let mut status = Status::new(false);
             let mut progress = |done: u64, total: u64| {
                 status.show("writing, MB", (done / 1_000_000) as usize, (total / 1_000_000) as usize);
@@ -100,14 +110,41 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<Exit, Failu
     Ok(Exit::Ok)
 }
 
-fn load(args: &ConvertArgs, team: &Team) -> Result<(Model, Vocabulary), Failure> {
-    if let Some(name) = args.input.strip_prefix("preset:") {
-        let model = Model::synthetic(preset(name)?, HeadFormat::Bf16, args.seed, team)?;
-        return Ok((model, Vocabulary::none(&format!("{name}, seeded weights {}", args.seed))));
+/// What is written.
+struct Loaded {
+    model: Model,
+    vocabulary: Vocabulary,
+    /// Format that holds the tables as they were.
+    head: Encoding,
+}
+
+fn load(args: &ConvertArgs, team: &Team) -> Result<Loaded, Failure> {
+    if let Some(name) = args.input.strip_prefix(PRESET) {
+        args.file.refuse_for("a preset")?;
+        let (config, seed) = (preset(name)?, args.seed.unwrap_or(1));
+        check_weights(ModelBytes::of(&config, HeadFormat::Bf16).resident)?;
+        let model = Model::synthetic(config, HeadFormat::Bf16, seed, team)?;
+        let vocabulary = Vocabulary::none(&format!("{name}, seeded weights {seed}"));
+        return Ok(Loaded { model, vocabulary, head: Encoding::Bf16 });
     }
-    let checkpoint = Checkpoint::open(Path::new(&args.input), &args.file.options())?;
+    let path = Path::new(&args.input);
+    let checkpoint = Checkpoint::open(path, &args.file.options(path)?)?;
+    let exact = checkpoint.exact_head();
+    check_weights(ModelBytes::of(checkpoint.config(), exact).resident)?;
     let vocabulary = Vocabulary::of(&checkpoint)?;
-    Ok((checkpoint.load(checkpoint.exact_head(), team)?, vocabulary))
+    let head = as_stored(checkpoint.tables());
+    Ok(Loaded { model: checkpoint.load(exact, team)?, vocabulary, head })
+}
+
+/// The plain format of both tables, or the one that holds any: the scales of a quantised block are products that f16 and
+/// bf16 would round.
+fn as_stored((embedding, head): (Encoding, Option<Encoding>)) -> Encoding {
+    match embedding {
+        Encoding::F32 | Encoding::F16 | Encoding::Bf16 if head.is_none_or(|head| head == embedding) => {
+            embedding
+        }
+        _ => Encoding::F32,
+    }
 }
 
 fn report(

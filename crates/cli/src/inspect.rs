@@ -1,16 +1,22 @@
 //! `longbit inspect`: what a model file holds, what Longbit makes of it, and what it costs to run.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use longbit::{Checkpoint, Listing, ModelBytes, TensorEntry};
+use longbit::gguf::shown;
+use longbit::{Checkpoint, HeadFormat, Listing, ModelBytes, ModelConfig, TensorEntry};
 use longbit_lab::Exit;
 use serde_json::{Value, json};
 
 use crate::Failure;
 use crate::model_args::FileArgs;
+
+/// Rows of a table, at the most.
+const MOST_ROWS: usize = 200;
 
 #[derive(Args)]
 pub(crate) struct InspectArgs {
@@ -32,44 +38,172 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: &InspectArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
     let listing = longbit::list(&args.path)?;
-    let opened = Checkpoint::open(&args.path, &args.file.options());
-    let sha256 = match &opened {
-        Ok(checkpoint) if !args.no_hash => Some(checkpoint.sha256()?),
+    let state = if listing.directory.is_none() && listing.container == "safetensors" {
+        args.file.refuse_for("a safetensors file on its own")?;
+        State::Part
+    } else {
+        match Checkpoint::open(&args.path, &args.file.options(&args.path)?) {
+            Ok(checkpoint) => State::Model(Box::new(checkpoint)),
+            Err(error) => State::Refused(error.to_string()),
+        }
+    };
+    let sha256 = if args.no_hash { None } else { Some(listing.sha256()?) };
+    match args.json {
+        // As one text: standard output goes out line by line.
+        true => out.write_all(format!("{:#}\n", document(&listing, &state, sha256)).as_bytes())?,
+        false => tables(args, &listing, &state, sha256, out)?,
+    }
+    Ok(if matches!(state, State::Refused(_)) { Exit::Usage } else { Exit::Ok })
+}
+
+/// What Longbit makes of what is listed.
+enum State {
+    /// It can be run.
+    Model(Box<Checkpoint>),
+    /// It cannot, and why.
+    Refused(String),
+    /// A safetensors file: what it means stands in the configuration beside it.
+    Part,
+}
+
+impl State {
+    fn checkpoint(&self) -> Option<&Checkpoint> {
+        match self {
+            State::Model(checkpoint) => Some(checkpoint),
+            _ => None,
+        }
+    }
+}
+
+/// The head formats to tell the price of: the one that other verbs take, and the one that holds the tables exactly.
+fn heads(checkpoint: &Checkpoint) -> Vec<HeadFormat> {
+    let mut heads = vec![HeadFormat::Bf16, checkpoint.exact_head()];
+    heads.dedup();
+    heads
+}
+
+fn tensor_bytes(listing: &Listing) -> u64 {
+    listing.tensors.iter().filter_map(|t| t.bytes).fold(0, u64::saturating_add)
+}
+
+/// Bytes of the keys and values of a position in bf16.
+fn kv_bytes(c: &ModelConfig) -> usize {
+    4 * c.layers * c.kv_rows()
+}
+
+/// All of it, for programs: names, keys and strings whole, numbers as numbers, null for what is not known.
+fn document(listing: &Listing, state: &State, sha256: Option<String>) -> Value {
+    let model = state.checkpoint().map(|checkpoint| {
+        let c = checkpoint.config();
+        let (embedding, head) = checkpoint.tables();
+        let cost = |format: HeadFormat| {
+            let bytes = ModelBytes::of(c, format);
+            json!({
+                "head": format.as_str(),
+                "exact": format == checkpoint.exact_head(),
+                "weight_bytes_in_memory": bytes.resident,
+                "weight_bytes_per_token": bytes.per_token,
+            })
+        };
+        json!({
+            "parameters": c.parameters(),
+            "layers": c.layers,
+            "hidden": c.hidden,
+            "intermediate": c.intermediate,
+            "heads": c.heads,
+            "kv_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "vocabulary": c.vocab,
+            "activation": c.activation.as_str(),
+            "sub_norms": c.sub_norms,
+            "rope_theta": c.rope_theta,
+            "trained_positions": c.trained_positions,
+            "tied_head": c.tied_head,
+            "embedding_type": embedding.name(),
+            "head_type": head.map(|head| head.name()),
+            "bf16_kv_bytes_per_position": kv_bytes(c),
+            "costs": heads(checkpoint).into_iter().map(cost).collect::<Vec<_>>(),
+        })
+    });
+    let refused = match state {
+        State::Refused(why) => Some(why),
         _ => None,
     };
-    let facts = facts(&listing, opened.as_ref().ok(), sha256);
-    if args.json {
-        let tensors: Vec<Value> = listing
-            .tensors
-            .iter()
-            .map(|t| json!({ "name": t.name, "type": t.kind, "shape": t.shape, "bytes": t.bytes }))
-            .collect();
-        let metadata: serde_json::Map<String, Value> =
-            listing.metadata.iter().map(|(k, v)| (k.clone(), v.as_str().into())).collect();
-        let facts: serde_json::Map<String, Value> =
-            facts.into_iter().map(|(k, v)| (k.replace(' ', "_"), v.into())).collect();
-        let refusal = opened.err().map(|e| e.to_string());
-        let document =
-            json!({ "model": facts, "refused": refusal, "metadata": metadata, "tensors": tensors });
-        writeln!(out, "{document:#}")?;
-        return Ok(Exit::Ok);
+    let tensor =
+        |t: &TensorEntry| json!({ "name": t.name, "type": t.kind, "shape": t.shape, "bytes": t.bytes });
+    let keys = listing.metadata.iter().map(|(key, value)| (key.to_string(), json_of(value)));
+    json!({
+        "container": listing.container,
+        "files": listing.files.iter().map(|file| file.to_string_lossy()).collect::<Vec<_>>(),
+        "sha256": sha256,
+        "tensor_bytes": tensor_bytes(listing),
+        "model": model,
+        "refused": refused,
+        "metadata": keys.collect::<serde_json::Map<_, _>>(),
+        "tensors": listing.tensors.iter().map(tensor).collect::<Vec<_>>(),
+    })
+}
+
+/// A value; of an array its type and length. A number that JSON lacks is null.
+fn json_of(value: &longbit::gguf::Value) -> Value {
+    use longbit::gguf::Value as Key;
+    match value {
+        Key::U8(v) => json!(v),
+        Key::I8(v) => json!(v),
+        Key::U16(v) => json!(v),
+        Key::I16(v) => json!(v),
+        Key::U32(v) => json!(v),
+        Key::I32(v) => json!(v),
+        Key::U64(v) => json!(v),
+        Key::I64(v) => json!(v),
+        // Its own digits: as an f64 it would be written with those of the nearest one.
+        Key::F32(v) => json!(v.to_string().parse::<f64>().ok()),
+        Key::F64(v) => json!(v),
+        Key::Bool(v) => json!(v),
+        Key::String(v) => json!(v),
+        Key::Array(v) => json!({ "type": v.type_name(), "length": v.len() }),
     }
-    writeln!(out, "{}", plain(&["", ""], &[], facts.iter().map(|(k, v)| vec![k.to_string(), v.clone()])))?;
+}
+
+fn tables(
+    args: &InspectArgs,
+    listing: &Listing,
+    state: &State,
+    sha256: Option<String>,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let facts = facts(listing, state.checkpoint(), sha256);
+    writeln!(out, "{}", plain(&["", ""], &[], facts.into_iter().map(|(k, v)| vec![k.to_string(), v])))?;
     if !listing.metadata.is_empty() {
-        let rows = listing.metadata.iter().map(|(k, v)| vec![k.clone(), v.clone()]);
-        writeln!(out, "\n{}", plain(&["key", "value"], &[], rows))?;
+        let rows = listing.metadata.iter().map(|(key, value)| vec![shown(key), value.to_string()]);
+        writeln!(out, "\n{}", plain(&["key", "value"], &[], rows.take(MOST_ROWS)))?;
+        more(listing.metadata.len(), out)?;
     }
-    let rows = match args.tensors {
-        true => listing.tensors.iter().map(|t| row(t, 1)).collect(),
-        false => grouped(&listing),
-    };
-    writeln!(out, "\n{}", plain(&["tensor", "count", "type", "shape", "bytes"], &[1, 4], rows))?;
-    match opened {
-        Ok(_) => Ok(Exit::Ok),
-        Err(error) => {
-            writeln!(out, "\nThis file cannot be run: {error}")?;
-            Ok(Exit::Usage)
-        }
+    let header = ["tensor", "count", "type", "shape", "bytes"];
+    if args.tensors {
+        writeln!(out, "\n{}", plain(&header, &[1, 4], listing.tensors.iter().map(|t| row(t, 1))))?;
+    } else {
+        let groups = grouped(&listing.tensors);
+        let rows = groups.iter().take(MOST_ROWS).map(|group| row(&group.entry, group.count));
+        writeln!(out, "\n{}", plain(&header, &[1, 4], rows))?;
+        more(groups.len(), out)?;
+    }
+    match state {
+        State::Model(_) => {}
+        State::Refused(why) => writeln!(out, "\nThis cannot be run: {why}")?,
+        State::Part => writeln!(
+            out,
+            "\nThis is a file of tensors; what can be run is the directory with its config.json."
+        )?,
+    }
+    Ok(())
+}
+
+/// Says how many rows of a table were left out.
+fn more(rows: usize, out: &mut dyn Write) -> std::io::Result<()> {
+    match rows.checked_sub(MOST_ROWS) {
+        Some(left @ 1..) => writeln!(out, "… and {left} more (--json lists all)"),
+        _ => Ok(()),
     }
 }
 
@@ -79,16 +213,14 @@ fn facts(
     checkpoint: Option<&Checkpoint>,
     sha256: Option<String>,
 ) -> Vec<(&'static str, String)> {
-    let bytes: u64 = listing.tensors.iter().filter_map(|t| t.bytes).sum();
     let mut facts = vec![
         ("container", listing.container.clone()),
         ("files", listing.files.len().to_string()),
-        ("tensor bytes", bytes.to_string()),
+        ("tensor bytes", tensor_bytes(listing).to_string()),
     ];
     if let Some(checkpoint) = checkpoint {
         let c = checkpoint.config();
-        let head = checkpoint.exact_head();
-        let cost = ModelBytes::of(c, head);
+        let (embedding, head) = checkpoint.tables();
         facts.extend([
             ("parameters", c.parameters().to_string()),
             ("layers", c.layers.to_string()),
@@ -98,13 +230,22 @@ fn facts(
             ("vocabulary", c.vocab.to_string()),
             ("activation", c.activation.as_str().to_string()),
             ("sub-norms", if c.sub_norms { "yes" } else { "no" }.to_string()),
-            ("head", if c.tied_head { "tied to the embedding" } else { "its own" }.to_string()),
+            ("embedding", embedding.name().to_string()),
+            ("head", head.map_or("tied to the embedding".into(), |head| format!("its own, {}", head.name()))),
             ("rope theta", c.rope_theta.to_string()),
             ("trained positions", c.trained_positions.to_string()),
-            ("weight bytes in memory", format!("{} with a {} head", cost.resident, head.as_str())),
-            ("weight bytes per token", format!("{} with a {} head", cost.per_token, head.as_str())),
-            ("bf16 KV bytes per position", (4 * c.layers * c.kv_rows()).to_string()),
         ]);
+        for head in heads(checkpoint) {
+            let bytes = ModelBytes::of(c, head);
+            let name = match (head == HeadFormat::Bf16, head == checkpoint.exact_head()) {
+                (true, true) => "bf16 head, the default and exact".to_string(),
+                (true, false) => "bf16 head, the default".into(),
+                (false, _) => format!("{} head, exact", head.as_str()),
+            };
+            facts.push(("weight bytes in memory", format!("{} ({name})", bytes.resident)));
+            facts.push(("weight bytes per token", format!("{} ({name})", bytes.per_token)));
+        }
+        facts.push(("bf16 KV bytes per position", kv_bytes(c).to_string()));
     }
     facts.extend(sha256.map(|hash| ("sha256", hash)));
     facts
@@ -112,28 +253,38 @@ fn facts(
 
 fn row(t: &TensorEntry, count: usize) -> Vec<String> {
     let bytes = t.bytes.map_or("?".into(), |b| b.to_string());
-    vec![t.name.clone(), count.to_string(), t.kind.clone(), format!("{:?}", t.shape), bytes]
+    vec![shown(&t.name), count.to_string(), t.kind.clone(), format!("{:?}", t.shape), bytes]
 }
 
-/// One line for the tensors of all layers that are alike; numbers in their names become `N`.
-fn grouped(listing: &Listing) -> Vec<Vec<String>> {
-    let mut groups: Vec<(TensorEntry, usize)> = Vec::new();
-    for tensor in &listing.tensors {
-        let part = |p: &str| if p.parse::<usize>().is_ok() { "N".to_string() } else { p.to_string() };
-        let name = tensor.name.split('.').map(part).collect::<Vec<_>>().join(".");
-        let like = TensorEntry { name, ..tensor.clone() };
-        match groups
-            .iter_mut()
-            .find(|(g, _)| (&g.name, &g.kind, &g.shape) == (&like.name, &like.kind, &like.shape))
-        {
-            Some((group, count)) => {
-                group.bytes = group.bytes.zip(like.bytes).map(|(a, b)| a + b);
-                *count += 1;
+/// Tensors of all layers that are alike.
+struct Group {
+    /// The first, with the numbers in its name as `N` and the bytes of all.
+    entry: TensorEntry,
+    count: usize,
+}
+
+/// Groups in the order of their first tensors.
+fn grouped(tensors: &[TensorEntry]) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    let mut places = HashMap::new();
+    for tensor in tensors {
+        let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        let parts = tensor.name.split('.').map(|part| if is_number(part) { "N" } else { part });
+        let name = parts.collect::<Vec<_>>().join(".");
+        match places.entry((name, &tensor.kind, &tensor.shape)) {
+            Entry::Occupied(place) => {
+                let group: &mut Group = &mut groups[*place.get()];
+                group.entry.bytes = group.entry.bytes.zip(tensor.bytes).map(|(a, b)| a.saturating_add(b));
+                group.count += 1;
             }
-            None => groups.push((like, 1)),
+            Entry::Vacant(place) => {
+                let entry = TensorEntry { name: place.key().0.clone(), ..tensor.clone() };
+                place.insert(groups.len());
+                groups.push(Group { entry, count: 1 });
+            }
         }
     }
-    groups.iter().map(|(group, count)| row(group, *count)).collect()
+    groups
 }
 
 /// An aligned table without lines; columns `right` are aligned right.

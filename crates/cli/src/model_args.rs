@@ -1,6 +1,6 @@
 //! What every verb with a model file shares: which file, what it does not say about itself, and whether it fits.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -29,8 +29,27 @@ pub(crate) struct FileArgs {
 }
 
 impl FileArgs {
-    pub(crate) fn options(self) -> OpenOptions {
-        OpenOptions { i2s: self.i2s, activation: self.activation }
+    /// What they mean for the checkpoint at `path`.
+    ///
+    /// A flag that has no effect there is refused. Whether the activation has one is known when the file has been read.
+    pub(crate) fn options(self, path: &Path) -> Result<OpenOptions, Failure> {
+        if self.i2s.is_some() && path.is_dir() {
+            return Err(Failure::Usage(format!(
+                "--i2s is for GGUF files, and {} is a directory of safetensors; leave it out",
+                path.display()
+            )));
+        }
+        Ok(OpenOptions { i2s: self.i2s, activation: self.activation })
+    }
+
+    /// Refuses both where nothing is left unsaid.
+    pub(crate) fn refuse_for(self, what: &str) -> Result<(), Failure> {
+        match self.i2s.is_some() || self.activation.is_some() {
+            true => Err(Failure::Usage(format!(
+                "--i2s and --activation are for model files that do not say it; {what} has no use for them"
+            ))),
+            false => Ok(()),
+        }
     }
 }
 
@@ -90,7 +109,8 @@ impl ModelArgs {
     pub(crate) fn open(&self) -> Result<Opened, Failure> {
         let head = HeadFormat::parse(&self.head)?;
         let threads = self.threads.unwrap_or_else(|| allowed_cpus().map_or(1, |cpus| cpus.len()));
-        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &self.file.options())?, head, threads })
+        let options = self.file.options(&self.model)?;
+        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &options)?, head, threads })
     }
 }
 
@@ -104,22 +124,41 @@ impl Opened {
     /// Refuses what cannot fit memory: `weights` and `rest` are predicted bytes, `what` names the rest.
     pub(crate) fn check_memory(weights: u64, rest: u64, what: &str) -> Result<(), Failure> {
         let needed = weights.saturating_add(rest).saturating_add(PROCESS_BYTES);
-        match open_memory().usable() {
-            Some(usable) if needed > usable => Err(Failure::Core(longbit::Error::Invalid(format!(
-                "not enough memory: {} are needed ({} of weights, {} for {what}) and {} are available; ask for fewer \
+        refuse(needed, |usable| {
+            format!(
+                "not enough memory: {} are needed ({} of weights, {} for {what}) and {usable} are available; ask for fewer \
                  tokens or a smaller KV dtype",
                 gib(needed),
                 gib(weights),
                 gib(rest),
-                gib(usable)
-            )))),
-            _ => Ok(()),
-        }
+            )
+        })
     }
 
     pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
         let team = Arc::new(Team::new(self.threads, true).map_err(longbit::Error::from)?);
         Ok((Arc::new(self.checkpoint.load(self.head, &team)?), team))
+    }
+}
+
+/// Refuses a model of `weights` predicted bytes that cannot fit memory.
+pub(crate) fn check_weights(weights: u64) -> Result<(), Failure> {
+    let needed = weights.saturating_add(PROCESS_BYTES);
+    refuse(needed, |usable| {
+        format!(
+            "not enough memory: {} are needed ({} of weights) and {usable} are available; free some, or go where there is \
+             more",
+            gib(needed),
+            gib(weights),
+        )
+    })
+}
+
+/// An error with the message for the memory that is open, where that is less than `needed`.
+fn refuse(needed: u64, message: impl FnOnce(String) -> String) -> Result<(), Failure> {
+    match open_memory().usable() {
+        Some(usable) if needed > usable => Err(longbit::Error::Invalid(message(gib(usable))).into()),
+        _ => Ok(()),
     }
 }
 

@@ -16,9 +16,8 @@ mod plan;
 use std::path::{Path, PathBuf};
 
 use longbit_sys::{FileMap, Team};
-use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::{Encoding, I2sLayout};
 use crate::gguf::Header;
 use crate::model::{Activation, HeadFormat, Model, ModelConfig};
@@ -110,25 +109,13 @@ impl Checkpoint {
     }
 
     /// SHA-256 that identifies the checkpoint: of a single file its own, as `sha256sum` prints it; of a directory that
-    /// of the lines which `sha256sum config.json *.safetensors` prints in it.
+    /// of the lines which `sha256sum` prints in it for config.json and the weight files that are loaded.
     ///
     /// # Errors
     /// When a file cannot be read.
     pub fn sha256(&self) -> Result<String> {
-        use std::fmt::Write;
-        match &self.container {
-            Container::Gguf(_) => Ok(crate::hex(&Sha256::digest(&self.files[0][..]))),
-            Container::HuggingFace => {
-                let config = self.path.join("config.json");
-                let text = std::fs::read(&config).map_err(|source| Error::Read { path: config, source })?;
-                let mut lines = format!("{}  config.json\n", crate::hex(&Sha256::digest(text)));
-                for file in &self.files {
-                    let name = file.path().file_name().unwrap_or_default().to_string_lossy();
-                    let _ = writeln!(lines, "{}  {name}", crate::hex(&Sha256::digest(&file[..])));
-                }
-                Ok(crate::hex(&Sha256::digest(lines)))
-            }
-        }
+        let dir = matches!(self.container, Container::HuggingFace).then_some(self.path.as_path());
+        inspect::sha256(dir, self.files.iter().map(Ok))
     }
 
     /// Reads the weights into a model, on all threads of `team`. Pages of the files are given back as they are used up,

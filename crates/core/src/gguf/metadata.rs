@@ -179,20 +179,8 @@ impl<K: Into<String>> FromIterator<(K, Value)> for Metadata {
 
 /// A value in a message: its type, and the value itself or the number of elements.
 fn describe(value: &Value) -> String {
-    let text = match value {
-        Value::U8(v) => v.to_string(),
-        Value::I8(v) => v.to_string(),
-        Value::U16(v) => v.to_string(),
-        Value::I16(v) => v.to_string(),
-        Value::U32(v) => v.to_string(),
-        Value::I32(v) => v.to_string(),
-        Value::U64(v) => v.to_string(),
-        Value::I64(v) => v.to_string(),
-        Value::F32(v) => v.to_string(),
-        Value::F64(v) => v.to_string(),
-        Value::Bool(v) => v.to_string(),
-        Value::String(v) => format!("\"{}\"", shown(v)),
-        Value::Array(v) => return format!("an {} with {} elements", v.type_name(), v.len()),
-    };
-    format!("the {} {text}", value.type_name())
+    match value {
+        Value::Array(v) => format!("an {} with {} elements", v.type_name(), v.len()),
+        scalar => format!("the {} {scalar}", scalar.type_name()),
+    }
 }

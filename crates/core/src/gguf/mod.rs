@@ -67,8 +67,8 @@ pub const MAX_NAME_BYTES: u64 = 65_535;
 /// Most dimensions of a tensor.
 pub const MAX_DIMS: u32 = 4;
 
-/// A string of a file, fit to stand in a message: control characters escaped, cut to 96 characters.
-fn shown(text: &str) -> String {
+/// A string of a file, fit to stand in a message or a table: control characters escaped, cut to 96 characters.
+pub fn shown(text: &str) -> String {
     let cut = text.char_indices().nth(96).map_or(text.len(), |(at, _)| at);
     let dots = if cut < text.len() { "..." } else { "" };
     format!("{}{dots}", text[..cut].escape_debug())

@@ -1,5 +1,7 @@
 //! Values of metadata keys.
 
+use std::fmt;
+
 /// A value of a metadata key.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
@@ -88,6 +90,27 @@ impl Value {
         match self {
             Value::Array(array) => array.type_name(),
             scalar => TYPE_NAMES[scalar.id() as usize],
+        }
+    }
+}
+
+/// One line of bounded length: a number, a string as [`shown`](super::shown) in quotes, or type and length of an array.
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::U8(v) => v.fmt(f),
+            Value::I8(v) => v.fmt(f),
+            Value::U16(v) => v.fmt(f),
+            Value::I16(v) => v.fmt(f),
+            Value::U32(v) => v.fmt(f),
+            Value::I32(v) => v.fmt(f),
+            Value::U64(v) => v.fmt(f),
+            Value::I64(v) => v.fmt(f),
+            Value::F32(v) => v.fmt(f),
+            Value::F64(v) => v.fmt(f),
+            Value::Bool(v) => v.fmt(f),
+            Value::String(v) => write!(f, "\"{}\"", super::shown(v)),
+            Value::Array(v) => write!(f, "{}, {} elements", v.type_name(), v.len()),
         }
     }
 }

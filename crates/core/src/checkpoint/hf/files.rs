@@ -9,8 +9,8 @@ use longbit_sys::FileMap;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use super::read_text;
 use crate::error::{Error, Result};
+use crate::files::read_text;
 
 /// The one file of a small checkpoint.
 const SINGLE: &str = "model.safetensors";
@@ -48,15 +48,13 @@ struct Index {
 impl Tensors {
     /// Maps the files in `dir` and reads their headers. As in transformers, a single file comes before an index.
     pub(super) fn open(dir: &Path) -> Result<Self> {
-        // A link whose target is gone is there, and says so when it is opened.
-        let there = |name: &str| dir.join(name).symlink_metadata().is_ok();
-        if there(SINGLE) {
+        if there(dir, SINGLE) {
             let described = dir.join(SINGLE);
             let mut tensors = Tensors { files: Vec::new(), tensors: BTreeMap::new(), described };
             tensors.add(&dir.join(SINGLE))?;
             return Ok(tensors);
         }
-        if !there(INDEX) {
+        if !there(dir, INDEX) {
             return Err(Error::Config {
                 path: dir.into(),
                 reason: format!(
@@ -69,26 +67,7 @@ impl Tensors {
     }
 
     fn sharded(dir: &Path, index: PathBuf) -> Result<Self> {
-        let fail = |reason: String| Error::Config { path: index.clone(), reason };
-        let Index { weight_map } = serde_json::from_str(&read_text(&index, MAX_INDEX)?)
-            .map_err(|e| fail(format!("is not the index of a checkpoint: {e}")))?;
-        if weight_map.is_empty() {
-            return Err(fail("names no tensor: weight_map is empty".into()));
-        }
-        for (tensor, file) in &weight_map {
-            if !plain_name(file) {
-                return Err(fail(format!(
-                    "names the file `{file}` for tensor `{tensor}`; it must be the plain name of a .safetensors file in \
-                     the same directory"
-                )));
-            }
-            if dir.join(file).symlink_metadata().is_err() {
-                return Err(fail(format!(
-                    "names the file `{file}` for tensor `{tensor}`; there is no such file in {}",
-                    dir.display()
-                )));
-            }
-        }
+        let weight_map = read_index(dir, &index)?;
         let names: BTreeSet<&String> = weight_map.values().collect();
         let mut tensors = Tensors { files: Vec::new(), tensors: BTreeMap::new(), described: index };
         for name in &names {
@@ -177,6 +156,52 @@ impl Tensors {
     pub(super) fn into_files(self) -> Vec<FileMap> {
         self.files
     }
+}
+
+/// A link whose target is gone is there, and says so when it is opened.
+fn there(dir: &Path, name: &str) -> bool {
+    dir.join(name).symlink_metadata().is_ok()
+}
+
+/// The weight files that are loaded from `dir`, in the order of their names; none where it has neither a single file nor
+/// an index.
+///
+/// # Errors
+/// The index is damaged, or names what is not there.
+pub(in crate::checkpoint) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    if there(dir, SINGLE) {
+        return Ok(vec![dir.join(SINGLE)]);
+    }
+    if !there(dir, INDEX) {
+        return Ok(Vec::new());
+    }
+    let names: BTreeSet<String> = read_index(dir, &dir.join(INDEX))?.into_values().collect();
+    Ok(names.iter().map(|name| dir.join(name)).collect())
+}
+
+/// The file of each tensor, by the names that an index gives both.
+fn read_index(dir: &Path, index: &Path) -> Result<BTreeMap<String, String>> {
+    let fail = |reason: String| Error::Config { path: index.into(), reason };
+    let Index { weight_map } = serde_json::from_str(&read_text(index, MAX_INDEX)?)
+        .map_err(|e| fail(format!("is not the index of a checkpoint: {e}")))?;
+    if weight_map.is_empty() {
+        return Err(fail("names no tensor: weight_map is empty".into()));
+    }
+    for (tensor, file) in &weight_map {
+        if !plain_name(file) {
+            return Err(fail(format!(
+                "names the file `{file}` for tensor `{tensor}`; it must be the plain name of a .safetensors file in the \
+                 same directory"
+            )));
+        }
+        if !there(dir, file) {
+            return Err(fail(format!(
+                "names the file `{file}` for tensor `{tensor}`; there is no such file in {}",
+                dir.display()
+            )));
+        }
+    }
+    Ok(weight_map)
 }
 
 /// Whether `name` names a safetensors file of the directory itself, on any system.
