@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use longbit_protocol::is_not_finite;
 use serde::Serialize;
 
 use crate::analyse::compare::{Change, Comparison, Gap, METRICS, Metric, Side, Verdict, compare};
-use crate::analyse::label::digits;
+use crate::analyse::label::{NOT_FINITE, digits, fixed};
 use crate::analyse::{Results, stats, summarise};
 use crate::emit::table::Rows;
 use crate::emit::{Format, json};
@@ -172,7 +173,7 @@ impl Report {
                 | Metric::KlNats
                 | Metric::Top1Agreement
                 | Metric::LogitCosineMean
-                | Metric::NllNats => format!("{v:.5}"),
+                | Metric::NllNats => fixed(v, 5),
             };
             let change = |v: f64| signed(c.metric, v);
             vec![
@@ -259,7 +260,9 @@ impl Report {
 
 /// `+5.2 %` for relative metrics, `+0.0021` for the others.
 fn signed(metric: Metric, value: f64) -> String {
-    if metric.relative() {
+    if is_not_finite(value) {
+        NOT_FINITE.to_owned()
+    } else if metric.relative() {
         let percent = value * 100.0;
         // A single byte read more is a change, too; of a time, the first digit is enough.
         if !metric.timed() && percent != 0.0 && percent.abs() < 0.05 {

@@ -217,9 +217,11 @@ impl Record {
         matches!(self.status, Status::Ok | Status::VerifyFailed | Status::Unstable)
     }
 
-    /// Perplexity of the text under this cell relative to the reference: above 1 when the text surprises it more.
+    /// Perplexity of the text under this cell relative to the reference: above 1 when the text surprises it more. None where
+    /// it is not finite.
     pub fn perplexity_ratio(&self) -> Option<f64> {
-        Some((self.nll_nats? - self.nll_reference_nats?).exp())
+        let ratio = (self.nll_nats? - self.nll_reference_nats?).exp();
+        (!longbit_protocol::is_not_finite(ratio)).then_some(ratio)
     }
 
     /// Bytes of cache and index that a decode step reads.

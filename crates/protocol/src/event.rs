@@ -147,9 +147,19 @@ pub struct Probe {
     pub round: u32,
 }
 
+/// Stands for an error, a divergence or a negative log-likelihood that is not finite, for which JSON has no number.
+pub const NOT_FINITE: f64 = 1e150;
+
+/// Whether a figure of [`Quality`] is not finite, or a mean that holds [`NOT_FINITE`]. No finite logits or outputs give
+/// one half as large.
+pub fn is_not_finite(figure: f64) -> bool {
+    !figure.is_finite() || figure.abs() >= 1e100
+}
+
 /// How far a cell is from exact: its attention outputs from exact f32 attention on the same queries, keys and values
 /// where a generator supplies them, its logits from those of the reference where a text is decoded. The reference is dense
-/// attention over a bf16 cache, with the same weights, head and tokens.
+/// attention over a bf16 cache, with the same weights, head and tokens. Where a cell's output is not finite its errors are
+/// [`NOT_FINITE`] and its cosine is -1.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
     /// The cell.

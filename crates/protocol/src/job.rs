@@ -164,6 +164,9 @@ pub struct EstimateRequest {
     /// See [`Measure::quality_steps`].
     #[serde(default)]
     pub quality_steps: u32,
+    /// Bytes of the text, where one fills the cache.
+    #[serde(default)]
+    pub text_bytes: u64,
 }
 
 /// Predicted bytes of a configuration, or why it cannot be.
@@ -187,6 +190,9 @@ pub struct Estimate {
     /// reference where the two differ; 0 where a generator fills the cache.
     #[serde(default)]
     pub prefill_macs: u64,
+    /// Positions that the model was trained for; 0 where that is not known.
+    #[serde(default)]
+    pub trained_positions: usize,
     /// Set when the configuration is impossible; the numbers are then zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

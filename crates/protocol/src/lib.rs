@@ -15,7 +15,9 @@ mod machine;
 pub use capabilities::{
     Capabilities, KvDtypeInfo, MethodInfo, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
-pub use event::{Event, Fill, Outcome, Probe, Quality, Ready, Sample, Status, Traffic};
+pub use event::{
+    Event, Fill, NOT_FINITE, Outcome, Probe, Quality, Ready, Sample, Status, Traffic, is_not_finite,
+};
 pub use job::{
     CellJob, Estimate, EstimateRequest, Job, Limits, MAX_TEXT_BYTES, Measure, ModelSpec, Request, TextFile,
 };

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use longbit_protocol::is_not_finite;
+
 use crate::record::Record;
 
 /// The exact method that all others are compared with.
@@ -68,10 +70,13 @@ pub fn context(tokens: u64) -> String {
     }
 }
 
+/// What is shown for a figure that is not a number of its kind.
+pub const NOT_FINITE: &str = "not finite";
+
 /// About three significant digits without an exponent: `0.00214`, `12.1`, `1530`.
 pub fn digits(value: f64) -> String {
-    if !value.is_finite() {
-        return value.to_string();
+    if is_not_finite(value) {
+        return NOT_FINITE.to_owned();
     }
     if value == 0.0 {
         return "0".to_owned();
@@ -81,8 +86,16 @@ pub fn digits(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
+/// `decimals` digits after the point.
+pub fn fixed(value: f64, decimals: usize) -> String {
+    if is_not_finite(value) { NOT_FINITE.to_owned() } else { format!("{value:.decimals$}") }
+}
+
 /// A share in percent: `43 %`, `2.1 %`, `0.21 %`.
 pub fn percent(share: f64) -> String {
+    if is_not_finite(share) {
+        return NOT_FINITE.to_owned();
+    }
     let value = share * 100.0;
     let decimals = match value.abs() {
         v if v == 0.0 || v >= 9.95 => 0,
@@ -126,6 +139,8 @@ mod tests {
         assert_eq!(shown, ["0.00214", "12.1", "1530", "0", "100.0", "0.999"]);
         let shown: Vec<String> = [0.434, 0.0213, 0.00214, 0.0, 1.0].into_iter().map(percent).collect();
         assert_eq!(shown, ["43 %", "2.1 %", "0.21 %", "0 %", "100 %"]);
+        let mean_of_64 = longbit_protocol::NOT_FINITE / 64.0;
+        assert_eq!([digits(mean_of_64), digits(f64::NAN), percent(mean_of_64)], [NOT_FINITE; 3]);
         assert_eq!(
             (context(98304), context(1000), context(1024)),
             ("96k".into(), "1000".into(), "1k".into())

@@ -1,6 +1,8 @@
 //! Which figure says what a cell loses: the error of attention outputs where a generator supplied the inputs, the
 //! divergence of the next token where a text was decoded.
 
+use longbit_protocol::is_not_finite;
+
 use super::label::{digits, percent};
 use crate::record::Record;
 
@@ -60,6 +62,7 @@ impl Loss {
     pub fn show(self, value: f64) -> String {
         match self {
             Loss::RelativeL2 => percent(value),
+            Loss::Kl if is_not_finite(value) => digits(value),
             Loss::Kl => format!("{} nats", digits(value)),
         }
     }

@@ -1,6 +1,6 @@
 //! One sentence that says what the numbers show, computed from the records and sensible when cells are missing.
 
-use longbit_protocol::Status;
+use longbit_protocol::{Status, is_not_finite};
 
 use super::label::{DENSE, Labels, REFERENCE_KV, context, digits, percent};
 use super::loss::Loss;
@@ -34,14 +34,16 @@ fn nothing_timed(records: &[Record]) -> String {
                 Loss::RelativeL2 => "Output of {} cells was compared with exact attention",
                 Loss::Kl => "Logits of {} cells were compared with those of dense bf16 attention",
             };
+            let far = match is_not_finite(*error) {
+                true => "gives output that is not finite".to_owned(),
+                false => format!("is furthest off, by {} ({})", loss.show(*error), loss.name()),
+            };
             format!(
-                "{}, nothing was timed; {} with {} keys and values at {} tokens is furthest off, by {} ({}).",
+                "{}, nothing was timed; {} with {} keys and values at {} tokens {far}.",
                 against.replace("{}", &with_quality.len().to_string()),
                 Labels::new(records).method(r),
                 r.kv_dtype,
                 context(r.context_tokens),
-                loss.show(*error),
-                loss.name(),
             )
         }
         _ => match gaps(records) {
@@ -135,6 +137,7 @@ fn other_clause(
         (None, None) => format!("decodes {} tok/s", digits(speed(r))),
     };
     match loss.and_then(|l| Some((l, l.typical(r)?))) {
+        Some((_, e)) if is_not_finite(e) => format!("{label}{role} {pace} but its output is not finite"),
         // Below a tenth (of the output, or of a nat) an error is a price, above it is an objection.
         Some((l, e)) => {
             let word = if e >= 0.1 { "but" } else { "and" };
@@ -210,5 +213,7 @@ mod tests {
         let text = sentence(&records);
         assert!(text.starts_with("Logits of 40 cells were compared with those of dense bf16"), "{text}");
         assert!(text.contains("furthest off, by 0.250 nats"), "{text}");
+        records[7].kl_nats = Some(longbit_protocol::NOT_FINITE);
+        assert!(sentence(&records).contains(" tokens gives output that is not finite."));
     }
 }

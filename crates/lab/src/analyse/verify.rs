@@ -1,7 +1,8 @@
 //! The one rule of `[verify]`: whether the quality of a cell keeps within the limits of its experiment.
 
-use longbit_protocol::Quality;
+use longbit_protocol::{Quality, is_not_finite};
 
+use super::label::NOT_FINITE;
 use crate::plan::VerifySpec;
 
 /// Why `quality` violates the limits of `verify` for a method, or none when it holds. A cell without quality, or without
@@ -39,6 +40,9 @@ enum Side {
 impl Side {
     fn violation(self, name: &str, key: &str, limit: f64, found: Option<f64>) -> Option<String> {
         let Some(found) = found else { return Some(format!("no {name} was measured ({key})")) };
+        if is_not_finite(found) {
+            return Some(format!("{name} is {NOT_FINITE} ({key})"));
+        }
         // Written so that a number that cannot be compared counts as a violation.
         let order = found.partial_cmp(&limit);
         let (holds, word) = match self {
@@ -71,6 +75,12 @@ mod tests {
             of(VerifySpec { kl_nats_max: Some(0.2), top1_min: Some(0.8), ..VerifySpec::default() }).unwrap(),
             "largest KL divergence 0.25 exceeds 0.2 (verify.kl_nats_max); top-1 agreement 0.75 is below 0.8 \
              (verify.top1_min)"
+        );
+        let broken = Quality { kl_nats_max: Some(longbit_protocol::NOT_FINITE), ..Quality::default() };
+        let limit = VerifySpec { kl_nats_max: Some(1e300), ..VerifySpec::default() };
+        assert_eq!(
+            verify_violation(&limit, "dense", Some(&broken)).unwrap(),
+            "largest KL divergence is not finite (verify.kl_nats_max)"
         );
         let missing = of(VerifySpec { rel_l2_max: Some(1.0), ..VerifySpec::default() }).unwrap();
         assert_eq!(missing, "no largest relative L2 error was measured (verify.rel_l2_max)");

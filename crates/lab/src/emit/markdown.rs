@@ -11,7 +11,8 @@ use crate::record::Record;
 pub fn summary(plan: &Plan, machine: &Machine, records: &[Record], sentence: &str, figures: &str) -> String {
     let e = &plan.experiment;
     let mut page = format!("# {}\n\n", e.full_name());
-    for text in [e.question.trim(), e.analysis.trim(), sentence] {
+    let beyond = plan.beyond_training().unwrap_or_default();
+    for text in [e.question.trim(), e.analysis.trim(), sentence, &beyond] {
         if !text.is_empty() {
             page.push_str(text);
             page.push_str("\n\n");

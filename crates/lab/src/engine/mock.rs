@@ -140,6 +140,7 @@ impl Engine for MockEngine {
             kv_bytes_per_token: 1_000 * e.context as u64,
             fill_bytes: 1_000_000 * e.context as u64,
             prefill_macs: if e.fill == Fill::Prefill { 1_000_000_000 * e.context as u64 } else { 0 },
+            trained_positions: 1000,
             error: e.method.contains("sinks=999").then(|| "sinks exceed the context".to_owned()),
         };
         Ok(entries.iter().map(one).collect())

@@ -12,8 +12,8 @@ use std::time::Duration;
 use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Event, Job, Probe};
 
 use crate::Result;
-pub(crate) use process::death;
 pub use process::{ENGINE_VERB, ProcessEngine};
+pub(crate) use process::{death, out_of_memory};
 
 /// Something that measures.
 pub trait Engine {

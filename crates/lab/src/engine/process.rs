@@ -17,7 +17,7 @@ use crate::{LabError, Result};
 /// Hidden verb under which the binary is its own engine.
 pub const ENGINE_VERB: &str = "__engine";
 /// How much of the standard error of an engine is kept.
-const STDERR_TAIL: usize = 8 << 10;
+const STDERR_TAIL: usize = 32 << 10;
 /// Longest line that is taken for an event.
 const MAX_LINE: u64 = 256 << 20;
 /// A question without measurement is answered within this time.
@@ -195,14 +195,26 @@ fn start_of(text: &str) -> String {
     short
 }
 
-/// A sentence about the end of a process.
+/// The line of standard error that says that memory ran out, where one does.
+pub(crate) fn out_of_memory(stderr_tail: &str) -> Option<&str> {
+    let signs = ["memory allocation of", "out of memory", "cannot allocate memory", "bad_alloc"];
+    let says_so = |line: &&str| {
+        let line = line.to_ascii_lowercase();
+        signs.iter().any(|s| line.contains(s))
+    };
+    stderr_tail.lines().find(says_so)
+}
+
+/// A sentence about the end of a process, with the line of its standard error that says most: that memory ran out, or the
+/// last one. A backtrace ends with a note, which says nothing.
 pub(crate) fn death(code: Option<i32>, signal: Option<i32>, stderr_tail: &str) -> String {
     let how = match (code, signal) {
         (_, Some(signal)) => format!("killed by signal {signal}"),
         (Some(code), None) => format!("exited with code {code} before it was done"),
         (None, None) => "gone without a word".to_owned(),
     };
-    match stderr_tail.lines().rev().find(|l| !l.trim().is_empty()) {
+    let says_something = |l: &&str| !l.trim().is_empty() && !l.trim_start().starts_with("note: ");
+    match out_of_memory(stderr_tail).or_else(|| stderr_tail.lines().rev().find(says_something)) {
         Some(line) => format!("{how}: {}", start_of(line)),
         None => how,
     }
@@ -318,6 +330,12 @@ mod tests {
         let error = shell("read r; echo memory allocation of 9 bytes failed >&2; kill -9 $$");
         let error = error.capabilities().unwrap_err().to_string();
         assert!(error.contains("signal 9") && error.contains("memory allocation of 9"), "{error}");
+        let trace = "memory allocation of 7 bytes failed\nstack backtrace:\n   0: main\nnote: Some details are omitted, run \
+                     with `RUST_BACKTRACE=full` for a verbose backtrace.\n";
+        assert_eq!(death(None, Some(6), trace), "killed by signal 6: memory allocation of 7 bytes failed");
+        assert_eq!(out_of_memory("all is well\n"), None);
+        let panic = "thread main panicked:\nthe reason\nnote: run with `RUST_BACKTRACE=1`\n";
+        assert!(death(Some(101), None, panic).ends_with(": the reason"));
         let error = shell("exit 3").capabilities().unwrap_err().to_string();
         assert!(error.contains("code 3"), "{error}");
         let missing = ProcessEngine { program: "/nonexistent/engine".into(), args: vec![] };

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use longbit_protocol::{Capabilities, Estimate, EstimateRequest, Fill, Machine, Measure, ModelSpec, Probe};
+use longbit_protocol::{
+    Capabilities, Estimate, EstimateRequest, Fill, Machine, Measure, ModelSpec, Probe, TextFile,
+};
 use serde::Serialize;
 
 use super::expand::{Selection, expand, select, short_hash};
@@ -163,16 +165,19 @@ pub fn predict(
     probes: &[Probe],
     dir: &Path,
 ) -> Result<()> {
-    let measure = plan.measure.clone();
+    let (measure, headroom) = (plan.measure.clone(), plan.headroom());
+    // A text that cannot be read any more is the worker's to report.
+    let bytes = |t: &TextFile| std::fs::metadata(resolve(dir, &t.path)).map_or(0, |m| m.len());
     let entry = |c: &PlannedCell| EstimateRequest {
         model: ModelSpec { path: resolve(dir, &c.model.path), ..c.model.clone() },
         context: c.context,
-        headroom: (measure.gen_tokens + measure.warmup_tokens).max(measure.quality_steps) as usize,
+        headroom,
         kv_dtype: c.kv_dtype.clone(),
         method: c.method_string(),
         threads: c.threads,
         fill: if c.text.is_some() { Fill::Prefill } else { Fill::Synthetic },
         quality_steps: measure.quality_steps,
+        text_bytes: c.text.as_ref().map_or(0, bytes),
     };
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
     let estimates = engine.estimate(&entries)?;
@@ -197,6 +202,7 @@ pub fn predict(
             weight_bytes_per_token: estimate.weight_bytes_per_token,
             kv_bytes_per_token: estimate.kv_bytes_per_token,
             prefill_macs: estimate.prefill_macs,
+            trained_positions: estimate.trained_positions,
             seconds: 0.0,
         };
         if let Some(allowed) = plan.prefill_limit.filter(|&allowed| cell.context > allowed) {

@@ -67,6 +67,30 @@ pub struct Plan {
     pub cohorts: Vec<Vec<usize>>,
 }
 
+impl Plan {
+    /// Tokens that a cell decodes beyond its context, at the most: timed ones with those to warm up, or compared ones.
+    pub(crate) fn headroom(&self) -> usize {
+        (self.measure.gen_tokens + self.measure.warmup_tokens).max(self.measure.quality_steps) as usize
+    }
+
+    /// A sentence on the cells whose text goes beyond the positions that the model was trained for; none without such cells.
+    /// Generated inputs have statistics of their own at every position.
+    pub fn beyond_training(&self) -> Option<String> {
+        let run: Vec<_> = self.cells.iter().filter(|c| c.skip.is_none()).collect();
+        let beyond = |c: &&&PlannedCell| {
+            let trained = c.predicted.trained_positions;
+            c.text.is_some() && trained > 0 && c.context + self.headroom() > trained
+        };
+        let trained = run.iter().find(beyond)?.predicted.trained_positions;
+        Some(format!(
+            "{} of {} cells are beyond the {trained} positions that the model was trained for: their divergence and \
+             perplexity say little.",
+            run.iter().filter(beyond).count(),
+            run.len()
+        ))
+    }
+}
+
 /// The experiment in words.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExperimentMeta {
@@ -218,6 +242,9 @@ pub struct Predicted {
     /// Multiply-adds of the prompts that the cell's worker runs through the model; 0 where a generator fills the cache.
     #[serde(default)]
     pub prefill_macs: u64,
+    /// Positions that the model was trained for; 0 where that is not known.
+    #[serde(default)]
+    pub trained_positions: usize,
     /// Seconds of measurement, with the cell's share of building the model and filling the cache.
     pub seconds: f64,
 }

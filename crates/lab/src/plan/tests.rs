@@ -1,6 +1,7 @@
 //! Expansion, identities, skipping and narrowing.
 
 use super::*;
+use crate::analyse::testing;
 use crate::engine::Engine;
 use crate::engine::mock::{self, MockEngine};
 use crate::spec::{self, Experiment, MemoryLimit, OnExceed};
@@ -209,4 +210,27 @@ fn a_context_above_the_limit_is_a_skipped_row_with_the_work() {
     let text = plan.cells[0].text.as_ref().unwrap();
     assert_eq!((text.path.as_str(), text.sha256.len()), ("a.txt", 64));
     assert_eq!(plan.prefill_limit, Some(1024));
+}
+
+#[test]
+fn cells_beyond_the_trained_positions_are_counted_to_the_token() {
+    let (mut plan, ..) = testing::Sweep { text: true, ..testing::Sweep::default() }.build();
+    let n = plan.cells.len();
+    for cell in &mut plan.cells {
+        cell.text = Some(TextFile { path: "a.txt".into(), sha256: String::new() });
+    }
+    assert_eq!(plan.beyond_training(), None, "the positions are not known");
+    // 8 tokens to warm up and 64 timed ones.
+    plan.cells.iter_mut().for_each(|c| c.predicted.trained_positions = c.context + 72);
+    assert_eq!(plan.beyond_training(), None);
+    plan.cells[3].predicted.trained_positions -= 1;
+    let note = plan.beyond_training().unwrap();
+    assert!(note.starts_with(&format!("1 of {n} cells are beyond the ")), "{note}");
+    let page = crate::emit::markdown::summary(&plan, &Machine::default(), &[], "", "");
+    assert!(page.contains(&note), "{page}");
+    plan.cells[3].skip = Some("too long".into());
+    assert_eq!(plan.beyond_training(), None);
+    plan.cells[4].predicted.trained_positions = 1;
+    plan.cells[4].text = None;
+    assert_eq!(plan.beyond_training(), None, "a generator fills any position");
 }

@@ -14,7 +14,7 @@ use super::progress::{Progress, short};
 use super::store::{CellState, Line, Store, states};
 use super::{exit_of, wanted};
 use crate::analyse::verify::verify_violation;
-use crate::engine::{Engine, Next, death};
+use crate::engine::{Engine, Next, death, out_of_memory};
 use crate::plan::{OnFail, Plan};
 use crate::spec::resolve;
 use crate::{Exit, Result};
@@ -467,9 +467,7 @@ fn stranger(id: &str) -> String {
 
 /// Memory exhaustion shows itself in two ways: the allocator aborts and says so, or the kernel kills without a word.
 fn died_of(code: Option<i32>, signal: Option<i32>, stderr_tail: &str) -> Status {
-    let text = stderr_tail.to_ascii_lowercase();
-    let signs = ["memory allocation of", "out of memory", "cannot allocate memory", "bad_alloc"];
-    let says_so = signs.iter().any(|s| text.contains(s));
+    let says_so = out_of_memory(stderr_tail).is_some();
     // 9 is SIGKILL; a shell between would report it as 128 + 9. The runner's own kill is reported as a time-out.
     if says_so || signal == Some(9) || code == Some(137) { Status::Oom } else { Status::Error }
 }

@@ -1,5 +1,7 @@
 //! Which figures a result fills, and what each shows.
 
+use longbit_protocol::is_not_finite;
+
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
 use crate::analyse::label::{DENSE, Labels, context, distinct};
 use crate::analyse::loss::Loss;
@@ -342,7 +344,7 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
         .iter()
         .flat_map(|r| [loss.typical(r), loss.bad(r)])
         .flatten()
-        .filter(|e| *e > NO_ERROR)
+        .filter(|e| *e > NO_ERROR && !is_not_finite(*e))
         .collect();
     let (Some(lo), Some(hi)) = (stats::min(&errors), stats::max(&errors)) else { return Vec::new() };
     let y = Axis::log(loss.axis(), lo, hi);
@@ -362,8 +364,10 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
                     r.threads == threads && r.context_tokens == tokens && kv.is_none_or(|k| r.kv_dtype == k)
                 };
                 let mut series = look.series(&pass, &|r| {
-                    let typical = loss.typical(r)?.max(floor);
-                    let whisker = loss.bad(r).map(|bad| (typical, bad.max(typical)));
+                    // What is not finite has no place on an axis.
+                    let typical = loss.typical(r).filter(|e| !is_not_finite(*e))?.max(floor);
+                    let whisker =
+                        loss.bad(r).filter(|e| !is_not_finite(*e)).map(|bad| (typical, bad.max(typical)));
                     Some(Point { x: r.decode_tok_s?, y: typical, whisker })
                 });
                 series.iter_mut().for_each(|s| s.style = s.style.points());
