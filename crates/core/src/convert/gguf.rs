@@ -5,11 +5,11 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use super::vocabulary::Vocabulary;
-use super::{Beside, Progress, Written, failed, linears, own_head, write_table};
+use super::{Beside, Progress, Stop, Written, failed, linears, own_head, write_table};
 use crate::checkpoint::RowOrder;
 use crate::checkpoint::gguf::{ACTIVATION_KEYS, ARCHITECTURES, Architecture, I2S_KEY, LINEARS, type_of};
 use crate::error::{Error, Result};
-use crate::formats::{Encoding, encode_ternary, holds_scale};
+use crate::formats::{EncodeError, Encoding, encode_ternary, holds_scale};
 use crate::gguf::{Metadata, TensorType, Value, Writer};
 use crate::model::{Activation, Model, ModelConfig, TernaryLinear};
 
@@ -200,17 +200,27 @@ pub fn write_gguf(
         writer.tensor(name, dims, kind(encoding)?).map_err(damaged)?;
     }
     let beside = Beside::new(path);
-    let file = File::create(&beside.beside).map_err(failed(path))?;
+    let file = File::create(beside.path()).map_err(failed(path))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let (mut done, mut rounded) = (0u64, 0u64);
+    let mut unfit = None;
     let written = writer.write(&mut out, |index, out| {
-        let (_, dims, source) = &tensors[index];
-        match source {
-            Source::Vector(values) => values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))?,
-            Source::Scale(scale) => out.write_all(&scale.to_le_bytes())?,
-            Source::Table(table) => rounded += write_table(model, table, options.head, out)?,
-            Source::Linear(linear, order) => write_linear(linear, *order, options.linear, out)?,
-        }
+        let (name, dims, source) = &tensors[index];
+        let done_with = match source {
+            Source::Vector(values) => {
+                values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes())).map_err(Stop::Io)
+            }
+            Source::Scale(scale) => out.write_all(&scale.to_le_bytes()).map_err(Stop::Io),
+            Source::Table(table) => write_table(model, table, options.head, out).map(|lost| rounded += lost),
+            Source::Linear(linear, order) => write_linear(linear, *order, options.linear, out),
+        };
+        done_with.map_err(|stop| match stop {
+            Stop::Io(error) => error,
+            Stop::Unfit(reason) => {
+                unfit = Some(Error::Tensor { path: path.into(), tensor: name.clone(), reason });
+                io::Error::other("a tensor does not fit its format")
+            }
+        })?;
         let (cols, rows) = (dims[0] as usize, dims.get(1).map_or(1, |&rows| rows as usize));
         done += match source {
             Source::Table(_) => options.head.bytes(rows, cols).unwrap_or(0),
@@ -220,6 +230,9 @@ pub fn write_gguf(
         progress(done.min(total), total);
         Ok(())
     });
+    if let Some(error) = unfit {
+        return Err(error);
+    }
     written.map_err(damaged)?;
     out.flush().map_err(failed(path))?;
     Ok(Written { bytes: beside.finish()?, tensors: tensors.len(), rounded })
@@ -230,9 +243,14 @@ fn write_linear(
     order: RowOrder,
     encoding: Encoding,
     mut out: &mut dyn Write,
-) -> io::Result<()> {
+) -> std::result::Result<(), Stop> {
     let shape = linear.shape;
     let scale = if holds_scale(encoding, linear.scale) { linear.scale } else { 1.0 };
     let row = |stored: usize, codes: &mut [u8]| shape.unpack_row(&linear.data, order.model(stored), codes);
-    encode_ternary(encoding, shape.rows, shape.cols, scale, row, &mut out).map_err(io::Error::other)
+    encode_ternary(encoding, shape.rows, shape.cols, scale, row, &mut out).map_err(|error| match error {
+        EncodeError::Io(error) => Stop::Io(error),
+        EncodeError::Format(error) => {
+            Stop::Unfit(format!("cannot be written: {error}; choose another --type"))
+        }
+    })
 }

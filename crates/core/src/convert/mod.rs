@@ -50,6 +50,11 @@ impl Beside {
         Beside { place: place.to_path_buf(), beside: place.with_file_name(name), done: false }
     }
 
+    /// Where it is until it is finished.
+    fn path(&self) -> &Path {
+        &self.beside
+    }
+
     fn finish(mut self) -> Result<u64> {
         let bytes = std::fs::metadata(&self.beside).map_err(failed(&self.place))?.len();
         std::fs::rename(&self.beside, &self.place).map_err(failed(&self.place))?;
@@ -91,14 +96,37 @@ fn own_head(model: &Model) -> Result<Option<&Table>> {
     }
 }
 
+/// Why the bytes of a tensor did not come.
+enum Stop {
+    /// They could not be written.
+    Io(io::Error),
+    /// The format cannot hold them: a sentence without a place.
+    Unfit(String),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Stop::Io(error)
+    }
+}
+
 /// Writes a table in a number format; how many of its numbers the format cannot hold exactly, for the plain formats.
-fn write_table(model: &Model, table: &Table, encoding: Encoding, out: &mut dyn Write) -> io::Result<u64> {
+fn write_table(
+    model: &Model,
+    table: &Table,
+    encoding: Encoding,
+    out: &mut dyn Write,
+) -> std::result::Result<u64, Stop> {
     let mut values = vec![0.0f32; table.cols()];
     let (mut bytes, mut lost) = (Vec::new(), 0);
     for row in 0..table.rows() {
         table.read(model.kernels, row, &mut values);
         bytes.clear();
-        encode_row(encoding, &values, &mut bytes).map_err(io::Error::other)?;
+        encode_row(encoding, &values, &mut bytes).map_err(|error| {
+            // The exponents of bf16 are those of f32; only the very largest numbers round to infinity.
+            let wider = if encoding == Encoding::Bf16 { "f32" } else { "bf16" };
+            Stop::Unfit(format!("cannot be written: row {row}: {error}; choose --head {wider}"))
+        })?;
         lost += match encoding {
             Encoding::Bf16 => values.iter().filter(|v| v.to_bits() & 0xFFFF != 0).count() as u64,
             Encoding::F16 => {

@@ -7,7 +7,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Map, Value, json};
 
-use super::vocabulary::Vocabulary;
+use super::vocabulary::{FILES, Vocabulary};
 use super::{Beside, Written, failed, linears, own_head};
 use crate::error::{Error, Result};
 use crate::formats::{Encoding, encode_ternary};
@@ -74,34 +74,79 @@ impl View for Entry<'_> {
     }
 }
 
-/// Writes `model` into directory `dir`: `config.json`, `model.safetensors`, and the files of the vocabulary.
+/// The configuration, without which nothing in a directory is loaded.
+const CONFIG: &str = "config.json";
+/// The weights.
+const WEIGHTS: &str = "model.safetensors";
+
+/// Writes `model` into directory `dir`: `config.json`, `model.safetensors`, and the files of the vocabulary. Weights and
+/// tokenizer files of another model that lie there are removed.
+///
+/// Everything is written beside its place first. Then the old `config.json` goes, so that from there to the last step,
+/// which puts the new one in its place, the directory is none that can be loaded: whenever this is stopped, new weights
+/// never stand with old files.
 ///
 /// # Errors
 /// A matrix has rows that four cannot share, or a file cannot be written.
 pub fn write_safetensors(model: &Model, vocabulary: &Vocabulary, dir: &Path) -> Result<Written> {
-    let path = dir.join("model.safetensors");
+    let path = dir.join(WEIGHTS);
     let tensors = tensors(model, &path)?;
     let count = tensors.len();
+    // Whoever loads "as stored" gets the widest type that is stored.
+    let dtype = match tensors.iter().any(|(_, entry)| entry.dtype() == Dtype::F32) {
+        true => "float32",
+        false => "bfloat16",
+    };
+    let config = serde_json::to_vec_pretty(&config(&model.config, vocabulary, dtype)).unwrap_or_default();
     std::fs::create_dir_all(dir).map_err(failed(dir))?;
-    let beside = Beside::new(&path);
+    let write = |name: &str, content: &[u8]| -> Result<Beside> {
+        let place = dir.join(name);
+        let beside = Beside::new(&place);
+        std::fs::write(beside.path(), content).map_err(failed(&place))?;
+        Ok(beside)
+    };
+    let mut new =
+        vocabulary.files().map(|(name, content)| write(name, content)).collect::<Result<Vec<_>>>()?;
+    let config = write(CONFIG, &config)?;
+    let weights = Beside::new(&path);
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(tensors, Some(metadata), &beside.beside).map_err(|error| match error {
+    safetensors::serialize_to_file(tensors, Some(metadata), weights.path()).map_err(|error| match error {
         safetensors::SafeTensorError::IoError(source) => Error::Write { path: path.clone(), source },
         other => Error::Write { path: path.clone(), source: std::io::Error::other(other) },
     })?;
-    let mut bytes = beside.finish()?;
-    let config = serde_json::to_vec_pretty(&config(&model.config, vocabulary)).unwrap_or_default();
-    let files = std::iter::once(("config.json", config.as_slice())).chain(vocabulary.files());
-    for (name, content) in files {
-        let place = dir.join(name);
-        let beside = Beside::new(&place);
-        std::fs::write(&beside.beside, content).map_err(failed(&place))?;
-        bytes += beside.finish()?;
-    }
     // The crate that writes tensors keeps its file to the owner; it is no more secret than the configuration beside it.
-    let permissions = std::fs::metadata(dir.join("config.json")).map_err(failed(dir))?.permissions();
-    std::fs::set_permissions(&path, permissions).map_err(failed(&path))?;
+    let permissions = std::fs::metadata(config.path()).map_err(failed(dir))?.permissions();
+    std::fs::set_permissions(weights.path(), permissions).map_err(failed(&path))?;
+
+    remove(&dir.join(CONFIG))?;
+    let kept: Vec<&str> = vocabulary.files().map(|(name, _)| name).collect();
+    for old in std::fs::read_dir(dir).map_err(failed(dir))? {
+        let old = old.map_err(failed(dir))?;
+        if old.file_name().to_str().is_some_and(|name| is_of_a_model(name) && !kept.contains(&name)) {
+            remove(&old.path())?;
+        }
+    }
+    new.extend([weights, config]);
+    let bytes = new.into_iter().map(Beside::finish).sum::<Result<u64>>()?;
     Ok(Written { bytes, tensors: count, rounded: 0 })
+}
+
+/// Whether a file of this name would be taken for a part of the model whose configuration lies beside it.
+fn is_of_a_model(name: &str) -> bool {
+    let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    FILES.contains(&name)
+        || name == WEIGHTS
+        || name == "model.safetensors.index.json"
+        || shard.is_some_and(|numbers| numbers.contains("-of-"))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::Write { path: path.into(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn tensors<'m>(model: &'m Model, path: &Path) -> Result<Vec<(String, Entry<'m>)>> {
@@ -142,7 +187,7 @@ fn tensors<'m>(model: &'m Model, path: &Path) -> Result<Vec<(String, Entry<'m>)>
 }
 
 /// The `config.json` that describes what was written.
-fn config(c: &ModelConfig, vocabulary: &Vocabulary) -> Value {
+fn config(c: &ModelConfig, vocabulary: &Vocabulary, dtype: &str) -> Value {
     // A float in JSON has the digits of an f64: those of the f32 would come out as 0.000009999999747378752.
     let eps: Value = c.rms_eps.to_string().parse::<f64>().map(Value::from).unwrap_or_default();
     let (class, kind) = match c.sub_norms {
@@ -164,7 +209,7 @@ fn config(c: &ModelConfig, vocabulary: &Vocabulary) -> Value {
         "rope_theta": c.rope_theta,
         "max_position_embeddings": c.trained_positions,
         "tie_word_embeddings": c.tied_head,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": dtype,
         "quantization_config": {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",

@@ -11,11 +11,10 @@ use serde_json::Value as Json;
 
 use crate::checkpoint::{Checkpoint, Container};
 use crate::error::{Error, Result};
+use crate::files::{if_there, read};
 use crate::gguf::{Array, Metadata, Value};
+use crate::text::{Named, TextModel, TextOptions};
 
-/// The key of the GGUF specification for a whole `tokenizer.json`.
-pub(crate) const TOKENIZER_KEY: &str = "tokenizer.huggingface.json";
-const CHAT_KEY: &str = "tokenizer.chat_template";
 /// Largest tokenizer file that is carried over.
 const MAX_FILE: u64 = 64 << 20;
 
@@ -45,13 +44,17 @@ pub struct Vocabulary {
     pub(super) bos: Option<u32>,
     /// Token that ends one.
     pub(super) eos: Option<u32>,
-    /// Why engines that read arrays will not find any, where they will not.
+    /// What is lost on the way, or read in another way.
     note: Option<String>,
 }
 
+const TOKENIZER: &str = "tokenizer.json";
+const SETTINGS: &str = "tokenizer_config.json";
+const GENERATION: &str = "generation_config.json";
+
 /// Tokenizer files of a directory.
-const FILES: [&str; 4] =
-    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"];
+pub(super) const FILES: [&str; 5] =
+    [TOKENIZER, SETTINGS, GENERATION, "special_tokens_map.json", "chat_template.jinja"];
 
 impl Vocabulary {
     /// Of a model that has none.
@@ -59,14 +62,14 @@ impl Vocabulary {
         Vocabulary { name: name.into(), ..Vocabulary::default() }
     }
 
-    /// That of a checkpoint; empty where it has no tokenizer.
+    /// That of a checkpoint; empty where it has no tokenizer. Its ends, its stop tokens and its chat template are those
+    /// that [`TextModel`] uses it with.
     ///
     /// # Errors
     /// A tokenizer file is damaged, or larger than any is.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let path = checkpoint.path();
-        let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-        let mut vocabulary = Vocabulary::none(&name);
+        let mut vocabulary = Vocabulary::none(&name_of(path));
         match checkpoint.container() {
             Container::Gguf(header) => vocabulary.take_keys(path, &header.metadata)?,
             Container::HuggingFace => vocabulary.take_files(path, checkpoint.config().vocab)?,
@@ -84,86 +87,155 @@ impl Vocabulary {
         self.note.as_deref()
     }
 
+    /// Adds to what the reader of the result should know.
+    fn remark(&mut self, text: String) {
+        match &mut self.note {
+            Some(note) => {
+                note.push_str("; ");
+                note.push_str(&text);
+            }
+            None => self.note = Some(text),
+        }
+    }
+
+    /// How the text of the checkpoint at `path` is used; what its configuration names where its tokenizer or its
+    /// template cannot be used.
+    fn text(&mut self, path: &Path, there: bool) -> Result<(Option<TextModel>, Named)> {
+        let mut named = TextModel::named(path)?;
+        let text = match there.then(|| TextModel::open(path, &TextOptions::default())) {
+            Some(Ok(text)) => Some(text),
+            Some(Err(error)) => {
+                self.remark(format!("its text is carried over as it is and cannot be used here: {error}"));
+                None
+            }
+            None => None,
+        };
+        if let Some(text) = &text {
+            (named.bos, named.eos) = (text.tokenizer.bos(), text.tokenizer.eos());
+            named.stops = text.stop_tokens.clone();
+            named.template = text.chat.as_ref().map(|chat| (path.to_path_buf(), chat.source().to_string()));
+            named.add_bos = text.tokenizer.prompts_start_with_bos();
+            text.notes.iter().for_each(|note| self.remark(note.clone()));
+        }
+        named.stops.sort_unstable();
+        named.stops.dedup();
+        (self.bos, self.eos) = (named.bos, named.eos);
+        if let Some((_, template)) = &named.template {
+            self.keys.set(TextModel::CHAT_KEY, Value::String(template.clone()));
+        }
+        if there || !named.stops.is_empty() {
+            self.keys.set(TextModel::STOP_KEY, Value::Array(Array::U32(named.stops.clone())));
+        }
+        Ok((text, named))
+    }
+
     fn take_keys(&mut self, path: &Path, metadata: &Metadata) -> Result<()> {
         let fail = |source| Error::Gguf { path: path.to_path_buf(), source };
-        let id = |key| Ok::<_, Error>(metadata.u64(key).map_err(fail)?.and_then(|id| u32::try_from(id).ok()));
-        self.bos = id("tokenizer.ggml.bos_token_id")?;
-        self.eos = id("tokenizer.ggml.eos_token_id")?;
+        if let Some(name) = metadata.str("general.name").map_err(fail)? {
+            self.name = name.into();
+        }
         for (key, value) in metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.")) {
             self.keys.set(key, value.clone());
         }
-        let Some(tokenizer) = metadata.str(TOKENIZER_KEY).map_err(fail)? else {
-            if !self.keys.is_empty() {
-                self.note = Some(format!(
-                    "the file has no {TOKENIZER_KEY}: its vocabulary can be carried into another GGUF file, but not into a \
-                     directory"
-                ));
-            }
+        if self.keys.is_empty() {
             return Ok(());
-        };
-        self.files.insert("tokenizer.json", tokenizer.as_bytes().to_vec());
-        let mut config = serde_json::Map::new();
+        }
+        let (text, named) = self.text(path, true)?;
+        match metadata.str(TextModel::TOKENIZER_KEY).map_err(fail)? {
+            Some(tokenizer) => drop(self.files.insert(TOKENIZER, tokenizer.as_bytes().to_vec())),
+            None => self.remark(format!(
+                "the file has no {}: its vocabulary can be carried into another GGUF file, but not into a directory, \
+                 which needs a tokenizer.json",
+                TextModel::TOKENIZER_KEY
+            )),
+        }
+        let mut settings = serde_json::Map::new();
         let tokens = metadata.strings("tokenizer.ggml.tokens").map_err(fail)?.unwrap_or_default();
-        for (key, id) in [("bos_token", self.bos), ("eos_token", self.eos)] {
-            if let Some(token) = id.and_then(|id| tokens.get(id as usize)) {
-                config.insert(key.into(), token.as_str().into());
+        let spelled = text.map(|text| text.spelled_ends()).unwrap_or_default();
+        for (key, id, spelled) in [("bos_token", self.bos, spelled.0), ("eos_token", self.eos, spelled.1)] {
+            let listed = id.and_then(|id| tokens.get(id as usize)).cloned();
+            if let Some(token) = listed.or(Some(spelled)).filter(|token| !token.is_empty()) {
+                settings.insert(key.into(), token.into());
             }
         }
-        if let Some(template) = metadata.str(CHAT_KEY).map_err(fail)? {
-            config.insert("chat_template".into(), template.into());
+        settings.insert("add_bos_token".into(), named.add_bos.into());
+        if let Some((_, template)) = named.template {
+            settings.insert("chat_template".into(), template.into());
         }
-        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
-        self.files.insert("tokenizer_config.json", serde_json::to_vec_pretty(&config).unwrap_or_default());
-        let stops: Vec<u32> = self.eos.into_iter().chain(id("tokenizer.ggml.eot_token_id")?).collect();
-        let generation = serde_json::json!({ "bos_token_id": self.bos, "eos_token_id": stops });
-        self.files
-            .insert("generation_config.json", serde_json::to_vec_pretty(&generation).unwrap_or_default());
+        settings.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        self.files.insert(SETTINGS, serde_json::to_vec_pretty(&settings).unwrap_or_default());
+        self.add_stops(Json::Null, &named.stops);
         Ok(())
+    }
+
+    /// Makes generation_config.json list all tokens that end an answer.
+    fn add_stops(&mut self, generation: Json, stops: &[u32]) {
+        let mut all = match generation {
+            Json::Object(all) => all,
+            _ => serde_json::Map::new(),
+        };
+        let listed: Option<Vec<u64>> = match all.get("eos_token_id") {
+            Some(Json::Array(ids)) => ids.iter().map(Json::as_u64).collect(),
+            Some(id) => id.as_u64().map(|id| vec![id]),
+            None => Some(Vec::new()),
+        };
+        let mut listed = listed.unwrap_or_default();
+        listed.sort_unstable();
+        if listed.iter().copied().eq(stops.iter().map(|id| u64::from(*id))) {
+            return;
+        }
+        if let Some(bos) = self.bos {
+            all.entry("bos_token_id").or_insert(bos.into());
+        }
+        all.insert("eos_token_id".into(), stops.into());
+        self.files.insert(GENERATION, serde_json::to_vec_pretty(&all).unwrap_or_default());
     }
 
     fn take_files(&mut self, dir: &Path, vocab: usize) -> Result<()> {
         for name in FILES {
-            let path = dir.join(name);
-            let Ok(found) = std::fs::metadata(&path) else { continue };
-            if found.len() > MAX_FILE {
-                let reason = format!("{} bytes; at most {MAX_FILE} are read", found.len());
-                return Err(Error::Config { path, reason });
+            if let Some(content) = if_there(read(&dir.join(name), MAX_FILE))? {
+                self.files.insert(name, content);
             }
-            let content = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
-            self.files.insert(name, content);
         }
-        let config: Json = self.json(dir, "tokenizer_config.json")?.unwrap_or_default();
-        if let Some(template) = config.get("chat_template").and_then(Json::as_str) {
-            self.keys.set(CHAT_KEY, Value::String(template.into()));
+        let (_, named) = self.text(dir, self.files.contains_key(TOKENIZER))?;
+        let settings: Json = self.json(dir, SETTINGS)?.unwrap_or_default();
+        match &settings["chat_template"] {
+            Json::Null | Json::String(_) => {}
+            Json::Array(all) if named.template.is_some() => {
+                if all.len() > 1 {
+                    let count = all.len();
+                    self.remark(format!(
+                        "of the {count} chat templates in {SETTINGS} a GGUF file takes only the one that is used by default"
+                    ));
+                }
+            }
+            _ if named.template.is_some() => {}
+            _ => self.remark(format!(
+                "chat_template in {SETTINGS} is neither a text nor a list of named ones: a GGUF file goes without"
+            )),
         }
-        let Some(tokenizer) = self.files.get("tokenizer.json") else { return Ok(()) };
-        let path = dir.join("tokenizer.json");
+        let generation = self.json(dir, GENERATION)?.unwrap_or_default();
+        self.add_stops(generation, &named.stops);
+        let Some(tokenizer) = self.files.get(TOKENIZER) else { return Ok(()) };
+        let path = dir.join(TOKENIZER);
         let fail = |reason: String| Error::Config { path: path.clone(), reason };
         let text = std::str::from_utf8(tokenizer).map_err(|e| fail(format!("not UTF-8: {e}")))?.to_string();
         let tokenizer: TokenizerFile =
             serde_json::from_str(&text).map_err(|e| fail(format!("not a tokenizer: {e}")))?;
-        let id = |key: &str| {
-            // Either the token itself or an object with its content.
-            let token = config.get(key)?;
-            tokenizer.id(token.as_str().or_else(|| token.get("content")?.as_str())?)
-        };
-        (self.bos, self.eos) = (id("bos_token"), id("eos_token"));
         match tokenizer.arrays(vocab) {
             Ok(keys) => keys.into_iter().for_each(|(key, value)| self.keys.set(key, value)),
             Err(Unfit::Damaged(reason)) => return Err(fail(reason)),
-            Err(Unfit::Unknown(why)) => {
-                self.note = Some(format!(
-                    "{why}: the whole tokenizer.json goes into the GGUF file, which Longbit reads; llama.cpp will miss its arrays"
-                ));
-            }
+            Err(Unfit::Unknown(why)) => self.remark(format!(
+                "{why}: the whole tokenizer.json goes into the GGUF file, which Longbit reads; llama.cpp will miss its arrays"
+            )),
         }
         for (key, id) in [("bos", self.bos), ("eos", self.eos), ("eot", tokenizer.id("<|eot_id|>"))] {
             if let Some(id) = id {
                 self.keys.set(format!("tokenizer.ggml.{key}_token_id"), Value::U32(id));
             }
         }
-        self.keys.set("tokenizer.ggml.add_bos_token", Value::Bool(tokenizer.adds_bos(self.bos)));
-        self.keys.set(TOKENIZER_KEY, Value::String(text));
+        self.keys.set("tokenizer.ggml.add_bos_token", Value::Bool(named.add_bos));
+        self.keys.set(TextModel::TOKENIZER_KEY, Value::String(text));
         Ok(())
     }
 
@@ -175,6 +247,19 @@ impl Vocabulary {
     }
 }
 
+/// What a model at `path` is called: the last part of it, without the ending of a GGUF file.
+fn name_of(path: &Path) -> String {
+    // `.` and `..` have names too.
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let last = if path.is_dir() { whole.file_name() } else { path.file_name() };
+    let name = last.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let stem = name.len().checked_sub(5).and_then(|at| name.split_at_checked(at));
+    match stem.filter(|(_, end)| end.eq_ignore_ascii_case(".gguf")) {
+        Some((stem, _)) if !path.is_dir() => stem.to_string(),
+        _ => name,
+    }
+}
+
 /// The parts of a `tokenizer.json` that the arrays are made from.
 #[derive(Deserialize)]
 struct TokenizerFile {
@@ -183,8 +268,6 @@ struct TokenizerFile {
     added_tokens: Vec<AddedToken>,
     #[serde(default)]
     pre_tokenizer: Json,
-    #[serde(default)]
-    post_processor: Json,
 }
 
 #[derive(Deserialize)]
@@ -237,21 +320,6 @@ impl TokenizerFile {
     fn id(&self, token: &str) -> Option<u32> {
         let added = self.added_tokens.iter().find(|t| t.content == token).map(|t| t.id);
         added.or_else(|| self.model.vocab.get(token)?.as_u64()?.try_into().ok())
-    }
-
-    /// Whether the post-processor puts `bos` before a text.
-    fn adds_bos(&self, bos: Option<u32>) -> bool {
-        fn names(json: &Json, id: u32) -> bool {
-            match json {
-                Json::Object(object) => {
-                    object.get("ids").and_then(Json::as_array).is_some_and(|ids| ids.contains(&id.into()))
-                        || object.values().any(|v| names(v, id))
-                }
-                Json::Array(items) => items.iter().any(|v| names(v, id)),
-                _ => false,
-            }
-        }
-        bos.is_some_and(|id| names(&self.post_processor, id))
     }
 
     /// Name of the pre-tokenizer in llama.cpp.

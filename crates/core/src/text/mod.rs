@@ -20,6 +20,7 @@ pub use chat::{BITNET_CHAT_TEMPLATE, ChatTemplate, Message};
 pub use compare::{Compared, Distribution, compare};
 pub use generate::{GenerateOptions, Generation, Progress, StopReason, generate};
 pub use gguf_vocabulary::GgufVocabulary;
+pub(crate) use model::Named;
 pub use model::{TextModel, TextOptions};
 pub use perplexity::{Difference, PerplexityOptions, Score, Scored, Variant, perplexity};
 pub use sampler::{Sampler, SamplerOptions};

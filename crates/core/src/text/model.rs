@@ -17,8 +17,6 @@ use crate::gguf::{GgufError, Header, Metadata};
 const MAX_TEXT: u64 = 16 << 20;
 /// Tokens that end an answer wherever a vocabulary has them as special tokens: some configurations name only one.
 const KNOWN_STOPS: &[&str] = &["<|eot_id|>", "<|end_of_text|>"];
-/// Key of a whole `tokenizer.json` in a GGUF file.
-const WHOLE_TOKENIZER: &str = "tokenizer.huggingface.json";
 /// GGUF architectures of the 2B-4T model, whose published files carry a chat template that it was not trained with.
 const BITNET_2B: &[&str] = &["bitnet-25", "bitnet-b1.58"];
 
@@ -29,6 +27,21 @@ pub struct TextOptions {
     pub tokenizer: Option<PathBuf>,
     /// A Jinja chat template.
     pub chat_template: Option<PathBuf>,
+}
+
+/// What the configuration of a checkpoint names, whether or not its tokenizer and its template can be used.
+#[derive(Default)]
+pub(crate) struct Named {
+    /// The token that begins a text.
+    pub(crate) bos: Option<u32>,
+    /// The token that ends one.
+    pub(crate) eos: Option<u32>,
+    /// Tokens that end an answer.
+    pub(crate) stops: Vec<u32>,
+    /// The chat template's text, with the file or key it comes from.
+    pub(crate) template: Option<(PathBuf, String)>,
+    /// Prompts start with `bos`, whatever the tokenizer's own post-processor does.
+    pub(crate) add_bos: bool,
 }
 
 /// Everything between a user's text and a model's tokens.
@@ -45,6 +58,13 @@ pub struct TextModel {
 }
 
 impl TextModel {
+    /// Key of a whole `tokenizer.json` in a GGUF file, as its specification has it.
+    pub(crate) const TOKENIZER_KEY: &str = "tokenizer.huggingface.json";
+    /// Key of a chat template in a GGUF file.
+    pub(crate) const CHAT_KEY: &str = "tokenizer.chat_template";
+    /// Key of all tokens that end an answer, in the GGUF files that this project writes.
+    pub(crate) const STOP_KEY: &str = "longbit.stop_token_ids";
+
     /// Reads what stands beside the weights of the checkpoint at `path`: in a directory `tokenizer.json` and the
     /// configuration files of `transformers`, in a GGUF file its metadata.
     ///
@@ -59,6 +79,33 @@ impl TextModel {
             model.notes.clear();
         }
         Ok(model)
+    }
+
+    /// What the configuration of the checkpoint at `path` names.
+    ///
+    /// # Errors
+    /// A file or key that is damaged.
+    pub(crate) fn named(path: &Path) -> Result<Named> {
+        if path.is_dir() {
+            return Settings::read(path)?.named(path, |_| None);
+        }
+        let fail = |source| Error::Gguf { path: path.into(), source };
+        let map = FileMap::open(path)?;
+        let header = Header::parse(&map).map_err(fail)?;
+        let vocabulary = GgufVocabulary::read(&header.metadata).map_err(fail)?;
+        let stops = stop_ids(path, &header.metadata)?.unwrap_or_default();
+        Ok(Named {
+            bos: vocabulary.bos,
+            eos: vocabulary.eos,
+            stops: stops.into_iter().chain(vocabulary.eot).chain(vocabulary.eos).collect(),
+            template: vocabulary.chat_template.map(|source| (path.into(), source)),
+            add_bos: vocabulary.add_bos.unwrap_or(false),
+        })
+    }
+
+    /// Spellings of the tokens that begin and end a text, empty where there is none.
+    pub(crate) fn spelled_ends(&self) -> (String, String) {
+        ends(&self.tokenizer)
     }
 
     /// The tokens of a conversation, up to where the assistant's answer begins.
@@ -103,6 +150,49 @@ fn json(path: &Path) -> Result<Value> {
         .map_err(|e| Error::Config { path: path.into(), reason: format!("not JSON: {e}") })
 }
 
+/// The configuration files of a directory; `null` for those that are absent.
+struct Settings {
+    config: Value,
+    generation: Value,
+    tokenizer: Value,
+}
+
+impl Settings {
+    fn read(dir: &Path) -> Result<Self> {
+        let of = |name: &str| json(&dir.join(name));
+        Ok(Settings {
+            config: of("config.json")?,
+            generation: of("generation_config.json")?,
+            tokenizer: of("tokenizer_config.json")?,
+        })
+    }
+
+    /// What they name, where `id` knows the ids of tokens.
+    fn named(&self, dir: &Path, id: impl Fn(&str) -> Option<u32>) -> Result<Named> {
+        let end = |key: &str| {
+            let token = &self.tokenizer[key];
+            let spelled = token.as_str().or_else(|| token["content"].as_str()).and_then(&id);
+            spelled.or_else(|| ids(&self.config[format!("{key}_id")]).first().copied())
+        };
+        // A template in a file of its own comes first.
+        let file = dir.join("chat_template.jinja");
+        let own = || {
+            let source = template_of(&self.tokenizer["chat_template"])?;
+            Some((dir.join("tokenizer_config.json"), source))
+        };
+        Ok(Named {
+            bos: end("bos_token"),
+            eos: end("eos_token"),
+            stops: [&self.generation, &self.config]
+                .into_iter()
+                .flat_map(|c| ids(&c["eos_token_id"]))
+                .collect(),
+            template: if_there(read_text(&file, MAX_TEXT))?.map(|source| (file, source)).or_else(own),
+            add_bos: self.tokenizer["add_bos_token"] == Value::Bool(true),
+        })
+    }
+}
+
 fn directory(dir: &Path, options: &TextOptions) -> Result<TextModel> {
     let path = options.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
     if options.tokenizer.is_none() && !path.exists() {
@@ -111,30 +201,13 @@ fn directory(dir: &Path, options: &TextOptions) -> Result<TextModel> {
         return Err(Error::Config { path, reason });
     }
     let tokenizer = Tokenizer::from_file(&path)?;
-    let config = json(&dir.join("config.json"))?;
-    let generation = json(&dir.join("generation_config.json"))?;
-    let settings_path = dir.join("tokenizer_config.json");
-    let settings = json(&settings_path)?;
-
-    let spelled = |key: &str| {
-        let token = &settings[key];
-        token.as_str().or_else(|| token["content"].as_str()).and_then(|token| tokenizer.token_id(token))
-    };
-    let bos = spelled("bos_token").or_else(|| ids(&config["bos_token_id"]).first().copied());
-    let eos = spelled("eos_token").or_else(|| ids(&config["eos_token_id"]).first().copied());
-    let bos = bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
-    let tokenizer = tokenizer.with_ends(bos, eos, settings["add_bos_token"] == Value::Bool(true));
-    let named = ids(&generation["eos_token_id"]).into_iter().chain(ids(&config["eos_token_id"]));
-    let stop_tokens = stops(&tokenizer, named);
-
-    let (file, own) = (dir.join("chat_template.jinja"), template_of(&settings["chat_template"]));
-    let chat = match (if_there(read_text(&file, MAX_TEXT))?, own) {
-        (Some(source), _) => Some((file, source)),
-        (None, Some(source)) => Some((settings_path, source)),
-        (None, None) => None,
-    };
+    let named = Settings::read(dir)?.named(dir, |token| tokenizer.token_id(token))?;
+    let bos = named.bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
+    let tokenizer = tokenizer.with_ends(bos, named.eos, named.add_bos);
+    let stop_tokens = stops(&tokenizer, named.stops);
     let (bos, eos) = ends(&tokenizer);
-    let chat = chat
+    let chat = named
+        .template
         .map(|(path, source)| ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(&path, e)))
         .transpose()?;
     Ok(TextModel { tokenizer, chat, stop_tokens, notes: Vec::new() })
@@ -174,19 +247,35 @@ fn gguf(path: &Path, options: &TextOptions) -> Result<TextModel> {
         ),
         None => gguf_tokenizer(&header.metadata, &vocabulary).map_err(|e| at(path, e))?,
     };
-    let stop_tokens = stops(&tokenizer, vocabulary.eot);
-    let (chat, notes) = gguf_chat(&vocabulary, &tokenizer).map_err(|e| at(path, e))?;
+    let own_stops = stop_ids(path, &header.metadata)?;
+    // Whoever wrote the key took the template from the model's own directory.
+    let trusted = own_stops.is_some();
+    let stop_tokens = stops(&tokenizer, own_stops.unwrap_or_default().into_iter().chain(vocabulary.eot));
+    let (chat, notes) = gguf_chat(&vocabulary, &tokenizer, trusted).map_err(|e| at(path, e))?;
     Ok(TextModel { tokenizer, chat, stop_tokens, notes })
+}
+
+/// The tokens that a GGUF file lists as ends of an answer.
+fn stop_ids(path: &Path, metadata: &Metadata) -> Result<Option<Vec<u32>>> {
+    let key = TextModel::STOP_KEY;
+    let ids = metadata.i64s(key).map_err(|source| Error::Gguf { path: path.into(), source })?;
+    let id = |id: i64| {
+        u32::try_from(id).map_err(|_| Error::Config {
+            path: path.into(),
+            reason: format!("{key} has the element {id}, which no token can be"),
+        })
+    };
+    ids.map(|ids| ids.into_iter().map(id).collect()).transpose()
 }
 
 /// The tokenizer of a GGUF file: the whole `tokenizer.json` where the file holds it, as the GGUF specification allows,
 /// otherwise what the arrays describe.
 fn gguf_tokenizer(metadata: &Metadata, vocabulary: &GgufVocabulary) -> Result<Tokenizer> {
-    let whole = metadata.str(WHOLE_TOKENIZER).map_err(|e| Error::Invalid(e.to_string()))?;
+    let whole = metadata.str(TextModel::TOKENIZER_KEY).map_err(|e| Error::Invalid(e.to_string()))?;
     match whole {
         Some(text) => {
             let tokenizer = super::tokenizer_json::parse(text.as_bytes())
-                .map_err(|reason| Error::Invalid(format!("{WHOLE_TOKENIZER}: {reason}")))?;
+                .map_err(|reason| Error::Invalid(format!("{}: {reason}", TextModel::TOKENIZER_KEY)))?;
             let bos = vocabulary.bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
             Ok(tokenizer.with_ends(bos, vocabulary.eos, vocabulary.add_bos.unwrap_or(false)))
         }
@@ -197,14 +286,15 @@ fn gguf_tokenizer(metadata: &Metadata, vocabulary: &GgufVocabulary) -> Result<To
     }
 }
 
-/// The chat template of a GGUF file, or the one that its model was trained with.
+/// The chat template of a GGUF file, or the one that its model was trained with where the file's is not `trusted`.
 fn gguf_chat(
     vocabulary: &GgufVocabulary,
     tokenizer: &Tokenizer,
+    trusted: bool,
 ) -> Result<(Option<ChatTemplate>, Vec<String>)> {
     let (bos, eos) = ends(tokenizer);
     let own = vocabulary.chat_template.as_deref();
-    let known = BITNET_2B.contains(&vocabulary.architecture.as_str());
+    let known = BITNET_2B.contains(&vocabulary.architecture.as_str()) && !(trusted && own.is_some());
     if !known && !own.is_some_and(ChatTemplate::is_known_wrong) {
         return Ok((own.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?, Vec::new()));
     }
@@ -261,7 +351,7 @@ impl GgufVocabulary {
             eot: metadata.u64("tokenizer.ggml.eot_token_id")?.map(|id| u32::try_from(id).unwrap_or(u32::MAX)),
             add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?,
             add_space_prefix: metadata.bool("tokenizer.ggml.add_space_prefix")?,
-            chat_template: text("tokenizer.chat_template")?,
+            chat_template: text(TextModel::CHAT_KEY)?,
             model,
         })
     }
