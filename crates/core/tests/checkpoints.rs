@@ -234,3 +234,35 @@ fn absent_files_say_which() {
     let message = load(dir.path()).err().unwrap().to_string();
     assert!(message.contains("model.safetensors.index.json"), "{message}");
 }
+
+#[test]
+fn what_is_no_checkpoint_is_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let said = |path: &std::path::Path| {
+        let opened = longbit::Checkpoint::open(path, &longbit::OpenOptions::default());
+        let shape = longbit::Checkpoint::config_of(path, &longbit::OpenOptions::default());
+        let message = opened.err().unwrap().to_string();
+        assert_eq!(shape.unwrap_err().to_string(), message);
+        message
+    };
+    let message = said(&at("absent"));
+    assert!(message.contains("absent") && !message.contains("config.json"), "{message}");
+    std::fs::copy(fixture("hf_bitnet/offline/model.safetensors"), at("model.safetensors")).unwrap();
+    let message = said(&at("model.safetensors"));
+    assert!(message.contains("without config.json") && message.contains("give the directory"), "{message}");
+    for name in ["b.gguf", "a.gguf"] {
+        std::fs::write(at(name), "GGUF").unwrap();
+    }
+    let message = said(dir.path());
+    assert!(message.contains("a.gguf, b.gguf") && message.contains("no config.json"), "{message}");
+    std::fs::remove_file(at("a.gguf")).unwrap();
+    std::fs::remove_file(at("b.gguf")).unwrap();
+    let message = said(dir.path());
+    assert!(message.contains("config.json") && !message.contains("gguf"), "{message}");
+    #[cfg(unix)]
+    {
+        assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+        assert!(said(&at("pipe")).contains("not a regular file"));
+    }
+}

@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 
 use longbit_sys::{FileMap, Team};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::{Encoding, I2sLayout};
-use crate::gguf::Header;
+use crate::gguf::{Header, shown};
 use crate::model::{Activation, HeadFormat, Model, ModelConfig};
 pub use inspect::{Listing, TensorEntry, list};
 pub(crate) use plan::RowOrder;
@@ -43,9 +43,38 @@ pub enum Container {
     Gguf(Box<Header>),
 }
 
-/// Whether `path` is to be read as a GGUF file: anything but a directory.
-fn is_file(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|m| !m.is_dir())
+/// GGUF files of a directory that are named in a message, at most.
+const NAMED: usize = 4;
+
+/// Whether `path` is to be read as a GGUF file: anything but a directory with a configuration.
+///
+/// # Errors
+/// It is neither, and what it is instead.
+fn is_file(path: &Path) -> Result<bool> {
+    let found = std::fs::metadata(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let refuse = |reason| Err(Error::Config { path: path.into(), reason });
+    if !found.is_dir() {
+        return match path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
+            true => refuse("holds weights without config.json: give the directory that has both".into()),
+            false => Ok(true),
+        };
+    }
+    // A link whose target is gone says so when it is opened.
+    if path.join("config.json").symlink_metadata().is_err() {
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let mut ggufs: Vec<String> = names.filter(|name| name.ends_with(".gguf")).collect();
+        ggufs.sort();
+        if !ggufs.is_empty() {
+            let more = ggufs.len().saturating_sub(NAMED);
+            let all = ggufs.iter().take(NAMED).map(|name| shown(name)).collect::<Vec<_>>().join(", ");
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            return refuse(format!(
+                "holds no config.json, but GGUF files: {all}{more}; give the path of one of them"
+            ));
+        }
+    }
+    Ok(false)
 }
 
 /// A checkpoint on disk, opened and checked; its weights are read by [`Checkpoint::load`].
@@ -64,15 +93,16 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, the tensor or key, and what was expected instead; a damaged file never panics.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        if is_file(path) { gguf::open(path, options) } else { hf::open(path, options) }
+        if is_file(path)? { gguf::open(path, options) } else { hf::open(path, options) }
     }
 
-    /// The shape of the checkpoint at `path`, read without its weights.
+    /// The shape of the checkpoint at `path`. No weight is read, but for one question: where a GGUF file has a head of the
+    /// type and size of its embedding, the two are compared up to the first difference.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], for the configuration.
     pub fn config_of(path: &Path, options: &OpenOptions) -> Result<ModelConfig> {
-        if is_file(path) { gguf::config(path, options) } else { hf::config(path, options) }
+        if is_file(path)? { gguf::config(path, options) } else { hf::config(path, options) }
     }
 
     /// Directory or file.
