@@ -20,7 +20,11 @@ pub(super) fn while_reading_ahead<R>(files: &[FileMap], work: impl FnOnce() -> R
             for file in files {
                 // A file that cannot be read here is read through its map, which will say what is wrong.
                 let Ok(mut file) = File::open(file.path()) else { continue };
-                while !done.load(Ordering::Relaxed) && file.read(&mut piece).is_ok_and(|n| n > 0) {}
+                while file.read(&mut piece).is_ok_and(|n| n > 0) {
+                    if done.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
             }
         });
         let result = work();
