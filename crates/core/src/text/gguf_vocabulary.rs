@@ -19,6 +19,15 @@ use crate::error::{Error, Result};
 /// Tokens longer than this are not taken apart into merges (bytes): no text reaches them step by step.
 const MAX_MERGED: usize = 256;
 
+/// Merges that scores may stand for, and more for each token: the vocabulary of Llama 2 has two a token, and one of long
+/// runs of equal characters has as many as its longest token has characters.
+const MERGES: usize = 1 << 16;
+const MERGES_A_TOKEN: usize = 8;
+
+/// Tokens that are control tokens wherever a byte-level vocabulary has them. Some conversions of Llama 3 and its
+/// relatives mark them as user-defined or as plain text.
+pub(super) const ENDS: &[&str] = &["<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>"];
+
 /// `tokenizer.ggml.token_type`.
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
@@ -111,19 +120,14 @@ impl GgufVocabulary {
                 self.token_types.len()
             ));
         }
-        for (key, id) in [("bos", self.bos), ("eos", self.eos), ("eot", self.eot), ("unknown", self.unknown)]
-        {
-            if let Some(id) = id.filter(|&id| id as usize >= n) {
-                return Err(format!("tokenizer.ggml.{key}_token_id is {id}; there are {n} tokens"));
-            }
-        }
+        self.check_ids(n)?;
         let mut vocab = HashMap::with_capacity(n);
         for (id, token) in (0u32..).zip(&self.tokens) {
             if let Some(other) = vocab.insert(token.clone(), id) {
                 return Err(format!("tokens {other} and {id} are both `{token}`"));
             }
         }
-        let (parts, add_bos) = match self.model.as_str() {
+        let parts = match self.model.as_str() {
             "gpt2" => self.byte_level(vocab)?,
             "llama" => self.sentencepiece(vocab)?,
             other => {
@@ -132,7 +136,42 @@ impl GgufVocabulary {
                 ));
             }
         };
-        Ok(Tokenizer::build(parts)?.with_ends(self.bos, self.eos, self.add_bos.unwrap_or(add_bos)))
+        self.with_ends(Tokenizer::build(parts)?)
+    }
+
+    /// `tokenizer` with the tokens that begin and end a text as the keys have them, whatever it was built from.
+    pub(super) fn with_ends(&self, tokenizer: Tokenizer) -> Result<Tokenizer, String> {
+        self.check_ids(tokenizer.vocab_size())?;
+        Ok(tokenizer.with_ends(self.bos, self.eos, self.adds_bos()))
+    }
+
+    /// Whether prompts start with the beginning-of-text token: as the key says, otherwise as llama.cpp has it for the kind
+    /// of vocabulary.
+    pub(super) fn adds_bos(&self) -> bool {
+        self.add_bos.unwrap_or_else(|| match self.model.as_str() {
+            "llama" => true,
+            "gpt2" => self.pre().is_ok_and(|pre| pre.add_bos),
+            _ => false,
+        })
+    }
+
+    /// That every id that a key names is one of `n` tokens.
+    fn check_ids(&self, n: usize) -> Result<(), String> {
+        let ids = [("bos", self.bos), ("eos", self.eos), ("eot", self.eot), ("unknown", self.unknown)];
+        match ids.into_iter().find_map(|(key, id)| Some((key, id.filter(|&id| id as usize >= n)?))) {
+            Some((key, id)) => Err(format!("tokenizer.ggml.{key}_token_id is {id}; there are {n} tokens")),
+            None => Ok(()),
+        }
+    }
+
+    /// How text is split.
+    fn pre(&self) -> Result<&'static Pre, String> {
+        let missing = if self.architecture.starts_with("bitnet") { "llama-bpe" } else { "default" };
+        let name = self.pre.as_deref().unwrap_or(missing);
+        PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
+            let known: Vec<&str> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
+            format!("tokenizer.ggml.pre `{name}` is not supported; supported are {}", known.join(", "))
+        })
     }
 
     fn kind(&self, id: usize) -> i32 {
@@ -140,25 +179,28 @@ impl GgufVocabulary {
     }
 
     /// Tokens that are found in text before it is split. Those that end and begin a text are control tokens, whatever
-    /// their type says.
+    /// their type says; so is, with the splitting of Llama 3, a token without a type of its own that is spelled like its
+    /// control tokens (`<|…|>`).
     fn added(&self) -> Vec<(u32, AddedToken)> {
         let ends = [self.bos, self.eos, self.eot];
+        let bytes = self.model == "gpt2";
+        let llama3 = bytes && self.pre().is_ok_and(|pre| pre.names.contains(&"llama-bpe"));
+        let spelled = |text: &str, kind: i32| {
+            let control = || text.len() > 4 && text.starts_with("<|") && text.ends_with("|>");
+            (bytes && ENDS.contains(&text)) || (llama3 && kind != USER_DEFINED && control())
+        };
         let token = |(id, text): (u32, &String)| {
             let kind = self.kind(id as usize);
-            let special = matches!(kind, UNKNOWN | CONTROL) || ends.contains(&Some(id));
+            let special =
+                matches!(kind, UNKNOWN | CONTROL) || ends.contains(&Some(id)) || spelled(text, kind);
             let added = (special || kind == USER_DEFINED) && !text.is_empty();
             added.then(|| (id, AddedToken::from(text.as_str(), special).normalized(false)))
         };
         (0u32..).zip(&self.tokens).filter_map(token).collect()
     }
 
-    fn byte_level(&self, vocab: HashMap<String, u32>) -> Result<(Parts, bool), String> {
-        let missing = if self.architecture.starts_with("bitnet") { "llama-bpe" } else { "default" };
-        let name = self.pre.as_deref().unwrap_or(missing);
-        let pre = PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
-            let known: Vec<&str> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
-            format!("tokenizer.ggml.pre `{name}` is not supported; supported are {}", known.join(", "))
-        })?;
+    fn byte_level(&self, vocab: HashMap<String, u32>) -> Result<Parts, String> {
+        let pre = self.pre()?;
         let merge = |(i, text): (usize, &String)| {
             // A half is never empty, but it may be a space in vocabularies that are not byte-level.
             let space = text.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);
@@ -175,7 +217,7 @@ impl GgufVocabulary {
             steps.push(PreTokenizerWrapper::Split(split));
         }
         steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
-        let parts = Parts {
+        Ok(Parts {
             vocab,
             merges: self.merges.iter().enumerate().map(merge).collect::<Result<_, String>>()?,
             ignore_merges: pre.ignore_merges,
@@ -183,11 +225,10 @@ impl GgufVocabulary {
             pre_tokenizer: Some(PreTokenizerWrapper::Sequence(PreTokenizers::new(steps))),
             spelling: Some(Spelling::ByteLevel),
             ..Parts::default()
-        };
-        Ok((parts, pre.add_bos))
+        })
     }
 
-    fn sentencepiece(&self, vocab: HashMap<String, u32>) -> Result<(Parts, bool), String> {
+    fn sentencepiece(&self, vocab: HashMap<String, u32>) -> Result<Parts, String> {
         let n = self.tokens.len();
         if self.scores.len() != n {
             return Err(format!("tokenizer.ggml.scores has {} entries for {n} tokens", self.scores.len()));
@@ -205,8 +246,8 @@ impl GgufVocabulary {
         let unknown =
             self.unknown.map(|id| id as usize).or_else(|| (0..n).find(|&id| self.kind(id) == UNKNOWN));
         let bytes = (0..=255u8).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")));
-        let parts = Parts {
-            merges: self.merges_of_scores(&vocab),
+        Ok(Parts {
+            merges: self.merges_of_scores(&vocab)?,
             vocab,
             unk: unknown.map(|id| self.tokens[id].clone()),
             fuse_unk: true,
@@ -215,24 +256,25 @@ impl GgufVocabulary {
             normalizer: Some(NormalizerWrapper::Sequence(Normalizers::new(normalizers))),
             spelling: Some(Spelling::Metaspace { bytes, strip_first: prefix }),
             ..Parts::default()
-        };
-        Ok((parts, true))
+        })
     }
 
     /// Sentencepiece merges the two neighbours whose concatenation has the highest score: every way to take a token apart
     /// into two others is a merge, the best token first. Among the ways to one token the order is that of the
     /// `transformers` converter: longer left half first, then the ids of the halves.
-    fn merges_of_scores(&self, vocab: &HashMap<String, u32>) -> Vec<(String, String)> {
-        struct Found<'a> {
+    fn merges_of_scores(&self, vocab: &HashMap<String, u32>) -> Result<Vec<(String, String)>, String> {
+        struct Found {
             score: f32,
-            halves: (&'a str, &'a str),
+            /// Ids of the halves, and their characters.
             ids: (u32, u32),
+            lengths: (u32, u32),
         }
         // A half must be a token that text can turn into.
         let half = |text: &str| {
             let id = *vocab.get(text)?;
             (!matches!(self.kind(id as usize), UNKNOWN | CONTROL | UNUSED | BYTE)).then_some(id)
         };
+        let limit = MERGES + MERGES_A_TOKEN * self.tokens.len();
         let mut found = Vec::new();
         for (id, token) in self.tokens.iter().enumerate() {
             if matches!(self.kind(id), UNKNOWN | CONTROL | USER_DEFINED | UNUSED | BYTE)
@@ -240,21 +282,32 @@ impl GgufVocabulary {
             {
                 continue;
             }
-            for (at, _) in token.char_indices().skip(1) {
-                let halves = token.split_at(at);
-                if let (Some(left), Some(right)) = (half(halves.0), half(halves.1)) {
-                    found.push(Found { score: self.scores[id], halves, ids: (left, right) });
+            let characters = token.chars().count() as u32;
+            for (left, (at, _)) in (0u32..).zip(token.char_indices()).skip(1) {
+                let (first, second) = token.split_at(at);
+                if let (Some(a), Some(b)) = (half(first), half(second)) {
+                    found.push(Found {
+                        score: self.scores[id],
+                        ids: (a, b),
+                        lengths: (left, characters - left),
+                    });
                 }
             }
+            if found.len() > limit {
+                return Err(format!(
+                    "the {} tokens of tokenizer.ggml.tokens can be taken apart in more than {limit} ways; no vocabulary \
+                     that was trained can",
+                    self.tokens.len()
+                ));
+            }
         }
-        let length = |text: &str| text.chars().count();
         found.sort_by(|a, b| {
             let better = b.score.total_cmp(&a.score);
-            let longer = length(b.halves.0).cmp(&length(a.halves.0));
-            let rest = length(b.halves.1).cmp(&length(a.halves.1));
-            better.then(longer).then(rest).then(a.ids.cmp(&b.ids))
+            let longer = b.lengths.cmp(&a.lengths);
+            better.then(longer).then(a.ids.cmp(&b.ids))
         });
-        found.into_iter().map(|f| (f.halves.0.to_owned(), f.halves.1.to_owned())).collect()
+        let text = |id: u32| self.tokens[id as usize].clone();
+        Ok(found.into_iter().map(|f| (text(f.ids.0), text(f.ids.1))).collect())
     }
 }
 
@@ -306,6 +359,65 @@ mod tests {
         refused(|v| v.merges.push("<|end|> <|end|>".into()), "needs the token");
         refused(|v| v.eos = Some(5), "eos_token_id is 5");
         refused(|v| v.model = "llama".into(), "scores");
+    }
+
+    #[test]
+    fn tokens_that_end_a_text_are_control_tokens_whatever_their_type_says() {
+        for kind in [1, 4] {
+            let mut vocabulary = small();
+            for name in ["<|eot_id|>", "<|end_of_text|>", "<|python_tag|>"] {
+                vocabulary.tokens.push(name.into());
+                vocabulary.token_types.push(kind);
+            }
+            let tokenizer = vocabulary.tokenizer().unwrap();
+            assert_eq!(tokenizer.encode("a<|eot_id|><|python_tag|>", false).unwrap(), [0, 5, 7], "{kind}");
+            // The author of the file may say that another one is text.
+            assert_eq!([5, 6, 7].map(|id| tokenizer.is_special(id)), [true, true, kind == 1], "{kind}");
+            // Where text is split otherwise, only the names that are known are.
+            let other = GgufVocabulary { pre: Some("default".into()), ..vocabulary };
+            let tokenizer = other.tokenizer().unwrap();
+            assert_eq!([5, 6, 7].map(|id| tokenizer.is_special(id)), [true, true, false], "{kind}");
+        }
+    }
+
+    #[test]
+    fn the_ends_are_the_same_for_every_source_of_the_tokenizer() {
+        let own = small().tokenizer().unwrap();
+        let other =
+            small().with_ends(Tokenizer::build(small().byte_level(vocab()).unwrap()).unwrap()).unwrap();
+        for tokenizer in [own, other] {
+            assert_eq!(
+                (tokenizer.bos(), tokenizer.eos(), tokenizer.prompts_start_with_bos()),
+                (Some(4), None, true)
+            );
+        }
+        let beyond = GgufVocabulary { eos: Some(5), ..small() };
+        let tokenizer = Tokenizer::build(small().byte_level(vocab()).unwrap()).unwrap();
+        assert!(beyond.with_ends(tokenizer).unwrap_err().contains("eos_token_id is 5; there are 5 tokens"));
+    }
+
+    fn vocab() -> HashMap<String, u32> {
+        small().tokens.into_iter().zip(0..).collect()
+    }
+
+    #[test]
+    fn merges_are_in_proportion_to_the_tokens() {
+        // Runs of one character: 255 ways to take the longest apart.
+        let runs = |characters: &[char]| {
+            let run = |c: char| (1..=200).map(move |n| c.to_string().repeat(n));
+            let tokens: Vec<String> = characters.iter().flat_map(|&c| run(c)).collect();
+            let n = tokens.len();
+            GgufVocabulary {
+                model: "llama".into(),
+                tokens,
+                scores: vec![0.0; n],
+                add_space_prefix: Some(false),
+                ..GgufVocabulary::default()
+            }
+        };
+        assert_eq!(runs(&['a']).tokenizer().unwrap().encode(&"a".repeat(150), false).unwrap(), [149]);
+        let error = runs(&['a', 'b', 'c', 'd']).tokenizer().unwrap_err().to_string();
+        assert!(error.contains("800 tokens") && error.contains("more than 71936 ways"), "{error}");
     }
 
     #[test]

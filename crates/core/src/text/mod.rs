@@ -7,6 +7,7 @@
 mod bytes;
 mod chat;
 mod compare;
+mod cut;
 mod generate;
 mod gguf_vocabulary;
 mod model;

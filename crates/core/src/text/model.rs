@@ -15,7 +15,7 @@ use crate::gguf::{GgufError, Header, Metadata};
 
 /// Largest JSON file or template beside a tokenizer (bytes).
 const MAX_TEXT: u64 = 16 << 20;
-/// Tokens that end an answer wherever a vocabulary has them as special tokens: some configurations name only one.
+/// Tokens that end an answer wherever a vocabulary has them: some configurations name only one.
 const KNOWN_STOPS: &[&str] = &["<|eot_id|>", "<|end_of_text|>"];
 /// GGUF architectures of the 2B-4T model, whose published files carry a chat template that it was not trained with.
 const BITNET_2B: &[&str] = &["bitnet-25", "bitnet-b1.58"];
@@ -53,7 +53,7 @@ pub struct TextModel {
     pub chat: Option<ChatTemplate>,
     /// Tokens that end an answer, ascending.
     pub stop_tokens: Vec<u32>,
-    /// What a user should know about the above, one sentence each.
+    /// What whoever uses the chat template should know about it, one sentence each.
     pub notes: Vec<String>,
 }
 
@@ -66,7 +66,8 @@ impl TextModel {
     pub(crate) const STOP_KEY: &str = "longbit.stop_token_ids";
 
     /// Reads what stands beside the weights of the checkpoint at `path`: in a directory `tokenizer.json` and the
-    /// configuration files of `transformers`, in a GGUF file its metadata.
+    /// configuration files of `transformers`, in a GGUF file its metadata. The chat template is kept as it stands, and
+    /// looked at when it is used.
     ///
     /// # Errors
     /// Names the file or key, and what is missing, damaged or not supported.
@@ -75,7 +76,7 @@ impl TextModel {
         if let Some(path) = &options.chat_template {
             let source = read_text(path, MAX_TEXT)?;
             let (bos, eos) = ends(&model.tokenizer);
-            model.chat = Some(ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(path, e))?);
+            model.chat = Some(ChatTemplate::new(&source, &bos, &eos).from_file(path));
             model.notes.clear();
         }
         Ok(model)
@@ -87,7 +88,7 @@ impl TextModel {
     /// A file or key that is damaged.
     pub(crate) fn named(path: &Path) -> Result<Named> {
         if path.is_dir() {
-            return Settings::read(path)?.named(path, |_| None);
+            return Settings::read(path)?.named(path, |_| None, true);
         }
         let fail = |source| Error::Gguf { path: path.into(), source };
         let map = FileMap::open(path)?;
@@ -98,8 +99,8 @@ impl TextModel {
             bos: vocabulary.bos,
             eos: vocabulary.eos,
             stops: stops.into_iter().chain(vocabulary.eot).chain(vocabulary.eos).collect(),
+            add_bos: vocabulary.adds_bos(),
             template: vocabulary.chat_template.map(|source| (path.into(), source)),
-            add_bos: vocabulary.add_bos.unwrap_or(false),
         })
     }
 
@@ -113,12 +114,20 @@ impl TextModel {
     /// # Errors
     /// Where the checkpoint has no chat template, and what the template objects to.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.encode_chat_up_to(messages, usize::MAX)
+    }
+
+    /// The first `limit` tokens of what [`TextModel::encode_chat`] gives.
+    ///
+    /// # Errors
+    /// As [`TextModel::encode_chat`].
+    pub fn encode_chat_up_to(&self, messages: &[Message], limit: usize) -> Result<Vec<u32>> {
         let chat = self.chat.as_ref().ok_or_else(|| {
             Error::Invalid(
-                "the checkpoint has no chat template; prompt it without, or give a template".into(),
+                "the checkpoint has no chat template; prompt it without --chat, or give one with --chat-template".into(),
             )
         })?;
-        self.tokenizer.encode_chat(&chat.render(messages, true)?)
+        self.tokenizer.encode_chat_up_to(&chat.render(messages, true)?, limit)
     }
 }
 
@@ -131,7 +140,6 @@ fn ends(tokenizer: &Tokenizer) -> (String, String) {
 /// The stop tokens that were `named`, with those that are known by their spelling.
 fn stops(tokenizer: &Tokenizer, named: impl IntoIterator<Item = u32>) -> Vec<u32> {
     let known = KNOWN_STOPS.iter().filter_map(|token| tokenizer.token_id(token));
-    let known = known.filter(|&id| tokenizer.is_special(id));
     // An id that the vocabulary lacks can stand in a configuration, and is never chosen.
     known.chain(named).chain(tokenizer.eos()).collect::<BTreeSet<u32>>().into_iter().collect()
 }
@@ -167,8 +175,8 @@ impl Settings {
         })
     }
 
-    /// What they name, where `id` knows the ids of tokens.
-    fn named(&self, dir: &Path, id: impl Fn(&str) -> Option<u32>) -> Result<Named> {
+    /// What they name, where `id` knows the ids of tokens; the chat template only where it is asked for.
+    fn named(&self, dir: &Path, id: impl Fn(&str) -> Option<u32>, template: bool) -> Result<Named> {
         let end = |key: &str| {
             let token = &self.tokenizer[key];
             let spelled = token.as_str().or_else(|| token["content"].as_str()).and_then(&id);
@@ -187,7 +195,10 @@ impl Settings {
                 .into_iter()
                 .flat_map(|c| ids(&c["eos_token_id"]))
                 .collect(),
-            template: if_there(read_text(&file, MAX_TEXT))?.map(|source| (file, source)).or_else(own),
+            template: match template {
+                true => if_there(read_text(&file, MAX_TEXT))?.map(|source| (file, source)).or_else(own),
+                false => None,
+            },
             add_bos: self.tokenizer["add_bos_token"] == Value::Bool(true),
         })
     }
@@ -197,19 +208,23 @@ fn directory(dir: &Path, options: &TextOptions) -> Result<TextModel> {
     let path = options.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
     if options.tokenizer.is_none() && !path.exists() {
         let reason =
-            "the checkpoint has no tokenizer; put its tokenizer.json there, or say where one is".into();
+            "the checkpoint has no tokenizer; put its tokenizer.json there, or say where one is with --tokenizer".into();
         return Err(Error::Config { path, reason });
     }
     let tokenizer = Tokenizer::from_file(&path)?;
-    let named = Settings::read(dir)?.named(dir, |token| tokenizer.token_id(token))?;
-    let bos = named.bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
-    let tokenizer = tokenizer.with_ends(bos, named.eos, named.add_bos);
+    let own_template = options.chat_template.is_none();
+    let named = Settings::read(dir)?.named(dir, |token| tokenizer.token_id(token), own_template)?;
+    let n = tokenizer.vocab_size();
+    for (key, id) in [("bos_token_id", named.bos), ("eos_token_id", named.eos)] {
+        if let Some(id) = id.filter(|&id| id as usize >= n) {
+            let reason = format!("has {n} tokens, and the checkpoint's {key} is {id}");
+            return Err(Error::Config { path, reason });
+        }
+    }
+    let tokenizer = tokenizer.with_ends(named.bos, named.eos, named.add_bos);
     let stop_tokens = stops(&tokenizer, named.stops);
     let (bos, eos) = ends(&tokenizer);
-    let chat = named
-        .template
-        .map(|(path, source)| ChatTemplate::new(&source, &bos, &eos).map_err(|e| at(&path, e)))
-        .transpose()?;
+    let chat = named.template.map(|(path, source)| ChatTemplate::new(&source, &bos, &eos).from_file(&path));
     Ok(TextModel { tokenizer, chat, stop_tokens, notes: Vec::new() })
 }
 
@@ -240,18 +255,18 @@ fn gguf(path: &Path, options: &TextOptions) -> Result<TextModel> {
     let header = Header::parse(&map).map_err(fail)?;
     let vocabulary = GgufVocabulary::read(&header.metadata).map_err(fail)?;
     let tokenizer = match &options.tokenizer {
-        Some(path) => Tokenizer::from_file(path)?.with_ends(
-            vocabulary.bos,
-            vocabulary.eos,
-            vocabulary.add_bos.unwrap_or(false),
-        ),
+        Some(file) => vocabulary.with_ends(Tokenizer::from_file(file)?).map_err(|reason| Error::Config {
+            path: path.into(),
+            reason: format!("does not fit the tokenizer {}: {reason}", file.display()),
+        })?,
         None => gguf_tokenizer(&header.metadata, &vocabulary).map_err(|e| at(path, e))?,
     };
     let own_stops = stop_ids(path, &header.metadata)?;
     // Whoever wrote the key took the template from the model's own directory.
     let trusted = own_stops.is_some();
     let stop_tokens = stops(&tokenizer, own_stops.unwrap_or_default().into_iter().chain(vocabulary.eot));
-    let (chat, notes) = gguf_chat(&vocabulary, &tokenizer, trusted).map_err(|e| at(path, e))?;
+    let (chat, notes) = gguf_chat(&vocabulary, &tokenizer, trusted);
+    let chat = chat.map(|chat| chat.from_file(path));
     Ok(TextModel { tokenizer, chat, stop_tokens, notes })
 }
 
@@ -274,14 +289,13 @@ fn gguf_tokenizer(metadata: &Metadata, vocabulary: &GgufVocabulary) -> Result<To
     let whole = metadata.str(TextModel::TOKENIZER_KEY).map_err(|e| Error::Invalid(e.to_string()))?;
     match whole {
         Some(text) => {
-            let tokenizer = super::tokenizer_json::parse(text.as_bytes())
-                .map_err(|reason| Error::Invalid(format!("{}: {reason}", TextModel::TOKENIZER_KEY)))?;
-            let bos = vocabulary.bos.filter(|&id| (id as usize) < tokenizer.vocab_size());
-            Ok(tokenizer.with_ends(bos, vocabulary.eos, vocabulary.add_bos.unwrap_or(false)))
+            let tokenizer = super::tokenizer_json::parse(text.as_bytes());
+            let built = tokenizer.and_then(|tokenizer| vocabulary.with_ends(tokenizer));
+            built.map_err(|reason| Error::Invalid(format!("{}: {reason}", TextModel::TOKENIZER_KEY)))
         }
-        None if vocabulary.tokens.is_empty() => {
-            Err(Error::Invalid("the file has no tokenizer; say where a tokenizer.json is".into()))
-        }
+        None if vocabulary.tokens.is_empty() => Err(Error::Invalid(
+            "the file has no tokenizer; say where a tokenizer.json is with --tokenizer".into(),
+        )),
         None => Tokenizer::from_bpe_arrays(vocabulary),
     }
 }
@@ -291,30 +305,23 @@ fn gguf_chat(
     vocabulary: &GgufVocabulary,
     tokenizer: &Tokenizer,
     trusted: bool,
-) -> Result<(Option<ChatTemplate>, Vec<String>)> {
+) -> (Option<ChatTemplate>, Vec<String>) {
     let (bos, eos) = ends(tokenizer);
     let own = vocabulary.chat_template.as_deref();
     let known = BITNET_2B.contains(&vocabulary.architecture.as_str()) && !(trusted && own.is_some());
     if !known && !own.is_some_and(ChatTemplate::is_known_wrong) {
-        return Ok((own.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?, Vec::new()));
+        return (own.map(|source| ChatTemplate::new(source, &bos, &eos)), Vec::new());
     }
-    // Without the beginning of the text, which the tokenizer adds where the template does not.
-    let right = ChatTemplate::new(BITNET_CHAT_TEMPLATE, "", "")?;
-    let says_the_same = |source: &str| {
-        let probe = [Message::new("system", "a "), Message::new("user", "b"), Message::new("assistant", "c")];
-        let own = ChatTemplate::new(source, "", "").and_then(|own| own.render(&probe, true));
-        own.is_ok_and(|text| right.render(&probe, true).is_ok_and(|expected| text == expected))
-    };
     let notes = match own {
-        Some(source) if says_the_same(source) => Vec::new(),
+        Some(source) if ChatTemplate::is_known_right(source) => Vec::new(),
         Some(_) => vec![
             "the chat template in the file is not the one that the model was trained with; using `Role: text<|eot_id|>` \
-             of BitNet b1.58 2B-4T instead"
+             of BitNet b1.58 2B-4T instead (--chat-template FILE uses another)"
                 .to_string(),
         ],
         None => vec!["the file has no chat template; using that of BitNet b1.58 2B-4T".to_string()],
     };
-    Ok((Some(ChatTemplate::new(BITNET_CHAT_TEMPLATE, &bos, &eos)?), notes))
+    (Some(ChatTemplate::new(BITNET_CHAT_TEMPLATE, &bos, &eos)), notes)
 }
 
 impl GgufVocabulary {

@@ -12,6 +12,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 use super::bytes::{Kind, Pieces, Spelling};
+use super::cut::{Cuts, PIECE};
 use super::gguf_vocabulary::GgufVocabulary;
 use super::stream::TokenStream;
 use crate::error::{Error, Result};
@@ -20,8 +21,9 @@ use crate::error::{Error, Result};
 const MAX_MISSING: usize = 1 << 16;
 /// Longest token (bytes).
 const MAX_TOKEN: usize = 1 << 16;
-/// Longest text that is encoded (bytes); the crate needs some tens of times as much memory.
-const MAX_TEXT: usize = 256 << 20;
+/// Longest text that is encoded (bytes): it is held in memory with 4 bytes a token, and taken apart for all that needs
+/// more.
+const MAX_TEXT: usize = 64 << 20;
 /// Longest run of white space that is encoded (characters). The pre-tokenizer's regular expression steps back through
 /// such runs, and its engine (fancy-regex) gives up after a million steps without saying so.
 const MAX_BLANK: usize = 250_000;
@@ -51,6 +53,7 @@ pub struct Tokenizer {
     encoder: tokenizers::Tokenizer,
     pieces: Pieces,
     spelling: Spelling,
+    cuts: Cuts,
     bos: Option<u32>,
     eos: Option<u32>,
     /// Prompts start with `bos`.
@@ -108,6 +111,7 @@ impl Tokenizer {
         if let Some(unk) = parts.unk.as_ref().filter(|unk| !vocab.contains_key(*unk)) {
             return Err(format!("the unknown token `{unk}` is not in the vocabulary"));
         }
+        let added: Vec<String> = parts.added.iter().map(|(_, token)| token.content.clone()).collect();
         let encoder = guarded("building it", || {
             let mut builder = BPE::builder()
                 .vocab_and_merges(vocab.into_iter().collect::<Vocab>(), parts.merges)
@@ -124,10 +128,17 @@ impl Tokenizer {
             encoder.add_tokens(parts.added.into_iter().map(|(_, token)| token))?;
             Ok(encoder)
         })?;
+        let ids = |text: &str| {
+            guarded("encoding", || encoder.encode_fast(text, false)).ok().map(|e| e.get_ids().to_vec())
+        };
+        let texts = (0..pieces.len() as u32).filter(|&id| pieces.kind(id) == Kind::Text);
+        let texts = texts.map(|id| pieces.bytes(id));
+        let cuts = Cuts::new(texts, &added, ids);
         Ok(Tokenizer {
             encoder,
             pieces,
             spelling,
+            cuts,
             bos: None,
             eos: None,
             starts_with_bos: false,
@@ -149,11 +160,22 @@ impl Tokenizer {
     }
 
     /// Tokens of `text`. Special tokens that stand in the text are recognised. With `add_special` the tokens that every
-    /// prompt of the model starts with are added.
+    /// prompt of the model starts with are added. A long text is tokenized piece by piece (64 KiB where it has spaces), so
+    /// that memory stays in proportion to a piece; the tokens are those of the whole text for every tokenizer of the
+    /// families that this crate's models have (`text/cut.rs` has the reasons and the limits).
     ///
     /// # Errors
-    /// A text that is too long to be encoded, in all or in one run of white space.
+    /// A text that is too long to be encoded: in all, in one run of white space, or in one word.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.encode_up_to(text, add_special, usize::MAX)
+    }
+
+    /// The first `limit` tokens of what [`Tokenizer::encode`] gives; no more of the text is tokenized than they need, up
+    /// to the end of a piece.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_up_to(&self, text: &str, add_special: bool, limit: usize) -> Result<Vec<u32>> {
         if text.len() > MAX_TEXT {
             return Err(Error::Invalid(format!(
                 "the text has {} bytes; at most {MAX_TEXT} can be tokenized at once",
@@ -166,13 +188,45 @@ impl Tokenizer {
                 "the text has a run of {blank} white-space characters; at most {MAX_BLANK} can be tokenized"
             )));
         }
-        let encoding = guarded("encoding", || self.encoder.encode_fast(text, add_special))
-            .map_err(|e| Error::Invalid(format!("the text cannot be tokenized: {e}")))?;
-        let mut ids = encoding.get_ids().to_vec();
-        if let Some(bos) = self.bos.filter(|_| add_special && self.insert_bos) {
+        self.encode_pieces(text, add_special, limit, PIECE)
+            .map_err(|e| Error::Invalid(format!("the text cannot be tokenized: {e}")))
+    }
+
+    /// The first `limit` tokens of `text`, in pieces of about `size` bytes.
+    fn encode_pieces(
+        &self,
+        text: &str,
+        special: bool,
+        limit: usize,
+        size: usize,
+    ) -> Result<Vec<u32>, String> {
+        let mut pieces = self.cuts.pieces(text, size);
+        let first = pieces.next()?;
+        let mut ids = self.encode_piece(first, special)?;
+        let mut suffix = Vec::new();
+        if special && !pieces.done() {
+            // What the post-processor puts behind the first piece belongs behind the last.
+            let plain = self.encode_piece(first, false)?;
+            let same = |k: &usize| ids[*k..].starts_with(&plain);
+            let before = (0..ids.len()).find(same).ok_or("the tokenizer's post-processor changes tokens")?;
+            suffix = ids.split_off(before + plain.len());
+        }
+        if let Some(bos) = self.bos.filter(|_| special && self.insert_bos) {
             ids.insert(0, bos);
         }
+        while !pieces.done() && ids.len() < limit {
+            let piece = pieces.next()?;
+            ids.append(&mut self.encode_piece(piece, false)?);
+        }
+        if pieces.done() {
+            ids.append(&mut suffix);
+        }
+        ids.truncate(limit);
         Ok(ids)
+    }
+
+    fn encode_piece(&self, text: &str, special: bool) -> Result<Vec<u32>, String> {
+        Ok(guarded("encoding", || self.encoder.encode_fast(text, special))?.get_ids().to_vec())
     }
 
     /// Tokens of a text that a chat template rendered: its special tokens are recognised, and it starts with the
@@ -181,9 +235,18 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.encode(text, false)?;
+        self.encode_chat_up_to(text, usize::MAX)
+    }
+
+    /// The first `limit` tokens of what [`Tokenizer::encode_chat`] gives.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub(super) fn encode_chat_up_to(&self, text: &str, limit: usize) -> Result<Vec<u32>> {
+        let mut ids = self.encode_up_to(text, false, limit)?;
         if let Some(bos) = self.bos.filter(|bos| self.starts_with_bos && ids.first() != Some(bos)) {
             ids.insert(0, bos);
+            ids.truncate(limit);
         }
         Ok(ids)
     }
@@ -339,4 +402,67 @@ fn longest_blank(text: &str) -> usize {
         longest = longest.max(run);
     }
     longest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+    }
+
+    #[test]
+    fn pieces_have_the_tokens_of_the_whole() {
+        let prose = std::fs::read_to_string(fixture("text/lighthouse.txt")).unwrap();
+        for kind in ["bpe", "spm"] {
+            let tokenizer =
+                Tokenizer::from_file(&fixture(&format!("tokenizer/{kind}/tokenizer.json"))).unwrap();
+            let golden = std::fs::read(fixture(&format!("tokenizer/{kind}/goldens.json"))).unwrap();
+            let golden: serde_json::Value = serde_json::from_slice(&golden).unwrap();
+            let cases = ["cases", "special_cases"].iter().flat_map(|key| golden[key].as_array().unwrap());
+            let cases: Vec<&str> = cases.map(|case| case["text"].as_str().unwrap()).collect();
+            // Odd texts beside each other, with and without a place to cut between them.
+            for text in
+                [prose.clone(), cases.concat(), cases.join(" "), cases.join(" x "), cases.join("\n y\r\n")]
+            {
+                let whole = tokenizer.encode_piece(&text, true).unwrap();
+                for size in [1, 7, 64, 1000] {
+                    let pieces = tokenizer.encode_pieces(&text, true, usize::MAX, size).unwrap();
+                    assert_eq!(pieces, whole, "{kind}, {size}");
+                    let mut cut = tokenizer.cuts.pieces(&text, size);
+                    let n = std::iter::from_fn(|| (!cut.done()).then(|| cut.next().unwrap().len())).count();
+                    assert!(n > text.len() / size.max(40) / 4, "{kind}, {size}: only {n} pieces");
+                }
+                for limit in [0, 1, 2, 30, whole.len(), whole.len() + 1] {
+                    let some = tokenizer.encode_pieces(&text, true, limit, 16).unwrap();
+                    assert_eq!(some, whole[..limit.min(whole.len())], "{kind}, {limit}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_limit_stops_the_work_early() {
+        let tokenizer = Tokenizer::from_file(&fixture("tokenizer/bpe/tokenizer.json")).unwrap();
+        // The second megabyte could not be tokenized at all.
+        let text = format!("{}{}", "a word or two ".repeat(80_000), "x".repeat(1 << 20));
+        assert_eq!(tokenizer.encode_up_to(&text, true, 500).unwrap().len(), 500);
+        let error = tokenizer.encode(&text, true).unwrap_err().to_string();
+        assert!(error.contains("cannot be tokenized") && error.contains("no single space"), "{error}");
+    }
+
+    #[test]
+    fn what_a_template_puts_behind_a_text_comes_behind_its_last_piece() {
+        let text = std::fs::read_to_string(fixture("tokenizer/spm/tokenizer.json")).unwrap();
+        let mut file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let start = file["post_processor"]["single"][0].clone();
+        file["post_processor"]["single"].as_array_mut().unwrap().push(start);
+        let tokenizer = super::super::tokenizer_json::parse(file.to_string().as_bytes()).unwrap();
+        let text = "one two three four five six";
+        let whole = tokenizer.encode(text, true).unwrap();
+        assert_eq!((whole.first(), whole.last()), (Some(&1), Some(&1)));
+        assert_eq!(tokenizer.encode_pieces(text, true, usize::MAX, 5).unwrap(), whole);
+        assert_eq!(tokenizer.encode_pieces(text, true, 4, 5).unwrap(), whole[..4]);
+    }
 }

@@ -15,6 +15,11 @@ use crate::error::{Error, Result};
 const MAX_FILE: u64 = 64 << 20;
 /// Longest text in the description of a processing step, such as a regular expression (bytes).
 const MAX_TEXT: usize = 4096;
+/// Longest text that a normalizer puts in the place of another (bytes).
+const MAX_REPLACEMENT: usize = 8;
+/// How many times as long normalizers may make a text, Unicode's own forms aside, which are bounded by their standard.
+/// `▁` in front of a text and in the place of every space is 12.
+const MAX_GROWTH: usize = 16;
 /// Deepest nesting of processing steps.
 const MAX_DEPTH: usize = 8;
 
@@ -124,6 +129,7 @@ fn parts(text: &[u8]) -> Result<Parts, String> {
     for (what, value, known) in steps {
         value.as_ref().map_or(Ok(()), |value| check_step(what, value, known, 0))?;
     }
+    check_growth(raw.normalizer.as_ref())?;
     let spelling = spelling(raw.decoder.as_ref(), raw.pre_tokenizer.as_ref())?;
     let merge = |m| match m {
         Merge::Pair(left, right) => Ok((left, right)),
@@ -175,6 +181,41 @@ fn check_step(what: &str, value: &Value, known: &[&str], depth: usize) -> Result
         }
         _ => Ok(()),
     }
+}
+
+/// Normalizers must not make a text much longer: what follows takes memory in proportion.
+fn check_growth(normalizer: Option<&Value>) -> Result<(), String> {
+    let mut steps = Vec::new();
+    flatten(normalizer, "normalizers", &mut steps, 0);
+    let mut growth = 1usize;
+    for step in steps {
+        let text = |key: &str| step.get(key).and_then(Value::as_str).unwrap_or("");
+        let times = match name(step) {
+            // Once for every stretch between two added tokens, which may be one byte.
+            "Prepend" => 1 + text("prepend").len(),
+            "Replace" => {
+                let content = text("content").len();
+                if content > MAX_REPLACEMENT {
+                    return Err(format!(
+                        "the normalizer `Replace` puts in {content} bytes; at most {MAX_REPLACEMENT} are accepted"
+                    ));
+                }
+                match step.pointer("/pattern/String").and_then(Value::as_str) {
+                    Some(pattern) if !pattern.is_empty() => content.div_ceil(pattern.len()).max(1),
+                    // An expression can match nothing, before every byte.
+                    _ => 1 + content,
+                }
+            }
+            _ => 1,
+        };
+        growth = growth.saturating_mul(times);
+    }
+    if growth > MAX_GROWTH {
+        return Err(format!(
+            "the normalizers can make a text {growth} times as long; at most {MAX_GROWTH} times is accepted"
+        ));
+    }
+    Ok(())
 }
 
 /// A template names only special tokens that it lists: the library looks them up without asking.
