@@ -5,11 +5,12 @@
 //! a bf16 cache it is the same session with another method; otherwise a second session is filled, read and dropped before
 //! the cells' own is made.
 
+use std::io::Read;
 use std::sync::Arc;
 
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::text::{TextModel, TextOptions};
+use longbit::text::{Distribution, TextModel, TextOptions};
 use longbit::{Checkpoint, Model, Session, SessionOptions};
 use longbit_protocol::{Job, MAX_TEXT_BYTES, Measure, Quality, TextFile};
 use longbit_sys::Team;
@@ -30,7 +31,7 @@ pub(crate) const NAME: &str = "text";
 
 /// The tokens of a job, and the logits that its cells are held against.
 pub(crate) struct TextRun {
-    /// All tokens of the text, after the one that begins a sequence where the model's prompts have it.
+    /// The tokens of the text that the job needs, after the one that begins a sequence where the model's prompts have it.
     tokens: Vec<u32>,
     /// Tokens in the cache when a step is decoded.
     context: usize,
@@ -55,8 +56,8 @@ pub(crate) fn tokens_needed(context: usize, measure: &Measure) -> usize {
 /// Reads the text of a job and makes its tokens with the checkpoint's tokenizer.
 pub(crate) fn read(job: &Job, file: &TextFile, checkpoint: &Checkpoint) -> Result<TextRun, WorkerError> {
     let text = read_file(file)?;
-    let tokens = encode(checkpoint, &text)?;
     let needed = tokens_needed(job.context, &job.measure);
+    let tokens = encode(checkpoint, &text, needed)?;
     if tokens.len() < needed {
         return Err(WorkerError::Request(format!(
             "{} has {} tokens, with the one that begins the sequence; a context of {} with its decoded tokens needs \
@@ -67,7 +68,7 @@ pub(crate) fn read(job: &Job, file: &TextFile, checkpoint: &Checkpoint) -> Resul
         )));
     }
     let vocab = checkpoint.config().vocab;
-    if let Some(&token) = tokens[..needed].iter().find(|&&t| t as usize >= vocab) {
+    if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
         return Err(longbit::Error::Token { token, vocab }.into());
     }
     Ok(TextRun {
@@ -82,14 +83,18 @@ pub(crate) fn read(job: &Job, file: &TextFile, checkpoint: &Checkpoint) -> Resul
 /// The text, once it is known to be the one that was planned.
 fn read_file(file: &TextFile) -> Result<String, WorkerError> {
     let cannot = |e: std::io::Error| WorkerError::Request(format!("cannot read {}: {e}", file.path));
-    let bytes = std::fs::metadata(&file.path).map_err(cannot)?.len();
-    if bytes > MAX_TEXT_BYTES {
+    if !std::fs::metadata(&file.path).map_err(cannot)?.is_file() {
+        return Err(WorkerError::Request(format!("{} is not a regular file", file.path)));
+    }
+    let mut bytes = Vec::new();
+    let opened = std::fs::File::open(&file.path).map_err(cannot)?;
+    opened.take(MAX_TEXT_BYTES + 1).read_to_end(&mut bytes).map_err(cannot)?;
+    if bytes.len() as u64 > MAX_TEXT_BYTES {
         return Err(WorkerError::Request(format!(
-            "{} has {bytes} bytes; a text has at most {MAX_TEXT_BYTES}",
+            "{} has more than {MAX_TEXT_BYTES} bytes, the most that a text may have",
             file.path
         )));
     }
-    let bytes = std::fs::read(&file.path).map_err(cannot)?;
     let found = hex(&Sha256::digest(&bytes));
     if found != file.sha256 {
         return Err(WorkerError::Request(format!(
@@ -102,14 +107,15 @@ fn read_file(file: &TextFile) -> Result<String, WorkerError> {
         .map_err(|e| WorkerError::Request(format!("{} is not UTF-8 text: {}", file.path, e.utf8_error())))
 }
 
-/// The tokens of a text, with those in front that every prompt of the model starts with.
-fn encode(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>, WorkerError> {
+/// The first `needed` tokens of a text, with those in front that every prompt of the model starts with; all, where there
+/// are fewer.
+fn encode(checkpoint: &Checkpoint, text: &str, needed: usize) -> Result<Vec<u32>, WorkerError> {
     let model = TextModel::open(checkpoint.path(), &TextOptions::default())?;
-    Ok(model.tokenizer.encode(text, true)?)
+    Ok(model.tokenizer.encode_up_to(text, true, needed)?)
 }
 
 impl TextRun {
-    /// Tokens of the whole text.
+    /// Tokens that were taken from the text.
     pub(crate) fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -163,7 +169,13 @@ impl TextRun {
     ) -> Result<(), WorkerError> {
         self.reference.clear();
         for step in 0..steps {
-            self.reference.push(session.decode(self.token(step))?.to_vec());
+            let logits = session.decode(self.token(step))?;
+            Distribution::new(logits).map_err(|e| {
+                WorkerError::Request(format!(
+                    "nothing can be held against the reference, dense attention over a bf16 cache, at step {step}: {e}"
+                ))
+            })?;
+            self.reference.push(logits.to_vec());
             progress(step as u64 + 1, steps as u64)?;
         }
         session.rewind(self.context);
@@ -180,7 +192,7 @@ impl TextRun {
         let mut steps = Vec::with_capacity(self.reference.len());
         for (step, reference) in self.reference.iter().enumerate() {
             let ours = session.decode(self.token(step))?;
-            steps.push(logits::compare(reference, ours, self.token(step + 1) as usize));
+            steps.push(logits::step(reference, ours, self.token(step + 1))?);
             progress(step as u64 + 1, self.reference.len() as u64)?;
         }
         session.rewind(self.context);

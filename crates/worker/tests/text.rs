@@ -138,7 +138,9 @@ fn the_reference_loses_nothing_and_a_window_loses_more_than_a_format() {
 
     let r = ready(&bf16);
     assert_eq!((r.fill, r.kv_bytes_stored), (Fill::Prefill, 300 * 4 * 2 * 2 * 64 * 2));
-    assert!(r.workload_stats["text.tokens"] > 2000.0 && r.workload_stats["text.bytes"] > 4000.0);
+    // The context, 24 compared steps and the token after the last; of the text no more is tokenised than that.
+    assert_eq!(r.workload_stats["text.tokens"], 325.0);
+    assert!(r.workload_stats["text.bytes"] > 4000.0);
     // Rows that the engine counted while it decoded the text: 4 layers x 2 KV heads.
     let rows: Vec<u64> =
         samples(&bf16).iter().filter(|s| s.cell == "cell1").map(|s| s.traffic.rows).collect();
@@ -276,4 +278,36 @@ fn resuming_a_text_measures_only_what_is_missing() {
     partly.cells[1].quality_done = true;
     let (_, events) = run(partly);
     assert!(!events.iter().any(|e| matches!(e, Event::Phase { what, .. } if what.contains("reference"))));
+}
+
+/// The tiny checkpoint in `dir`, its last norm multiplied beyond what logits can be.
+fn overflowing(dir: &std::path::Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    for entry in std::fs::read_dir(fixture("hf_bitnet/offline")).unwrap() {
+        let from = entry.unwrap().path();
+        std::fs::copy(&from, dir.join(from.file_name().unwrap())).unwrap();
+    }
+    let file = dir.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let norm = &tensors["model.norm.weight"];
+    assert_eq!(norm["dtype"], "BF16");
+    let at = |i: usize| 8 + header + norm["data_offsets"][i].as_u64().unwrap() as usize;
+    let range = at(0)..at(1);
+    // The largest bf16.
+    bytes[range].as_chunks_mut::<2>().0.iter_mut().for_each(|b| *b = [0x7f, 0x7f]);
+    std::fs::write(&file, bytes).unwrap();
+}
+
+#[test]
+fn a_reference_that_is_not_finite_ends_the_job() {
+    let dir = std::env::temp_dir().join(format!("longbit-overflow-{}", std::process::id()));
+    overflowing(&dir);
+    let mut broken = job("bf16", &[("dense", 1)]);
+    broken.model.path = path(&dir);
+    let (status, error) = fatal(broken);
+    assert_eq!(status, Status::Error);
+    assert!(error.contains("against the reference") && error.contains("not finite"), "{error}");
+    std::fs::remove_dir_all(&dir).unwrap();
 }
