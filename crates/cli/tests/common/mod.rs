@@ -174,6 +174,11 @@ pub(crate) fn get(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// A path as an argument.
+pub(crate) fn path(p: &Path) -> &str {
+    p.to_str().expect("a path in UTF-8")
+}
+
 /// The rows of CSV text.
 #[track_caller]
 pub(crate) fn rows(text: &str) -> Vec<Row> {
