@@ -15,12 +15,12 @@ use longbit::text::{GenerateOptions, Generation, Message, Progress, SamplerOptio
 use longbit::{Session, SessionOptions};
 use longbit_lab::Exit;
 
-use crate::Failure;
 use crate::model_args::{Opened, TextArgs};
 use crate::status::{Status, say};
+use crate::{Failure, Patient};
 
 /// Largest prompt or text that is read (bytes).
-const MAX_TEXT: u64 = 256 << 20;
+const MAX_TEXT: u64 = 64 << 20;
 
 /// The text of a file, or of standard input for `-`.
 pub(crate) fn read_text(flag: &str, path: &std::path::Path) -> Result<String, Failure> {
@@ -69,7 +69,8 @@ pub(crate) struct GenerateArgs {
     /// System message before the prompt.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub(crate) system: Option<String>,
-    /// A Jinja chat template to use instead of the checkpoint's own.
+    /// A Jinja chat template to use instead of the checkpoint's own. A template is a program and is trusted like the model:
+    /// its steps and its output are limited, the memory that it takes is not.
     #[arg(long, value_name = "FILE", requires = "chat")]
     pub(crate) chat_template: Option<PathBuf>,
     /// Tokens to generate, at the most.
@@ -113,7 +114,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) json: bool,
 }
 
-pub(crate) fn run(args: &GenerateArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
+pub(crate) fn run<W: Write>(args: &GenerateArgs, out: &mut Patient<W>) -> Result<Exit, Failure> {
     let opened = args.model.model.open()?;
     // Names are checked before the larger files are read.
     let (kv, how) = (kv_dtype(&args.kv)?, method(&args.method)?);
@@ -127,16 +128,17 @@ pub(crate) fn run(args: &GenerateArgs, out: &mut dyn Write) -> Result<Exit, Fail
     longbit::text::Sampler::new(sampler)?;
     let text = args.model.text(args.chat_template.clone())?;
     let prompt = prompt(args, &text)?;
+    let wanted = prompt.len().saturating_add(args.max_tokens);
     let capacity = match args.context {
         Some(context) if context < prompt.len() => {
             return Err(Failure::Usage(format!(
-                "--context {context}: the prompt alone has {} tokens",
-                prompt.len()
+                "--context {context}: the prompt alone has more tokens; give a larger one or a shorter prompt"
             )));
         }
         Some(context) => context,
-        None => prompt.len().saturating_add(args.max_tokens),
+        None => wanted,
     };
+    opened.note_positions("prompt and answer", wanted.min(capacity));
     let bytes = opened.footprint(&args.kv, &args.method, capacity)?;
     let rest = bytes.cache.saturating_add(bytes.index).saturating_add(bytes.scratch);
     Opened::check_memory(bytes.weights, rest, &format!("a cache of {capacity} tokens in {}", args.kv))?;
@@ -162,19 +164,21 @@ pub(crate) fn run(args: &GenerateArgs, out: &mut dyn Write) -> Result<Exit, Fail
             }
             Progress::Token { .. } | Progress::End { .. } => {}
         }
-        let stop = interrupted.load(Ordering::Relaxed);
+        // A reader that has left (`| head`) wants no more text.
+        let stop = interrupted.load(Ordering::Relaxed) || out.gone;
         Ok::<_, Failure>(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;
     status.clear();
     if args.json {
-        let document = document(args, &opened, &prompt, &done)?;
+        let document = document(args, &opened, &prompt, capacity, &done)?;
         writeln!(out, "{document:#}")?;
     } else if !done.text.ends_with('\n') {
         writeln!(out)?;
     }
     out.flush()?;
-    summarise(&text, &done);
-    Ok(if done.stop == StopReason::Interrupted { Exit::Incomplete } else { Exit::Ok })
+    let interrupted = interrupted.load(Ordering::Relaxed) && done.stop == StopReason::Interrupted;
+    summarise(&text, &done, interrupted);
+    Ok(if interrupted { Exit::Incomplete } else { Exit::Ok })
 }
 
 fn prompt(args: &GenerateArgs, text: &TextModel) -> Result<Vec<u32>, Failure> {
@@ -183,12 +187,15 @@ fn prompt(args: &GenerateArgs, text: &TextModel) -> Result<Vec<u32>, Failure> {
         (None, Some(path)) => read_text("--prompt-file", path)?,
         (None, None) => return Err(Failure::Usage("--prompt or --prompt-file is needed".into())),
     };
+    // One more than fits tells that it does not.
+    let limit = args.context.map_or(usize::MAX, |context| context.saturating_add(1));
     let tokens = if args.chat {
+        text.notes.iter().for_each(|note| say(&format!("note: {note}")));
         let system = args.system.iter().map(|system| Message::new("system", system));
         let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
-        text.encode_chat(&messages)?
+        text.encode_chat_up_to(&messages, limit)?
     } else {
-        text.tokenizer.encode(&prompt, true)?
+        text.tokenizer.encode_up_to(&prompt, true, limit)?
     };
     if tokens.is_empty() {
         return Err(Failure::Usage("--prompt: the prompt has no token".into()));
@@ -196,7 +203,7 @@ fn prompt(args: &GenerateArgs, text: &TextModel) -> Result<Vec<u32>, Failure> {
     Ok(tokens)
 }
 
-fn summarise(text: &TextModel, done: &Generation) {
+fn summarise(text: &TextModel, done: &Generation, interrupted: bool) {
     let rate = |rate: Option<f64>| rate.map_or("-".into(), |rate| format!("{rate:.1}"));
     let ms =
         |time: Option<Duration>| time.map_or("-".into(), |time| format!("{:.1}", time.as_secs_f64() * 1e3));
@@ -220,7 +227,8 @@ fn summarise(text: &TextModel, done: &Generation) {
         }
         StopReason::Length => "ended: as many tokens as asked for (--max-tokens)".into(),
         StopReason::Context => "ended: the cache is full (--context)".into(),
-        _ => "ended: interrupted".into(),
+        StopReason::Interrupted if !interrupted => "ended: nobody reads standard output any more".into(),
+        StopReason::Interrupted => "ended: interrupted".into(),
     });
 }
 
@@ -228,6 +236,7 @@ fn document(
     args: &GenerateArgs,
     opened: &Opened,
     prompt: &[u32],
+    capacity: usize,
     done: &Generation,
 ) -> Result<serde_json::Value, Failure> {
     let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
@@ -242,7 +251,13 @@ fn document(
         "head": args.model.model.head,
         "isa": longbit::isa()?,
         "threads": opened.threads,
+        "chat": args.chat,
+        "max_tokens": args.max_tokens,
+        "context": capacity,
         "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
         "seed": args.seed,
         "prompt_ids": prompt,
         "ids": done.tokens,

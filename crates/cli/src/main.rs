@@ -134,7 +134,7 @@ fn on(colour: Colour, terminal: bool) -> bool {
     }
 }
 
-fn dispatch(cli: Cli, matches: &clap::ArgMatches, out: &mut dyn Write) -> Result<Exit, Failure> {
+fn dispatch<W: Write>(cli: Cli, matches: &clap::ArgMatches, out: &mut Patient<W>) -> Result<Exit, Failure> {
     let color = on(cli.colour, std::io::stdout().is_terminal());
     let mut err = std::io::stderr();
     let options = |plan: args::PlanArgs, files| -> Result<run::RunOptions, Failure> {

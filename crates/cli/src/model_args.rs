@@ -90,11 +90,7 @@ pub(crate) struct TextArgs {
 impl TextArgs {
     pub(crate) fn text(&self, chat_template: Option<PathBuf>) -> Result<TextModel, Failure> {
         let options = TextOptions { tokenizer: self.tokenizer.clone(), chat_template };
-        let text = TextModel::open(&self.model.model, &options)?;
-        for note in &text.notes {
-            say(&format!("note: {note}"));
-        }
-        Ok(text)
+        Ok(TextModel::open(&self.model.model, &options)?)
     }
 }
 
@@ -123,7 +119,15 @@ impl Opened {
 
     /// Refuses what cannot fit memory: `weights` and `rest` are predicted bytes, `what` names the rest.
     pub(crate) fn check_memory(weights: u64, rest: u64, what: &str) -> Result<(), Failure> {
-        let needed = weights.saturating_add(rest).saturating_add(PROCESS_BYTES);
+        let alone = weights.saturating_add(PROCESS_BYTES);
+        refuse(alone, |usable| {
+            format!(
+                "not enough memory: the weights alone take {} and {usable} are available; a smaller head (--head int8), a \
+                 smaller model or more memory is needed",
+                gib(alone),
+            )
+        })?;
+        let needed = alone.saturating_add(rest);
         refuse(needed, |usable| {
             format!(
                 "not enough memory: {} are needed ({} of weights, {} for {what}) and {usable} are available; ask for fewer \
@@ -133,6 +137,17 @@ impl Opened {
                 gib(rest),
             )
         })
+    }
+
+    /// Says so where `what`, of so many `tokens`, goes beyond the positions that the model was trained for.
+    pub(crate) fn note_positions(&self, what: &str, tokens: usize) {
+        let trained = self.checkpoint.config().trained_positions;
+        if trained > 0 && tokens > trained {
+            say(&format!(
+                "note: {what} can take {tokens} tokens, and the model was trained for {trained} positions: expect worse \
+                 text beyond them"
+            ));
+        }
     }
 
     pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {

@@ -68,12 +68,13 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
         }
     }
     let text = args.model.text(None)?;
-    let mut tokens = text.tokenizer.encode(&read_text("--text", &args.text)?, false)?;
-    tokens.truncate(args.limit.unwrap_or(usize::MAX));
+    let limit = args.limit.unwrap_or(usize::MAX);
+    let tokens = text.tokenizer.encode_up_to(&read_text("--text", &args.text)?, false, limit)?;
     let bos = text.tokenizer.bos().filter(|_| text.tokenizer.prompts_start_with_bos());
     let options = PerplexityOptions { context: args.context, stride: args.stride, bos, variants };
     options.check(tokens.len()).map_err(|e| Failure::Usage(e.to_string()))?;
-    check_memory(args, &opened)?;
+    check_memory(&options, &opened)?;
+    opened.note_positions("a window", args.context);
     let (model, team) = opened.load()?;
 
     let interrupted = interrupts();
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
         return Ok(Exit::Incomplete);
     };
     if args.json {
-        writeln!(out, "{:#}", document(args, &opened, &options, tokens.len(), &scores))?;
+        writeln!(out, "{:#}", document(args, &opened, &options, tokens.len(), &scores)?)?;
     } else {
         let windows = options.windows(tokens.len());
         let (scored, stride) = (windows * args.stride, args.stride);
@@ -105,19 +106,23 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
-/// Weights once, and a cache for every KV dtype.
-fn check_memory(args: &PerplexityArgs, opened: &Opened) -> Result<(), Failure> {
-    let mut names: Vec<&str> = args.kv.iter().map(String::as_str).chain(["bf16"]).collect();
-    names.sort_unstable();
-    names.dedup();
-    let (mut weights, mut rest) = (0, 0u64);
-    for kv in &names {
-        let bytes = opened.footprint(kv, "dense", args.context)?;
+/// Weights once, a cache for every KV dtype, the largest index, since one method is at work at a time, and the logits
+/// that others are compared with.
+fn check_memory(options: &PerplexityOptions, opened: &Opened) -> Result<(), Failure> {
+    let (mut names, mut weights, mut rest, mut index) = (Vec::new(), 0, 0u64, 0u64);
+    for variant in options.all_variants()? {
+        let kv = variant.kv.name();
+        let bytes = opened.footprint(kv, &variant.method.canonical(), options.context)?;
         weights = bytes.weights;
-        rest = rest.saturating_add(bytes.cache).saturating_add(bytes.scratch);
+        index = index.max(bytes.index);
+        if !names.contains(&kv) {
+            names.push(kv);
+            rest = rest.saturating_add(bytes.cache).saturating_add(bytes.scratch);
+        }
     }
-    rest = rest.saturating_add(longbit::text::PerplexityOptions::MAX_BASELINE as u64);
-    let what = format!("caches of {} tokens in {}", args.context, names.join(", "));
+    let baseline = options.baseline_bytes(opened.checkpoint.config().vocab)?;
+    rest = rest.saturating_add(index).saturating_add(baseline as u64);
+    let what = format!("caches of {} tokens in {}", options.context, names.join(", "));
     Opened::check_memory(weights, rest, &what)
 }
 
@@ -166,7 +171,7 @@ fn document(
     options: &PerplexityOptions,
     tokens: usize,
     scores: &[Score],
-) -> serde_json::Value {
+) -> Result<serde_json::Value, Failure> {
     let score = |score: &Score| {
         serde_json::json!({
             "kv_dtype": score.kv,
@@ -184,16 +189,22 @@ fn document(
             })),
         })
     };
-    serde_json::json!({
+    Ok(serde_json::json!({
         "model": opened.checkpoint.path().display().to_string(),
         "text": args.text.display().to_string(),
         "head": args.model.model.head,
+        "isa": longbit::isa()?,
+        "threads": opened.threads,
+        "kv_dtypes": args.kv,
+        "methods": args.methods,
+        "limit": args.limit,
+        "bos": options.bos,
         "tokens": tokens,
         "context": options.context,
         "stride": options.stride,
         "windows": options.windows(tokens),
         "scores": scores.iter().map(score).collect::<Vec<_>>(),
-    })
+    }))
 }
 
 #[cfg(test)]

@@ -59,6 +59,11 @@ fn the_document_has_text_ids_and_timings() {
     assert_eq!(document["ids"].as_array().map(Vec::len), Some(20));
     assert_eq!(document["prompt_ids"][0], 509, "a prompt begins with the beginning of the text");
     assert_eq!((&document["stop"]["reason"], &document["method"]), (&"length".into(), &"dense".into()));
+    // What would be needed to do it again.
+    let prompt = document["prompt_ids"].as_array().map_or(0, Vec::len);
+    assert_eq!((&document["max_tokens"], &document["context"]), (&20.into(), &(prompt + 20).into()));
+    assert_eq!((&document["top_k"], &document["chat"]), (&40.into(), &false.into()));
+    assert_eq!((&document["top_p"], &document["min_p"]), (&0.95.into(), &0.05.into()));
     let timings = &document["timings"];
     assert_eq!(timings["step_ns"].as_array().map(Vec::len), Some(19));
     assert!(timings["prefill_ns"].as_u64() > Some(0) && timings["first_token_ns"].as_u64() > Some(0));
@@ -199,6 +204,38 @@ fn ctrl_c_ends_with_a_clean_line_and_a_summary() {
     assert!(err.contains("ended: interrupted") && err.contains("answer: "), "{err}");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_reader_that_leaves_ends_the_answer() {
+    use std::io::Read;
+    use std::process::Stdio;
+    let model = checkpoint();
+    let model = model.to_str().expect("a path in UTF-8");
+    // Without an end of its own it would go on for minutes.
+    let args = ["generate", "--model", model, "--prompt", "The", "--max-tokens", "200000", "--ignore-eos"];
+    let mut command = longbit(here(), &args);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let mut out = child.stdout.take().expect("a pipe");
+    out.read_exact(&mut [0]).expect("text");
+    drop(out);
+    let output = child.wait_with_output().expect("its end");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{err}");
+    assert!(err.contains("nobody reads") && err.contains("answer: "), "{err}");
+    let tokens = err.split("answer: ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<usize>().ok());
+    assert!(tokens.is_some_and(|n| n < 200_000), "{err}");
+}
+
+#[test]
+fn what_goes_beyond_the_trained_positions_is_said() {
+    let within = with("generate", &["--prompt", "x", "--max-tokens", "3"], &[]).expect(0);
+    assert!(!within.err.contains("trained"), "{}", within.err);
+    let beyond = ["--prompt", "x", "--max-tokens", "300", "--ignore-eos"];
+    with("generate", &beyond, &[]).expect(0).says(&["note: prompt and answer", "trained for 256 positions"]);
+    let small = [&beyond[..], &["--context", "100"]].concat();
+    assert!(!with("generate", &small, &[]).expect(0).err.contains("trained"));
+}
+
 #[test]
 fn perplexity_prints_a_line_for_each_format_and_method() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -229,5 +266,27 @@ fn perplexity_prints_a_line_for_each_format_and_method() {
         .says(&["stride"]);
     with("perplexity", &["--text", path, "--context", "4096"], &[]).expect(2).says(&["needs 4095"]);
     with("perplexity", &["--text", path, "--kv", "int3"], &[]).expect(2).says(&["int3"]);
-    with("perplexity", &["--help"], &[]).expect(0);
+    assert_eq!(
+        (&document["threads"], &document["limit"], &document["bos"]),
+        (&1.into(), &120.into(), &509.into())
+    );
+    assert_eq!(document["kv_dtypes"], serde_json::json!(["bf16", "f32"]));
+    assert_eq!(document["methods"], serde_json::json!(["dense", "window:sinks=1,window=8"]));
+    assert_eq!(document["isa"].as_str(), longbit::isa().ok());
+    let help = with("perplexity", &["--help"], &[]).expect(0).out;
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for words in [
+        "tokenized once",
+        "every --stride M",
+        "beginning-of-text token",
+        "prefilled densely in the KV dtype",
+        "decoded one by one with the method",
+        "between N-M and N-1 tokens before it",
+        "score the same tokens",
+        "left out",
+        "Dense bf16 is always measured",
+        "Standard errors treat tokens as independent",
+    ] {
+        assert!(help.contains(words), "{words}: {help}");
+    }
 }
