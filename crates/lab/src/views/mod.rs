@@ -55,7 +55,7 @@ fn json<T: serde::Serialize>(value: &T, out: &mut dyn Write) -> Result<()> {
 /// `list`: methods, KV dtypes, presets and workloads of an engine, with their parameters.
 ///
 /// # Errors
-/// [`LabError::Engine`], [`LabError::Output`].
+/// [`crate::LabError::Engine`], [`crate::LabError::Output`].
 pub fn list(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<Exit> {
     let c = engine.capabilities()?;
     if format == Format::Json {
@@ -230,7 +230,7 @@ fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
 /// `machine`: what this machine is, with its read bandwidth and what is likely to disturb a measurement.
 ///
 /// # Errors
-/// [`LabError::Engine`], [`LabError::Output`].
+/// [`crate::LabError::Engine`], [`crate::LabError::Output`].
 pub fn machine(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<Exit> {
     let mut here = machine::gather();
     let threads = machine::probe_threads(here.cpus_allowed);
