@@ -329,6 +329,44 @@ fn a_gguf_file_gives_the_same_and_its_wrong_template_is_replaced() {
 }
 
 #[test]
+fn both_ends_of_llama_3_stop_an_answer_whatever_the_file_says_of_them() {
+    use longbit::gguf::{Array, Value as Kv};
+    let dir = tempfile::tempdir().unwrap();
+    let right = vocabulary("bpe").token_types;
+    // Plain text and user-defined, as some conversions have it, and no key that names the second.
+    for kind in [1, 4] {
+        let mut kinds = right.clone();
+        kinds[509..512].fill(kind);
+        let changes = [
+            ("tokenizer.ggml.token_type", Kv::Array(Array::I32(kinds))),
+            ("tokenizer.ggml.eot_token_id", Kv::U32(510)),
+        ];
+        let path = gguf_file(dir.path(), "bpe", &changes);
+        let model = TextModel::open(&path, &TextOptions::default()).unwrap();
+        assert_eq!(model.stop_tokens, [510, 511], "{kind}");
+        let ids = model.tokenizer.encode("Hi<|eot_id|>", true).unwrap();
+        assert_eq!((ids.first(), ids.last()), (Some(&509), Some(&511)), "{kind}");
+        assert_eq!(model.tokenizer.decode(&ids, true).unwrap(), "Hi", "{kind}");
+    }
+    // A tokenizer given beside the file has the same ends, and must have room for them.
+    let path = gguf_file(dir.path(), "bpe", &[]);
+    let beside = |tokenizer: &str| {
+        let options = TextOptions { tokenizer: Some(fixture(tokenizer)), ..TextOptions::default() };
+        TextModel::open(&path, &options)
+    };
+    let model = beside("tokenizer/bpe/tokenizer.json").unwrap();
+    assert_eq!((model.tokenizer.bos(), model.tokenizer.prompts_start_with_bos()), (Some(509), true));
+    let path =
+        gguf_file(dir.path(), "bpe", &[("tokenizer.ggml.tokens", Kv::Array(Array::Strings(Vec::new())))]);
+    assert!(TextModel::open(&path, &TextOptions::default()).unwrap_err().to_string().contains("--tokenizer"));
+    let path = gguf_file(dir.path(), "bpe", &[("tokenizer.ggml.eos_token_id", Kv::U32(512))]);
+    let options =
+        TextOptions { tokenizer: Some(fixture("tokenizer/bpe/tokenizer.json")), ..TextOptions::default() };
+    let error = TextModel::open(&path, &options).unwrap_err().to_string();
+    assert!(error.contains("eos_token_id is 512; there are 512 tokens"), "{error}");
+}
+
+#[test]
 fn damaged_tokenizer_files_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tokenizer.json");
