@@ -1,7 +1,8 @@
 //! How long a checkpoint takes to be ready, against the time to read its bytes, and how much memory it takes on the way.
 //!
-//! The head is bf16, as every verb has it. Reading goes through a small buffer and keeps nothing. Reading and loading alternate (A B B A), from a cold page cache (the file's pages are dropped first) and from a warm
-//! one. Run alone on the machine:
+//! The head is bf16, as every verb has it. Two ways of reading stand beside it: through a small buffer that keeps nothing,
+//! and into memory. They alternate with loading, from a cold page cache (the file's pages are dropped first) and from a
+//! warm one. Run alone on the machine:
 //!
 //! ```sh
 //! cargo run --release -p longbit-benches --example load -- path/to/model.gguf
@@ -27,42 +28,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let bytes: u64 = files.iter().map(|f| std::fs::metadata(f).map(|m| m.len())).sum::<Result<u64, _>>()?;
     let team = Team::new(allowed_cpus().map_or(1, |cpus| cpus.len()), true)?;
     println!("{}: {:.3} GB, {} threads", path.display(), bytes as f64 / 1e9, team.threads());
+    let mut peak = None;
     for cold in [true, false] {
-        let (mut reads, mut loads) = (Vec::new(), Vec::new());
+        let (mut streams, mut copies, mut loads) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..ROUNDS {
-            let read = |times: &mut Vec<f64>| -> std::io::Result<()> {
-                prepare(&files, cold)?;
-                times.push(timed_read(&files)?);
-                Ok(())
-            };
-            if round % 2 == 0 {
-                read(&mut reads)?;
-            }
-            prepare(&files, cold)?;
-            loads.push(timed_load(&path, &options, &team)?);
+            let mut order = [Work::Stream, Work::Load, Work::Copy];
             if round % 2 == 1 {
-                read(&mut reads)?;
+                order.reverse();
+            }
+            for work in order {
+                prepare(&files, cold)?;
+                match work {
+                    Work::Stream => streams.push(timed_read(&files)?),
+                    Work::Copy => copies.push(timed_copy(&files)?),
+                    Work::Load => loads.push(timed_load(&path, &options, &team)?),
+                }
+                if matches!(work, Work::Load) && copies.is_empty() {
+                    peak = ProcessFacts::now().rss_peak_bytes;
+                }
             }
         }
-        let (read, load) = (median(&mut reads), median(&mut loads));
+        let (stream, copy, load) = (median(&mut streams), median(&mut copies), median(&mut loads));
+        println!("{} page cache, medians of {ROUNDS}:", if cold { "cold" } else { "warm" });
         println!(
-            "{} cache: read {read:.3} s ({:.2} GB/s), ready {load:.3} s, ratio {:.2}  (reads {reads:.3?}, loads {loads:.3?})",
-            if cold { "cold" } else { "warm" },
-            bytes as f64 / 1e9 / read,
-            load / read
+            "  read through a buffer  {stream:.3} s, {:.2} GB/s  {streams:.3?}",
+            bytes as f64 / 1e9 / stream
         );
+        println!("  read into memory       {copy:.3} s  {copies:.3?}");
+        println!("  model ready            {load:.3} s  {loads:.3?}");
+        println!("  ready / read: {:.2} through a buffer, {:.2} into memory", load / stream, load / copy);
     }
-    // Before the whole file is held once more.
-    let peak = ProcessFacts::now().rss_peak_bytes;
-    let mut copies = Vec::new();
-    for _ in 0..ROUNDS {
-        let clock = Instant::now();
-        for file in &files {
-            drop(std::fs::read(file)?);
-        }
-        copies.push(clock.elapsed().as_secs_f64());
-    }
-    println!("warm cache, into memory of its own: read {:.3} s  ({copies:.3?})", median(&mut copies.clone()));
     if let Some(peak) = peak {
         println!(
             "peak resident memory {:.3} GB, {:.3} of the file",
@@ -71,6 +66,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         );
     }
     Ok(())
+}
+
+/// What is timed.
+#[derive(Clone, Copy)]
+enum Work {
+    /// All bytes through a buffer that fits a cache; nothing is kept.
+    Stream,
+    /// All bytes into fresh memory, as a program has them that wants to use them.
+    Copy,
+    /// The checkpoint opened and its model built.
+    Load,
 }
 
 /// Drops the pages of the files from the page cache, or brings all of them in.
@@ -90,6 +96,15 @@ fn timed_read(files: &[PathBuf]) -> std::io::Result<f64> {
         while file.read(&mut buffer)? > 0 {}
     }
     Ok(clock.elapsed().as_secs_f64())
+}
+
+/// Seconds to read all bytes into memory that is asked for on the way.
+fn timed_copy(files: &[PathBuf]) -> std::io::Result<f64> {
+    let clock = Instant::now();
+    let held = files.iter().map(std::fs::read).collect::<std::io::Result<Vec<_>>>()?;
+    let seconds = clock.elapsed().as_secs_f64();
+    drop(held);
+    Ok(seconds)
 }
 
 /// Seconds until the model is ready.
