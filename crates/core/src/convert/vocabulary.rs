@@ -13,23 +13,10 @@ use crate::checkpoint::{Checkpoint, Container};
 use crate::error::{Error, Result};
 use crate::files::{if_there, read};
 use crate::gguf::{Array, Metadata, Value};
-use crate::text::{Named, TextModel, TextOptions};
+use crate::text::{LLAMA3_SPLIT, Named, TextModel, TextOptions, token_type};
 
 /// Largest tokenizer file that is carried over.
 const MAX_FILE: u64 = 64 << 20;
-
-/// The split of Llama 3, by which its tokenizers are known.
-const LLAMA3_SPLIT: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-
-/// `token_type` of llama.cpp.
-mod kind {
-    pub(super) const NORMAL: i32 = 1;
-    pub(super) const UNKNOWN: i32 = 2;
-    pub(super) const CONTROL: i32 = 3;
-    pub(super) const USER: i32 = 4;
-    pub(super) const UNUSED: i32 = 5;
-    pub(super) const BYTE: i32 = 6;
-}
 
 /// What a model knows of text, in both forms.
 #[derive(Clone, Debug, Default)]
@@ -349,7 +336,7 @@ impl TokenizerFile {
         let entries =
             self.model.vocab.as_object().ok_or_else(|| Unfit::Damaged("model.vocab is no object".into()))?;
         let mut tokens: Vec<String> = (0..vocab).map(|i| format!("[PAD{i}]")).collect();
-        let mut types = vec![kind::UNUSED; vocab];
+        let mut types = vec![token_type::UNUSED; vocab];
         let mut place = |id: u64, token: &str, kind: i32| {
             let place = usize::try_from(id).ok().filter(|id| *id < vocab).ok_or_else(|| {
                 Unfit::Damaged(format!("token {token:?} has id {id}; the model has {vocab} tokens"))
@@ -364,14 +351,14 @@ impl TokenizerFile {
                 && token.len() == 6
                 && token.starts_with("<0x")
                 && token.ends_with('>');
-            place(id, token, if byte { kind::BYTE } else { kind::NORMAL })?;
+            place(id, token, if byte { token_type::BYTE } else { token_type::NORMAL })?;
         }
         for token in &self.added_tokens {
             let unknown = self.model.unk_token.as_deref() == Some(&token.content);
             let kind = match (unknown, token.special) {
-                (true, _) => kind::UNKNOWN,
-                (false, true) => kind::CONTROL,
-                (false, false) => kind::USER,
+                (true, _) => token_type::UNKNOWN,
+                (false, true) => token_type::CONTROL,
+                (false, false) => token_type::USER_DEFINED,
             };
             place(u64::from(token.id), &token.content, kind)?;
         }

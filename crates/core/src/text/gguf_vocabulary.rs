@@ -28,17 +28,19 @@ const MERGES_A_TOKEN: usize = 8;
 /// relatives mark them as user-defined or as plain text.
 pub(super) const ENDS: &[&str] = &["<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>"];
 
-/// `tokenizer.ggml.token_type`.
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-const BYTE: i32 = 6;
+/// `tokenizer.ggml.token_type`, as llama.cpp numbers them.
+pub(crate) mod token_type {
+    pub(crate) const NORMAL: i32 = 1;
+    pub(crate) const UNKNOWN: i32 = 2;
+    pub(crate) const CONTROL: i32 = 3;
+    pub(crate) const USER_DEFINED: i32 = 4;
+    pub(crate) const UNUSED: i32 = 5;
+    pub(crate) const BYTE: i32 = 6;
+}
+use token_type::{BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED};
 
 /// How Llama 3 and its relatives split text (the regular expression of its `tokenizer.json`).
-const LLAMA3: &[&str] = &[
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-];
+pub(crate) const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// How GPT-2 does.
 const GPT2: &[&str] = &[r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"];
 /// What llama.cpp does for `default`, one expression after the other.
@@ -62,7 +64,7 @@ struct Pre {
 const PRES: &[Pre] = &[
     Pre {
         names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-e", "falcon_e"],
-        expressions: LLAMA3,
+        expressions: &[LLAMA3_SPLIT],
         ignore_merges: true,
         add_bos: true,
     },

@@ -21,6 +21,7 @@ pub use chat::{BITNET_CHAT_TEMPLATE, ChatTemplate, Message};
 pub use compare::{Compared, Distribution, compare};
 pub use generate::{GenerateOptions, Generation, Progress, StopReason, generate};
 pub use gguf_vocabulary::GgufVocabulary;
+pub(crate) use gguf_vocabulary::{LLAMA3_SPLIT, token_type};
 pub(crate) use model::Named;
 pub use model::{TextModel, TextOptions};
 pub use perplexity::{Difference, PerplexityOptions, Score, Scored, Variant, perplexity};
