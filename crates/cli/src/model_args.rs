@@ -152,7 +152,14 @@ impl Opened {
 
     pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
         let team = Arc::new(Team::new(self.threads, true).map_err(longbit::Error::from)?);
-        Ok((Arc::new(self.checkpoint.load(self.head, &team)?), team))
+        let model = self.checkpoint.load(self.head, &team)?;
+        if model.rounded > 0 {
+            say(&format!(
+                "note: {} numbers of the embedding or head are wider than bf16 and were rounded; --head f32 keeps them",
+                model.rounded
+            ));
+        }
+        Ok((Arc::new(model), team))
     }
 }
 

@@ -114,3 +114,14 @@ fn a_damaged_checkpoint_is_an_error_that_names_the_tensor() {
     assert!(config_cut.contains("config.json"), "{config_cut}");
     ask(&[], &config);
 }
+
+/// Wider numbers than the head can hold are said, with the flag that keeps them.
+#[test]
+fn rounding_of_the_head_is_said() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let wide = root().join("fixtures/hf_1bitllm");
+    let args = ["logits", "--model", path(&wide), "--tokens", "1,2,3"];
+    run(dir.path(), &args).expect(0).says(&["were rounded", "--head f32"]);
+    let exact = run(dir.path(), &[&args[..], &["--head", "f32"]].concat()).expect(0);
+    assert!(!exact.err.contains("rounded"), "{}", exact.err);
+}
