@@ -31,7 +31,7 @@ Examples:
 
 Exit codes: 0 done, 1 tool or I/O error, 2 usage or invalid file, 3 regression proven, 4 verification failed,
 5 inconclusive (with --strict), 6 incomplete.
-LONGBIT_ISA=scalar|avx2|avx512|avx512-vnni forces an instruction set.";
+LONGBIT_ISA=scalar|neon|avx2|avx-vnni|avx512|avx512-vnni|avx512-vbmi forces an instruction set.";
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Colour {

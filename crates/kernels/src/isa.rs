@@ -11,14 +11,18 @@ pub const ISA_VARIABLE: &str = "LONGBIT_ISA";
 pub enum Isa {
     /// Plain Rust, on every machine.
     Scalar,
-    /// ARM NEON. Named so that results can speak of it; this build carries no table for it.
+    /// AArch64 with NEON and the int8 dot products of `dotprod`.
     Neon,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// [`Isa::Avx2`] with the 256-bit int8 dot products of AVX-VNNI.
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// [`Isa::Avx512`] with the int8 dot products of AVX-512 VNNI.
     Avx512Vnni,
+    /// [`Isa::Avx512Vnni`] with the byte permutations of AVX-512 VBMI.
+    Avx512Vbmi,
 }
 
 /// Why an instruction set cannot be used.
@@ -52,7 +56,8 @@ fn names(isas: &[Isa]) -> String {
 
 impl Isa {
     /// Every instruction set, from plainest to fastest.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Vbmi];
 
     /// The name used in `LONGBIT_ISA` and in result columns.
     pub fn as_str(self) -> &'static str {
@@ -60,8 +65,10 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512-vnni",
+            Isa::Avx512Vbmi => "avx512-vbmi",
         }
     }
 
@@ -78,11 +85,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => token::Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => token::AvxVnni::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => token::Avx512::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => token::Avx512Vnni::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vbmi => token::Avx512Vbmi::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => false,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Vbmi => false,
         }
     }
 }
@@ -115,9 +126,29 @@ pub(crate) mod token {
     /// Proof of AVX-512 F, BW, DQ and VL (and of AVX2 and FMA).
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(());
+    /// Proof of AVX-VNNI besides [`Avx2`].
+    #[derive(Clone, Copy)]
+    pub(crate) struct AvxVnni(());
     /// Proof of AVX-512 VNNI besides [`Avx512`].
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512Vnni(());
+    /// Proof of AVX-512 VBMI besides [`Avx512Vnni`].
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512Vbmi(());
+
+    impl AvxVnni {
+        pub(crate) fn detect() -> Option<AvxVnni> {
+            Avx2::detect()?;
+            is_x86_feature_detected!("avxvnni").then_some(AvxVnni(()))
+        }
+    }
+
+    impl Avx512Vbmi {
+        pub(crate) fn detect() -> Option<Avx512Vbmi> {
+            Avx512Vnni::detect()?;
+            is_x86_feature_detected!("avx512vbmi").then_some(Avx512Vbmi(()))
+        }
+    }
 
     impl Avx2 {
         pub(crate) fn detect() -> Option<Avx2> {

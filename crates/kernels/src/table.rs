@@ -101,6 +101,11 @@ static AVX512: Kernels = Kernels { isa: Isa::Avx512, float: &avx512::TABLE, tern
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Kernels =
     Kernels { isa: Isa::Avx512Vnni, float: &avx512::TABLE, ternary: &ternary_vnni::TABLE };
+#[cfg(target_arch = "x86_64")]
+static AVX512_VBMI: Kernels =
+    Kernels { isa: Isa::Avx512Vbmi, float: &avx512::TABLE, ternary: &ternary_vnni::TABLE };
+#[cfg(target_arch = "x86_64")]
+static AVX_VNNI: Kernels = Kernels { isa: Isa::AvxVnni, float: &avx2::TABLE, ternary: &ternary_avx2::TABLE };
 
 static SCALAR: Kernels =
     Kernels { isa: Isa::Scalar, float: &scalar::TABLE, ternary: &crate::ternary::scalar::TABLE };
@@ -116,9 +121,13 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => token::Avx512::detect().map(|_| &AVX512),
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => token::AvxVnni::detect().map(|_| &AVX_VNNI),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => token::Avx512Vnni::detect().map(|_| &AVX512_VNNI),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vbmi => token::Avx512Vbmi::detect().map(|_| &AVX512_VBMI),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => None,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Vbmi => None,
         }
     }
 
