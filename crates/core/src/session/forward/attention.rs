@@ -1,0 +1,185 @@
+//! Attention of a pass: rows of the new tokens go into the cache, then every (KV head, tokens) task makes a partial, and
+//! the partials of a head are merged.
+
+use std::ops::Range;
+
+use longbit_sys::Worker;
+
+use super::super::scratch::{BLOCK_TOKENS, Private};
+use super::Pass;
+use crate::attention::{CHUNK_TOKENS, GroupQuery, Selection, attend_chunk, chunks, partial};
+
+impl Pass<'_> {
+    /// Rotates and appends the keys and values of one KV head, rotates its queries, and lets the method decide.
+    pub(super) fn append(&self, p: &mut Private, l: usize, kv_head: usize) {
+        let config = &self.model.config;
+        let (d, group, n) = (config.head_dim, config.group(), self.tokens.len());
+        let (q_rows, kv_rows) = (config.q_rows(), config.kv_rows());
+        let kernels = self.kernels();
+        let scale = 1.0 / (d as f32).sqrt();
+        let width = group * d;
+        p.row.resize(n * d, 0.0);
+        p.row2.resize(n * d, 0.0);
+        let mut queries = self.scratch.queries.write(kv_head);
+        for j in 0..n {
+            let keys = &mut p.row[j * d..(j + 1) * d];
+            let values = &mut p.row2[j * d..(j + 1) * d];
+            let query = &mut queries[j * width..(j + 1) * width];
+            if let Some(supplied) = self.supplied {
+                let at = (l * config.kv_heads + kv_head) * d;
+                query.copy_from_slice(&supplied.queries[at * group..(at + d) * group]);
+                keys.copy_from_slice(&supplied.keys[at..at + d]);
+                values.copy_from_slice(&supplied.values[at..at + d]);
+            } else {
+                let qkv = &self.scratch.qkv;
+                qkv.gather(j, n, kv_head * width..(kv_head + 1) * width, query);
+                qkv.gather(j, n, q_rows + kv_head * d..q_rows + (kv_head + 1) * d, keys);
+                let first = q_rows + kv_rows + kv_head * d;
+                qkv.gather(j, n, first..first + d, values);
+                let at = self.position + j;
+                let (cos, sin) = (self.rope.cos(at..at + 1), self.rope.sin(at..at + 1));
+                for head in query.chunks_exact_mut(d).chain(std::iter::once(keys)) {
+                    kernels.rope(head, cos, sin);
+                }
+            }
+            kernels.scale(query, scale);
+        }
+        let mut kv = self.cache.head_mut(l, kv_head);
+        // Room was checked before the pass; a refusal leaves the head short, which `KvCache::set_len` reports.
+        if kv.append(&p.row[..n * d], &p.row2[..n * d]).is_err() {
+            return;
+        }
+        let mut state = self.attention.head(l, kv_head);
+        state.appended(&kv, self.position);
+        if n == 1 {
+            let mut selection = self.scratch.selections[kv_head].write().unwrap_or_else(|e| e.into_inner());
+            selection.clear();
+            match self.decoding {
+                true => {
+                    state.select(GroupQuery { rows: &queries[..width], head_dim: d }, &kv, &mut selection)
+                }
+                false => selection.spans.push(0..kv.len()),
+            }
+            let rows = selection.tokens() as u64;
+            self.scratch.count(rows * 2 * kv.row_bytes() as u64, selection.index_bytes, rows);
+        }
+    }
+
+    /// Lists the tasks of all KV heads: runs of pieces of at most [`CHUNK_TOKENS`] tokens together.
+    fn list_tasks(&self, pieces: &mut Vec<Range<usize>>, tasks: &mut Vec<(usize, Range<usize>)>) {
+        pieces.clear();
+        tasks.clear();
+        for (kv_head, selection) in self.scratch.selections.iter().enumerate() {
+            let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
+            let mut held = CHUNK_TOKENS;
+            for piece in chunks(&selection.spans) {
+                if held + piece.len() > CHUNK_TOKENS {
+                    tasks.push((kv_head, pieces.len()..pieces.len()));
+                    held = 0;
+                }
+                held += piece.len();
+                pieces.push(piece);
+                if let Some((_, range)) = tasks.last_mut() {
+                    range.end = pieces.len();
+                }
+            }
+        }
+    }
+
+    pub(super) fn decode_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
+        let (s, kernels, d) = (self.scratch, self.kernels(), self.model.config.head_dim);
+        let (mut pieces, mut tasks) = (std::mem::take(&mut p.pieces), std::mem::take(&mut p.tasks));
+        self.list_tasks(&mut pieces, &mut tasks);
+        for slot in worker.range(tasks.len()) {
+            let (kv_head, range) = tasks[slot].clone();
+            let queries = s.queries.read();
+            let width = self.model.config.group() * d;
+            let queries = &queries[kv_head * width..(kv_head + 1) * width];
+            let kv = self.cache.head(l, kv_head);
+            let next = match tasks.get(slot + 1) {
+                Some((head, range)) if *head == kv_head => pieces.get(range.start),
+                _ => None,
+            };
+            let mut out = s.partials.write(slot);
+            attend_chunk(kernels, queries, &kv, &pieces[range], next, &mut p.attend, &mut out);
+        }
+        worker.barrier();
+        let slot_len = self.model.config.group() * partial::stride(d);
+        p.partials.resize(slot_len, 0.0);
+        for kv_head in worker.range(self.model.config.kv_heads) {
+            partial::clear(&mut p.partials, d);
+            let partials = s.partials.read();
+            for slot in (0..tasks.len()).filter(|&t| tasks[t].0 == kv_head) {
+                partial::merge(
+                    kernels,
+                    &mut p.partials,
+                    &partials[slot * slot_len..(slot + 1) * slot_len],
+                    d,
+                );
+            }
+            let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
+            if !selection.tail.is_empty() {
+                partial::merge(kernels, &mut p.partials, &selection.tail, d);
+            }
+            let mut out = s.attn.write(kv_head);
+            partial::finish(kernels, &p.partials, d, &mut out);
+            if self.capture {
+                s.capture(l * self.model.config.kv_heads + kv_head, &out);
+            }
+        }
+        (p.pieces, p.tasks) = (pieces, tasks);
+    }
+
+    /// Causal attention of all tokens, chunk by chunk so that a chunk's rows stay in cache for a block of queries.
+    pub(super) fn prefill_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
+        let (s, kernels, config) = (self.scratch, self.kernels(), &self.model.config);
+        let (d, n) = (config.head_dim, self.tokens.len());
+        let width = config.group() * d;
+        let slot = config.group() * partial::stride(d);
+        let blocks = n.div_ceil(BLOCK_TOKENS);
+        for task in worker.range(config.kv_heads * blocks) {
+            let (kv_head, block) = (task / blocks, task % blocks);
+            let mine = block * BLOCK_TOKENS..n.min((block + 1) * BLOCK_TOKENS);
+            let kv = self.cache.head(l, kv_head);
+            let queries = s.queries.read();
+            let queries = &queries[kv_head * s.tokens() * width..];
+            p.partials.resize((BLOCK_TOKENS + 1) * slot, 0.0);
+            let (part, running) = p.partials.split_at_mut(slot);
+            partial::clear(running, d);
+            let seen = 0..self.position + mine.end;
+            for chunk in chunks(std::slice::from_ref(&seen)) {
+                for (i, j) in mine.clone().enumerate() {
+                    let visible = chunk.start..chunk.end.min(self.position + j + 1);
+                    if visible.is_empty() {
+                        continue;
+                    }
+                    let query = &queries[j * width..(j + 1) * width];
+                    attend_chunk(kernels, query, &kv, &[visible], None, &mut p.attend, part);
+                    partial::merge(kernels, &mut running[i * slot..(i + 1) * slot], part, d);
+                }
+            }
+            let mut out = s.attn.write(kv_head * s.blocks + block);
+            for i in 0..mine.len() {
+                partial::finish(
+                    kernels,
+                    &running[i * slot..(i + 1) * slot],
+                    d,
+                    &mut out[i * width..(i + 1) * width],
+                );
+            }
+        }
+    }
+
+    /// The attention output of one token, heads one after another.
+    pub(super) fn gather_heads(&self, token: usize, row: &mut [f32]) {
+        let (s, config) = (self.scratch, &self.model.config);
+        let width = config.group() * config.head_dim;
+        let block_len = BLOCK_TOKENS.min(s.tokens()) * width;
+        let attn = s.attn.read();
+        for (kv_head, out) in row.chunks_exact_mut(width).enumerate() {
+            let block = kv_head * s.blocks + token / BLOCK_TOKENS;
+            let at = block * block_len + token % BLOCK_TOKENS * width;
+            out.copy_from_slice(&attn[at..at + width]);
+        }
+    }
+}

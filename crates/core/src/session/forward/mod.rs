@@ -1,0 +1,218 @@
+//! One pass of some tokens through the model, run by every thread of the team.
+//!
+//! Threads own tokens (norms, residual), rows (projections), KV heads (rotation, append, selection) and attention
+//! tasks, each by a fixed range, and meet at a barrier where one kind of ownership hands over to the next. With a single
+//! token every thread keeps the residual stream itself: repeating a norm costs less than another barrier.
+
+mod attention;
+mod ffn;
+mod head;
+
+use std::ops::Range;
+
+use longbit_kernels::{Kernels, Quantized};
+use longbit_sys::{Shared, Worker};
+
+use super::Supplied;
+use super::scratch::{ActBuffer, Private, Scratch};
+use super::stage::{Acts, Stage};
+use crate::attention::Attention;
+use crate::kv::KvCache;
+use crate::model::{Layer, Model, RopeTable};
+
+/// Which logits a pass computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Want {
+    /// Of the last token.
+    Last,
+    /// Of every token.
+    All,
+}
+
+/// The residual stream laid open, for comparing layer by layer.
+pub(super) struct Tracing<'a> {
+    /// `[layers][tokens][hidden]`.
+    pub(super) forced: Option<&'a [f32]>,
+    /// `[layers][tokens][hidden]`, one stripe a (layer, token).
+    pub(super) out: Shared<f32>,
+}
+
+pub(super) struct Pass<'a> {
+    pub(super) model: &'a Model,
+    pub(super) cache: &'a KvCache,
+    pub(super) attention: &'a Attention,
+    pub(super) rope: &'a RopeTable,
+    pub(super) scratch: &'a Scratch,
+    pub(super) tokens: &'a [u32],
+    /// Position of the first token.
+    pub(super) position: usize,
+    pub(super) supplied: Option<&'a Supplied>,
+    pub(super) want: Want,
+    /// A decode step, which the method serves; anything else is prefill, dense and causal, whatever its length.
+    pub(super) decoding: bool,
+    pub(super) capture: bool,
+    pub(super) tracing: Option<&'a Tracing<'a>>,
+}
+
+impl Pass<'_> {
+    fn kernels(&self) -> &'static Kernels {
+        self.model.kernels
+    }
+
+    /// Tokens whose residual stream the thread keeps.
+    fn owned(&self, worker: &Worker<'_>) -> Range<usize> {
+        if self.tokens.len() == 1 { 0..1 } else { worker.range(self.tokens.len()) }
+    }
+
+    pub(super) fn run(&self, worker: &Worker<'_>) {
+        let mut private = self.scratch.private[worker.index()].lock().unwrap_or_else(|e| e.into_inner());
+        let p = &mut *private;
+        let hidden = self.model.config.hidden;
+        p.residual.resize(self.owned(worker).len() * hidden, 0.0);
+        for (i, token) in self.owned(worker).enumerate() {
+            let id = self.tokens[token] as usize;
+            self.model.embedding.read(self.kernels(), id, &mut p.residual[i * hidden..(i + 1) * hidden]);
+        }
+        for (l, layer) in self.model.layers.iter().enumerate() {
+            if let Some(forced) = self.tracing.and_then(|t| t.forced) {
+                let first = (l * self.tokens.len() + self.owned(worker).start) * hidden;
+                let numbers = first..first + p.residual.len();
+                p.residual.copy_from_slice(&forced[numbers]);
+            }
+            self.attention_block(worker, p, l, layer);
+            self.ffn_block(worker, p, layer);
+            if let Some(tracing) = self.tracing {
+                for (row, token) in p.residual.chunks_exact(hidden).zip(self.owned(worker)) {
+                    tracing.out.write(l * self.tokens.len() + token).copy_from_slice(row);
+                }
+            }
+        }
+        self.head(worker, p);
+    }
+
+    /// Residual += O(attention(norm(residual))).
+    fn attention_block(&self, worker: &Worker<'_>, p: &mut Private, l: usize, layer: &Layer) {
+        let s = self.scratch;
+        self.project_residual(worker, p, &layer.input_norm, &s.qkv, &[&layer.q, &layer.k, &layer.v]);
+        worker.barrier();
+        for kv_head in worker.range(self.model.config.kv_heads) {
+            self.append(p, l, kv_head);
+        }
+        worker.barrier();
+        if self.tokens.len() == 1 {
+            self.decode_attention(worker, p, l);
+        } else {
+            self.prefill_attention(worker, p, l);
+        }
+        worker.barrier();
+        let norm = layer.attn_sub_norm.as_deref();
+        self.project(worker, p, norm, &s.attn_acts, &s.o, &[&layer.o], |token, row| {
+            self.gather_heads(token, row)
+        });
+        worker.barrier();
+        self.add_to_residual(worker, p, &s.o);
+    }
+
+    /// Quantised `norm(residual)` of all tokens, given to `then`.
+    fn with_residual_acts(
+        &self,
+        worker: &Worker<'_>,
+        p: &mut Private,
+        norm: &[f32],
+        then: impl FnOnce(&Acts<'_>),
+    ) {
+        let residual = std::mem::take(&mut p.residual);
+        let first = self.owned(worker).start;
+        let hidden = norm.len();
+        let source = |token: usize, row: &mut [f32]| {
+            row.copy_from_slice(&residual[(token - first) * hidden..(token - first + 1) * hidden]);
+        };
+        self.with_acts(worker, p, Some(norm), &self.scratch.hidden_acts, hidden, source, then);
+        p.residual = residual;
+    }
+
+    fn project_residual(
+        &self,
+        worker: &Worker<'_>,
+        p: &mut Private,
+        norm: &[f32],
+        stage: &Stage,
+        linears: &[&crate::model::TernaryLinear],
+    ) {
+        let (w, tokens) = (worker.index(), self.tokens.len());
+        self.with_residual_acts(worker, p, norm, |acts| {
+            stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
+        });
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call site each for attention and feed-forward")]
+    fn project(
+        &self,
+        worker: &Worker<'_>,
+        p: &mut Private,
+        norm: Option<&[f32]>,
+        buffer: &ActBuffer,
+        stage: &Stage,
+        linears: &[&crate::model::TernaryLinear],
+        source: impl Fn(usize, &mut [f32]),
+    ) {
+        let (w, tokens) = (worker.index(), self.tokens.len());
+        let cols = linears[0].shape.cols;
+        self.with_acts(worker, p, norm, buffer, cols, source, |acts| {
+            stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
+        });
+    }
+
+    /// Normalises and quantises one row of `cols` numbers a token, taken from `source`, and gives all of them to `then`.
+    /// A single token is quantised by every thread for itself; several are shared out and met at a barrier.
+    #[allow(clippy::too_many_arguments, reason = "the one place where norms meet quantisation")]
+    fn with_acts(
+        &self,
+        worker: &Worker<'_>,
+        p: &mut Private,
+        norm: Option<&[f32]>,
+        buffer: &ActBuffer,
+        cols: usize,
+        source: impl Fn(usize, &mut [f32]),
+        then: impl FnOnce(&Acts<'_>),
+    ) {
+        let kernels = self.kernels();
+        let eps = self.model.config.rms_eps;
+        p.row.resize(cols, 0.0);
+        p.row2.resize(cols, 0.0);
+        let (row, normed) = (&mut p.row, &mut p.row2);
+        let mut quantize = |token: usize, codes: &mut [i8]| -> Quantized {
+            source(token, row);
+            match norm {
+                Some(weight) => {
+                    kernels.rmsnorm(row, weight, eps, normed);
+                    kernels.quantize_activations(normed, codes)
+                }
+                None => kernels.quantize_activations(row, codes),
+            }
+        };
+        if self.tokens.len() == 1 {
+            p.codes.resize(buffer.padded, 0);
+            let quantized = [quantize(0, &mut p.codes)];
+            then(&Acts { codes: &p.codes, quantized: &quantized });
+        } else {
+            for token in self.owned(worker) {
+                let quantized = quantize(token, &mut buffer.codes.write(token));
+                buffer.quantized.write(token)[0] = quantized;
+            }
+            worker.barrier();
+            let n = self.tokens.len();
+            let (codes, quantized) = (buffer.codes.read(), buffer.quantized.read());
+            then(&Acts { codes: &codes[..n * buffer.padded], quantized: &quantized[..n] });
+        }
+    }
+
+    fn add_to_residual(&self, worker: &Worker<'_>, p: &mut Private, stage: &Stage) {
+        let hidden = stage.rows();
+        p.row.resize(hidden, 0.0);
+        for (i, token) in self.owned(worker).enumerate() {
+            stage.gather(token, self.tokens.len(), 0..hidden, &mut p.row[..hidden]);
+            self.kernels().add_assign(&mut p.residual[i * hidden..(i + 1) * hidden], &p.row[..hidden]);
+        }
+    }
+}
