@@ -41,7 +41,7 @@ pub use model::{
     Activation, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Preset, RopeTable, Table,
     TableFormat, TernaryLinear, preset,
 };
-pub use session::{Session, SessionOptions, Supplied, Traffic};
+pub use session::{Op, OpTotal, Profile, Session, SessionOptions, Supplied, Traffic};
 
 /// Name of the instruction set that models built in this process use: the best one, or what `LONGBIT_ISA` names.
 ///

@@ -5,6 +5,7 @@
 //! instruction set.
 
 mod forward;
+mod profile;
 mod scratch;
 mod stage;
 
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
 use crate::model::{Model, RopeTable};
 use forward::{Pass, Tracing, Want};
+pub use profile::{Op, OpTotal, Profile};
 use scratch::Scratch;
 
 /// Bytes and rows that the attention of the last decode step read, summed over layers and KV heads.
@@ -85,6 +87,8 @@ pub struct Session {
     prefill: Option<Scratch>,
     logits: Vec<f32>,
     traffic: Traffic,
+    /// Passes, tokens and nanoseconds since a profile was started.
+    profiled: Option<Profile>,
 }
 
 impl Session {
@@ -113,6 +117,7 @@ impl Session {
             prefill: None,
             logits: Vec::new(),
             traffic: Traffic::default(),
+            profiled: None,
         })
     }
 
@@ -159,6 +164,29 @@ impl Session {
     /// What the attention of the last decode step read.
     pub fn traffic(&self) -> Traffic {
         self.traffic
+    }
+
+    /// Measures every pass from here on, operation by operation; see [`Session::take_profile`].
+    pub fn start_profile(&mut self) {
+        for scratch in [Some(&self.decode), self.prefill.as_ref()].into_iter().flatten() {
+            scratch.take_laps();
+        }
+        self.profiled = Some(Profile::default());
+    }
+
+    /// What the passes since [`Session::start_profile`] took; ends the measurement. `None` when none was started.
+    pub fn take_profile(&mut self) -> Option<Profile> {
+        let mut profile = self.profiled.take()?;
+        for scratch in [Some(&self.decode), self.prefill.as_ref()].into_iter().flatten() {
+            let laps = scratch.take_laps();
+            profile.threads.resize(laps.len(), vec![OpTotal::default(); Op::ALL.len()]);
+            for (sum, lap) in profile.threads.iter_mut().flatten().zip(laps.iter().flatten()) {
+                sum.nanos += lap.nanos;
+                sum.calls += lap.calls;
+                sum.bytes += lap.bytes;
+            }
+        }
+        Some(profile)
     }
 
     /// Builds the attention state anew from the whole cache.
@@ -345,11 +373,18 @@ impl Session {
             decoding,
             capture,
             tracing,
+            profiling: self.profiled.is_some(),
         };
+        let clock = self.profiled.is_some().then(std::time::Instant::now);
         // What a pass that panicked had counted does not belong to this one.
         scratch.take_traffic();
         self.team.run(|worker| pass.run(worker));
         pass.logits(&mut self.logits);
+        if let (Some(profile), Some(clock)) = (&mut self.profiled, clock) {
+            profile.passes += 1;
+            profile.tokens += tokens.len() as u64;
+            profile.wall_nanos += clock.elapsed().as_nanos() as u64;
+        }
         if decoding {
             self.traffic = scratch.take_traffic();
         }

@@ -8,6 +8,7 @@ use longbit_kernels::{Quantized, TernaryShape};
 use longbit_sys::Shared;
 
 use super::Traffic;
+use super::profile::{Clock, OpTotal};
 use super::stage::Stage;
 use crate::attention::{CHUNK_TOKENS, Selection, partial};
 use crate::model::ModelConfig;
@@ -57,6 +58,8 @@ pub(super) struct Private {
     pub(super) pieces: Vec<Range<usize>>,
     /// Tasks of a step: KV head and range of `pieces`.
     pub(super) tasks: Vec<(usize, Range<usize>)>,
+    /// Laps of a profile.
+    pub(super) clock: Clock,
 }
 
 /// See the module.
@@ -163,6 +166,11 @@ impl Scratch {
             index_bytes: self.index_bytes.swap(0, Relaxed),
             rows: self.rows.swap(0, Relaxed),
         }
+    }
+
+    /// The laps of each thread, `[thread][operation]`; starts anew.
+    pub(super) fn take_laps(&self) -> Vec<Vec<OpTotal>> {
+        self.private.iter().map(|p| p.lock().unwrap_or_else(|e| e.into_inner()).clock.take()).collect()
     }
 
     /// Makes room for captured attention output.

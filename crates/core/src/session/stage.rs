@@ -77,6 +77,11 @@ impl Stage {
         self.pieces[w].iter().map(|p| p.rows).sum()
     }
 
+    /// Bytes of weights that thread `w` reads for `linears`.
+    pub(super) fn bytes(&self, w: usize, linears: &[&TernaryLinear]) -> usize {
+        self.pieces[w].iter().map(|p| p.tiles.len() * linears[p.part].shape.tile_bytes()).sum()
+    }
+
     /// Computes the rows of thread `w` of `linears` into `out`, laid out as the stripe is.
     pub(super) fn project(
         &self,

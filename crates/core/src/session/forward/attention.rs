@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use longbit_sys::Worker;
 
+use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
 use crate::attention::{CHUNK_TOKENS, GroupQuery, Selection, attend_chunk, chunks, partial};
@@ -103,7 +104,13 @@ impl Pass<'_> {
             let mut out = s.partials.write(slot);
             attend_chunk(kernels, queries, &kv, &pieces[range], next, &mut p.attend, &mut out);
         }
-        worker.barrier();
+        p.clock.lap(Op::Attention, || {
+            let mine = tasks[worker.range(tasks.len())].iter();
+            mine.flat_map(|(_, range)| &pieces[range.clone()])
+                .map(|piece| 2 * piece.len() * self.cache.head(l, 0).row_bytes())
+                .sum()
+        });
+        self.barrier(worker, p);
         let slot_len = self.model.config.group() * partial::stride(d);
         p.partials.resize(slot_len, 0.0);
         for kv_head in worker.range(self.model.config.kv_heads) {
@@ -128,6 +135,7 @@ impl Pass<'_> {
             }
         }
         (p.pieces, p.tasks) = (pieces, tasks);
+        p.clock.lap(Op::Merge, || 0);
     }
 
     /// Causal attention of all tokens, chunk by chunk so that a chunk's rows stay in cache for a block of queries.
@@ -168,6 +176,7 @@ impl Pass<'_> {
                 );
             }
         }
+        p.clock.lap(Op::Attention, || 0);
     }
 
     /// The attention output of one token, heads one after another.

@@ -2,6 +2,7 @@
 
 use longbit_sys::Worker;
 
+use super::super::profile::Op;
 use super::super::scratch::Private;
 use super::Pass;
 use crate::model::{Activation, Layer};
@@ -18,17 +19,19 @@ impl Pass<'_> {
             s.ffn.project(kernels, w, &[&layer.gate], acts, &mut gate);
             s.ffn.project(kernels, w, &[&layer.up], acts, &mut up);
         });
+        p.clock.lap(Op::GateUp, || s.ffn.bytes(w, &[&layer.gate]) + s.ffn.bytes(w, &[&layer.up]));
         s.ffn.write(w, tokens, |out| match self.model.config.activation {
             Activation::Relu2 => kernels.relu2_mul(&gate, &up, out),
             Activation::Silu => kernels.silu_mul(&gate, &up, out),
         });
         (p.gate, p.up) = (gate, up);
-        worker.barrier();
+        p.clock.lap(Op::Activation, || 0);
+        self.barrier(worker, p);
         let norm = layer.ffn_sub_norm.as_deref();
-        self.project(worker, p, norm, &s.ffn_acts, &s.down, &[&layer.down], |token, row| {
+        self.project(worker, p, Op::Down, norm, &s.ffn_acts, &s.down, &[&layer.down], |token, row| {
             s.ffn.gather(token, tokens, 0..s.ffn.rows(), row);
         });
-        worker.barrier();
+        self.barrier(worker, p);
         self.add_to_residual(worker, p, &s.down);
     }
 }

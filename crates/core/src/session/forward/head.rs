@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use longbit_sys::Worker;
 
+use super::super::profile::Op;
 use super::super::scratch::Private;
 use super::{Pass, Want};
 use crate::model::Head;
@@ -29,14 +30,22 @@ impl Pass<'_> {
             p.row.resize(hidden, 0.0);
             normalise(&p.residual, &mut p.row[..hidden]);
             self.head_rows(worker, &p.row[..hidden]);
+            p.clock.lap(Op::Head, || self.head_bytes(worker));
             return;
         }
         for (i, token) in self.owned(worker).enumerate() {
             normalise(&p.residual[i * hidden..(i + 1) * hidden], &mut s.normed.write(token));
         }
-        worker.barrier();
+        self.barrier(worker, p);
         let wanted = self.wanted();
         self.head_rows(worker, &s.normed.read()[wanted.start * hidden..wanted.end * hidden]);
+        p.clock.lap(Op::Head, || self.head_bytes(worker));
+    }
+
+    /// Bytes of the head that the thread reads.
+    fn head_bytes(&self, worker: &Worker<'_>) -> usize {
+        let rows = self.scratch.vocab[worker.index()].len();
+        self.model.head_format.bytes(rows, self.model.config.hidden) as usize
     }
 
     /// Logits of the thread's share of the vocabulary for the rows of `normed`.

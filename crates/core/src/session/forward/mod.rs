@@ -14,6 +14,7 @@ use longbit_kernels::{Kernels, Quantized};
 use longbit_sys::{Shared, Worker};
 
 use super::Supplied;
+use super::profile::Op;
 use super::scratch::{ActBuffer, Private, Scratch};
 use super::stage::{Acts, Stage};
 use crate::attention::Attention;
@@ -52,6 +53,8 @@ pub(super) struct Pass<'a> {
     pub(super) decoding: bool,
     pub(super) capture: bool,
     pub(super) tracing: Option<&'a Tracing<'a>>,
+    /// Laps are taken.
+    pub(super) profiling: bool,
 }
 
 impl Pass<'_> {
@@ -67,12 +70,15 @@ impl Pass<'_> {
     pub(super) fn run(&self, worker: &Worker<'_>) {
         let mut private = self.scratch.private[worker.index()].lock().unwrap_or_else(|e| e.into_inner());
         let p = &mut *private;
+        p.clock.begin(self.profiling);
         let hidden = self.model.config.hidden;
         p.residual.resize(self.owned(worker).len() * hidden, 0.0);
         for (i, token) in self.owned(worker).enumerate() {
             let id = self.tokens[token] as usize;
             self.model.embedding.read(self.kernels(), id, &mut p.residual[i * hidden..(i + 1) * hidden]);
         }
+        p.clock
+            .lap(Op::Embedding, || self.owned(worker).len() * hidden * self.model.embedding.format().size());
         for (l, layer) in self.model.layers.iter().enumerate() {
             if let Some(forced) = self.tracing.and_then(|t| t.forced) {
                 let first = (l * self.tokens.len() + self.owned(worker).start) * hidden;
@@ -94,22 +100,23 @@ impl Pass<'_> {
     fn attention_block(&self, worker: &Worker<'_>, p: &mut Private, l: usize, layer: &Layer) {
         let s = self.scratch;
         self.project_residual(worker, p, &layer.input_norm, &s.qkv, &[&layer.q, &layer.k, &layer.v]);
-        worker.barrier();
+        self.barrier(worker, p);
         for kv_head in worker.range(self.model.config.kv_heads) {
             self.append(p, l, kv_head);
         }
-        worker.barrier();
+        p.clock.lap(Op::Append, || 0);
+        self.barrier(worker, p);
         if self.tokens.len() == 1 {
             self.decode_attention(worker, p, l);
         } else {
             self.prefill_attention(worker, p, l);
         }
-        worker.barrier();
+        self.barrier(worker, p);
         let norm = layer.attn_sub_norm.as_deref();
-        self.project(worker, p, norm, &s.attn_acts, &s.o, &[&layer.o], |token, row| {
+        self.project(worker, p, Op::Output, norm, &s.attn_acts, &s.o, &[&layer.o], |token, row| {
             self.gather_heads(token, row)
         });
-        worker.barrier();
+        self.barrier(worker, p);
         self.add_to_residual(worker, p, &s.o);
     }
 
@@ -143,6 +150,13 @@ impl Pass<'_> {
         self.with_residual_acts(worker, p, norm, |acts| {
             stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
         });
+        p.clock.lap(Op::Qkv, || stage.bytes(w, linears));
+    }
+
+    /// Waits for the other threads.
+    fn barrier(&self, worker: &Worker<'_>, p: &mut Private) {
+        worker.barrier();
+        p.clock.lap(Op::Wait, || 0);
     }
 
     #[allow(clippy::too_many_arguments, reason = "one call site each for attention and feed-forward")]
@@ -150,6 +164,7 @@ impl Pass<'_> {
         &self,
         worker: &Worker<'_>,
         p: &mut Private,
+        op: Op,
         norm: Option<&[f32]>,
         buffer: &ActBuffer,
         stage: &Stage,
@@ -161,6 +176,7 @@ impl Pass<'_> {
         self.with_acts(worker, p, norm, buffer, cols, source, |acts| {
             stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
         });
+        p.clock.lap(op, || stage.bytes(w, linears));
     }
 
     /// Normalises and quantises one row of `cols` numbers a token, taken from `source`, and gives all of them to `then`.
@@ -194,13 +210,15 @@ impl Pass<'_> {
         if self.tokens.len() == 1 {
             p.codes.resize(buffer.padded, 0);
             let quantized = [quantize(0, &mut p.codes)];
+            p.clock.lap(Op::Norm, || 0);
             then(&Acts { codes: &p.codes, quantized: &quantized });
         } else {
             for token in self.owned(worker) {
                 let quantized = quantize(token, &mut buffer.codes.write(token));
                 buffer.quantized.write(token)[0] = quantized;
             }
-            worker.barrier();
+            p.clock.lap(Op::Norm, || 0);
+            self.barrier(worker, p);
             let n = self.tokens.len();
             let (codes, quantized) = (buffer.codes.read(), buffer.quantized.read());
             then(&Acts { codes: &codes[..n * buffer.padded], quantized: &quantized[..n] });
@@ -214,5 +232,6 @@ impl Pass<'_> {
             stage.gather(token, self.tokens.len(), 0..hidden, &mut p.row[..hidden]);
             self.kernels().add_assign(&mut p.residual[i * hidden..(i + 1) * hidden], &p.row[..hidden]);
         }
+        p.clock.lap(Op::Residual, || 0);
     }
 }
