@@ -81,6 +81,9 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => token::Neon::detect().is_some(),
+            #[cfg(not(target_arch = "aarch64"))]
             Isa::Neon => false,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => token::Avx2::detect().is_some(),
@@ -113,6 +116,23 @@ impl FromStr for Isa {
             value: s.into(),
             available: Isa::available(),
         })
+    }
+}
+
+/// Proofs that this processor has an instruction set. Only detection builds one, and a table of kernels is handed out
+/// only against its token: that is the safety argument of every call through a table.
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod token {
+    /// Proof of NEON and of the int8 dot products of `dotprod`.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Neon(());
+
+    impl Neon {
+        pub(crate) fn detect() -> Option<Neon> {
+            (std::arch::is_aarch64_feature_detected!("neon")
+                && std::arch::is_aarch64_feature_detected!("dotprod"))
+            .then_some(Neon(()))
+        }
     }
 }
 

@@ -6,6 +6,8 @@
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
 use crate::vector::S16;
+#[cfg(target_arch = "aarch64")]
+use crate::{isa::token, ternary::neon as ternary_neon, vector::N16};
 #[cfg(target_arch = "x86_64")]
 use crate::{
     isa::token,
@@ -94,6 +96,14 @@ mod avx512 {
     for_each_float_op!(stamp_table Z16, [target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]);
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::N16;
+    for_each_float_op!(stamp_table N16, [target_feature(enable = "neon,dotprod")]);
+}
+
+#[cfg(target_arch = "aarch64")]
+static NEON: Kernels = Kernels { isa: Isa::Neon, float: &neon::TABLE, ternary: &ternary_neon::TABLE };
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = Kernels { isa: Isa::Avx2, float: &avx2::TABLE, ternary: &ternary_avx2::TABLE };
 #[cfg(target_arch = "x86_64")]
@@ -115,6 +125,9 @@ impl Kernels {
     pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
         match isa {
             Isa::Scalar => Some(&SCALAR),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => token::Neon::detect().map(|_| &NEON),
+            #[cfg(not(target_arch = "aarch64"))]
             Isa::Neon => None,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => token::Avx2::detect().map(|_| &AVX2),
@@ -193,10 +206,21 @@ mod tests {
 
     #[test]
     fn a_set_that_cannot_run_here_is_refused_by_name() {
-        let error = Kernels::named("neon", ISA_VARIABLE).unwrap_err();
-        assert!(error.to_string().starts_with("LONGBIT_ISA: neon cannot run here"), "{error}");
+        let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
+        let error = Kernels::named(foreign, ISA_VARIABLE).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("LONGBIT_ISA: {foreign} cannot run here")), "{error}");
         let error = Kernels::named("fast", ISA_VARIABLE).unwrap_err();
         assert!(matches!(error, IsaError::Unknown { ref value, .. } if value == "fast"), "{error}");
         assert_eq!(Kernels::named("scalar", ISA_VARIABLE).unwrap().isa(), Isa::Scalar);
+    }
+
+    /// With the variable set, this fails where the set cannot run: `scripts/aarch64.sh` relies on it.
+    #[test]
+    fn the_variable_is_obeyed_and_the_best_set_is_the_default() {
+        let isa = Kernels::from_env().unwrap().isa();
+        match std::env::var(ISA_VARIABLE) {
+            Ok(name) if !name.is_empty() => assert_eq!(isa.as_str(), name),
+            _ => assert_eq!(isa, Kernels::best().isa()),
+        }
     }
 }

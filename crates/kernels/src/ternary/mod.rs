@@ -12,7 +12,7 @@
 
 /// Stamps the walk over tiles and tokens for one instruction set: `$most` tokens at a time and what is left of them.
 /// `$sums` computes one tile for some tokens, `finish` turns its sums into results.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! stamp_gemm {
     ($features:literal, $sums:ident, $($fewer:literal)+ to $most:literal) => {
         /// `T` tokens of one tile, into `out[token][row]`.
@@ -56,6 +56,8 @@ macro_rules! stamp_gemm {
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 mod pack;
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
@@ -80,7 +82,7 @@ const MAX_COLS: usize = 1 << 22;
 const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
 /// How far ahead of the arithmetic the stream of weights is requested: hardware prefetchers stop at every 4 KiB.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) const PREFETCH_BYTES: usize = 8192;
 
 /// Consecutive tiles of a matrix.

@@ -10,12 +10,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::A16;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Z16;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::N16;
 pub(crate) use scalar::S16;
 
 /// How many lanes a reduction has, on every instruction set.
