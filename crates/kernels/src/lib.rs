@@ -33,4 +33,6 @@ mod vector;
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use ops::quantize::Quantized;
 pub use table::Kernels;
-pub use ternary::{BLOCK_COLS, BadCode, TILE_ROWS, TernaryShape};
+pub use ternary::{
+    BLOCK_COLS, BadCode, ColumnShape, RowShape, TILE_ROWS, TRIT_COLS, TernaryShape, TritShape,
+};

@@ -5,6 +5,7 @@
 
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
+use crate::ternary::{sparse, trits};
 use crate::vector::S16;
 #[cfg(target_arch = "aarch64")]
 use crate::{isa::token, ternary::neon as ternary_neon, vector::N16};
@@ -20,6 +21,8 @@ pub struct Kernels {
     isa: Isa,
     pub(crate) float: &'static FloatTable,
     pub(crate) ternary: &'static TernaryTable,
+    pub(crate) trits: &'static trits::TritTable,
+    pub(crate) sparse: &'static sparse::SparseTable,
 }
 
 /// Lists every float operation once, as `name(arguments) -> result = file::function`, for the macros below.
@@ -103,22 +106,61 @@ mod neon {
 }
 
 #[cfg(target_arch = "aarch64")]
-static NEON: Kernels = Kernels { isa: Isa::Neon, float: &neon::TABLE, ternary: &ternary_neon::TABLE };
+static NEON: Kernels = Kernels {
+    isa: Isa::Neon,
+    float: &neon::TABLE,
+    ternary: &ternary_neon::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::PORTABLE,
+};
 #[cfg(target_arch = "x86_64")]
-static AVX2: Kernels = Kernels { isa: Isa::Avx2, float: &avx2::TABLE, ternary: &ternary_avx2::TABLE };
+static AVX2: Kernels = Kernels {
+    isa: Isa::Avx2,
+    float: &avx2::TABLE,
+    ternary: &ternary_avx2::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::AVX2,
+};
 #[cfg(target_arch = "x86_64")]
-static AVX512: Kernels = Kernels { isa: Isa::Avx512, float: &avx512::TABLE, ternary: &ternary_avx512::TABLE };
+static AVX512: Kernels = Kernels {
+    isa: Isa::Avx512,
+    float: &avx512::TABLE,
+    ternary: &ternary_avx512::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::AVX512,
+};
 #[cfg(target_arch = "x86_64")]
-static AVX512_VNNI: Kernels =
-    Kernels { isa: Isa::Avx512Vnni, float: &avx512::TABLE, ternary: &ternary_vnni::TABLE };
+static AVX512_VNNI: Kernels = Kernels {
+    isa: Isa::Avx512Vnni,
+    float: &avx512::TABLE,
+    ternary: &ternary_vnni::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::vnni::TABLE,
+};
 #[cfg(target_arch = "x86_64")]
-static AVX512_VBMI: Kernels =
-    Kernels { isa: Isa::Avx512Vbmi, float: &avx512::TABLE, ternary: &ternary_vnni::TABLE };
+static AVX512_VBMI: Kernels = Kernels {
+    isa: Isa::Avx512Vbmi,
+    float: &avx512::TABLE,
+    ternary: &ternary_vnni::TABLE,
+    trits: &trits::vbmi::TABLE,
+    sparse: &sparse::vnni::TABLE,
+};
 #[cfg(target_arch = "x86_64")]
-static AVX_VNNI: Kernels = Kernels { isa: Isa::AvxVnni, float: &avx2::TABLE, ternary: &ternary_avx2::TABLE };
+static AVX_VNNI: Kernels = Kernels {
+    isa: Isa::AvxVnni,
+    float: &avx2::TABLE,
+    ternary: &ternary_avx2::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::AVX2,
+};
 
-static SCALAR: Kernels =
-    Kernels { isa: Isa::Scalar, float: &scalar::TABLE, ternary: &crate::ternary::scalar::TABLE };
+static SCALAR: Kernels = Kernels {
+    isa: Isa::Scalar,
+    float: &scalar::TABLE,
+    ternary: &crate::ternary::scalar::TABLE,
+    trits: &trits::PORTABLE,
+    sparse: &sparse::PORTABLE,
+};
 
 impl Kernels {
     /// The table of an instruction set, or `None` where this processor or this build lacks it.

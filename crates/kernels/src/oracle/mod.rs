@@ -5,7 +5,7 @@
 
 mod ternary;
 
-pub use ternary::{ternary_gemm, ternary_gemv};
+pub use ternary::{ternary_columns, ternary_gemm, ternary_gemv, ternary_rows};
 
 /// The 16 lanes of a reduction, summed by the fixed tree.
 fn tree(mut lanes: [f32; 16]) -> f32 {

@@ -60,10 +60,14 @@ pub(crate) mod avx512;
 pub(crate) mod neon;
 mod pack;
 pub(crate) mod scalar;
+pub mod sparse;
+pub mod trits;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod vnni;
 
 pub use pack::{BadCode, TernaryShape};
+pub use sparse::{ColumnShape, RowShape};
+pub use trits::{TRIT_COLS, TritShape};
 
 use crate::Kernels;
 use std::ops::Range;
