@@ -44,6 +44,11 @@ fn signed(codes: uint8x16_t) -> int8x16_t {
 fn finish(v: [int32x4_t; TILE_ROWS], sum: i32, scale: f32, out: &mut [f32]) {
     let dots = vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
     let scaled = vmulq_n_f32(vcvtq_f32_s32(vsubq_s32(dots, vdupq_n_s32(sum))), scale);
+    if let Ok(four) = <&mut [f32; TILE_ROWS]>::try_from(&mut *out) {
+        // SAFETY: an array of four is writable for four.
+        unsafe { vst1q_f32(four.as_mut_ptr(), scaled) };
+        return;
+    }
     let mut four = [0.0; TILE_ROWS];
     // SAFETY: an array of four is writable for four.
     unsafe { vst1q_f32(four.as_mut_ptr(), scaled) };
@@ -123,25 +128,28 @@ unsafe fn token_sums<const T: usize>(
                 // SAFETY: block < blocks; a unit has 64 bytes.
                 w[row] = unsafe { vld1q_u8(tile.add(block * BLOCK_BYTES + row * UNIT + part)) };
             }
-            for g in 0..4 {
-                let mut a = [vdupq_n_s8(0); T];
-                for t in 0..T {
-                    let at = t * blocks * BLOCK_COLS + block * BLOCK_COLS + g * UNIT + part;
-                    // SAFETY: t < T, block < blocks, g < 4 and part + 16 <= 64: 16 codes of this token and block.
-                    a[t] = unsafe { vld1q_s8(codes.add(at)) };
-                }
-                for row in 0..TILE_ROWS {
-                    let group = match g {
-                        0 => vandq_u8(w[row], three),
-                        1 => vandq_u8(vshrq_n_u8::<2>(w[row]), three),
-                        2 => vandq_u8(vshrq_n_u8::<4>(w[row]), three),
-                        _ => vshrq_n_u8::<6>(w[row]),
-                    };
+            // Written out: the compiler leaves a loop over the groups, with a branch for each.
+            macro_rules! group {
+                ($g:literal, $w:ident => $group:expr) => {
+                    let mut a = [vdupq_n_s8(0); T];
                     for t in 0..T {
-                        acc[t][row] = sdot(acc[t][row], signed(group), a[t]);
+                        let at = t * blocks * BLOCK_COLS + block * BLOCK_COLS + $g * UNIT + part;
+                        // SAFETY: t < T, block < blocks, g < 4, part + 16 <= 64: 16 codes of this token and block.
+                        a[t] = unsafe { vld1q_s8(codes.add(at)) };
                     }
-                }
+                    for row in 0..TILE_ROWS {
+                        let $w = w[row];
+                        let group = signed($group);
+                        for t in 0..T {
+                            acc[t][row] = sdot(acc[t][row], group, a[t]);
+                        }
+                    }
+                };
             }
+            group!(0, w => vandq_u8(w, three));
+            group!(1, w => vandq_u8(vshrq_n_u8::<2>(w), three));
+            group!(2, w => vandq_u8(vshrq_n_u8::<4>(w), three));
+            group!(3, w => vshrq_n_u8::<6>(w));
         }
     }
     acc
