@@ -15,6 +15,7 @@
 //!
 //! - [`isa`]: which instruction sets there are, and proof that this processor has one.
 //! - [`ternary`]: the 2-bit weight layout, its packing, and the integer matrix products.
+//! - [`blocks`]: rows at 6 or 4 bits a weight, and their products in integers, for the head.
 //! - `ops`: the float operations, each written once over `vector::F32x16` and compiled per instruction set.
 //! - [`oracle`]: the obvious scalar code that every table is compared with, bit for bit.
 
@@ -23,6 +24,7 @@
 // Lane loops index several arrays by one constant-bounded index: that is what unrolls into registers.
 #![allow(clippy::needless_range_loop)]
 
+pub mod blocks;
 pub mod isa;
 mod ops;
 pub mod oracle;
@@ -30,6 +32,7 @@ mod table;
 pub mod ternary;
 mod vector;
 
+pub use blocks::{BlockFormat, BlockShape, Planes};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use ops::quantize::Quantized;
 pub use table::Kernels;

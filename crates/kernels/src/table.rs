@@ -3,24 +3,27 @@
 //! The public methods of [`Kernels`] live beside the operations, in `ops` and [`crate::ternary`]: they check shapes and
 //! call through the table.
 
+use crate::blocks::{BlockTable, scalar as blocks_scalar};
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
 use crate::ternary::{sparse, trits};
 use crate::vector::S16;
-#[cfg(target_arch = "aarch64")]
-use crate::{isa::token, ternary::neon as ternary_neon, vector::N16};
 #[cfg(target_arch = "x86_64")]
 use crate::{
+    blocks::{avx2 as blocks_avx2, avx512 as blocks_avx512},
     isa::token,
     ternary::{avx2 as ternary_avx2, avx512 as ternary_avx512, vnni as ternary_vnni},
     vector::{A16, Z16},
 };
+#[cfg(target_arch = "aarch64")]
+use crate::{isa::token, ternary::neon as ternary_neon, vector::N16};
 
 /// The kernels of one instruction set. There is one static table per set; all give identical bits.
 pub struct Kernels {
     isa: Isa,
     pub(crate) float: &'static FloatTable,
     pub(crate) ternary: &'static TernaryTable,
+    pub(crate) blocks: &'static BlockTable,
     pub(crate) trits: &'static trits::TritTable,
     pub(crate) sparse: &'static sparse::SparseTable,
 }
@@ -53,6 +56,9 @@ macro_rules! for_each_float_op {
                 = attention::accumulate_bf16;
             head_f32(rows: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_f32;
             head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
+            pack_tiles(shape: crate::BlockShape, rows: &[u16], out: &mut [u8]) -> () = blocks::pack_tiles;
+            square_sums(row: &[u16], approximation: &[f32]) -> (f64, f64) = blocks::square_sums;
+            quantize_planes(x: &[f32], planes: &mut [crate::blocks::PlaneBlock]) -> f32 = blocks::quantize_planes;
             head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;
         }
     };
@@ -109,6 +115,7 @@ mod neon {
 static NEON: Kernels = Kernels {
     isa: Isa::Neon,
     float: &neon::TABLE,
+    blocks: &blocks_scalar::TABLE,
     ternary: &ternary_neon::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,
@@ -117,6 +124,7 @@ static NEON: Kernels = Kernels {
 static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
     float: &avx2::TABLE,
+    blocks: &blocks_avx2::TABLE,
     ternary: &ternary_avx2::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -125,6 +133,7 @@ static AVX2: Kernels = Kernels {
 static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
     float: &avx512::TABLE,
+    blocks: &blocks_avx512::bw::TABLE,
     ternary: &ternary_avx512::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX512,
@@ -133,6 +142,7 @@ static AVX512: Kernels = Kernels {
 static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
     float: &avx512::TABLE,
+    blocks: &blocks_avx512::vnni::TABLE,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::vnni::TABLE,
@@ -141,6 +151,7 @@ static AVX512_VNNI: Kernels = Kernels {
 static AVX512_VBMI: Kernels = Kernels {
     isa: Isa::Avx512Vbmi,
     float: &avx512::TABLE,
+    blocks: &blocks_avx512::vnni::TABLE,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::vbmi::TABLE,
     sparse: &sparse::vnni::TABLE,
@@ -149,6 +160,7 @@ static AVX512_VBMI: Kernels = Kernels {
 static AVX_VNNI: Kernels = Kernels {
     isa: Isa::AvxVnni,
     float: &avx2::TABLE,
+    blocks: &blocks_avx2::TABLE,
     ternary: &ternary_avx2::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -157,6 +169,7 @@ static AVX_VNNI: Kernels = Kernels {
 static SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
     float: &scalar::TABLE,
+    blocks: &blocks_scalar::TABLE,
     ternary: &crate::ternary::scalar::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,

@@ -3,8 +3,10 @@
 //! Nothing here shares code with the fast paths, and nothing is fast. Arguments and results are as in the methods of
 //! the same name.
 
+mod blocks;
 mod ternary;
 
+pub use blocks::{head_blocks, quantize_planes, quantize_row};
 pub use ternary::{ternary_columns, ternary_gemm, ternary_gemv, ternary_rows};
 
 /// The 16 lanes of a reduction, summed by the fixed tree.

@@ -8,6 +8,14 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(crate) struct Z16(__m512);
 
+impl Z16 {
+    /// The lanes of a register.
+    #[inline(always)]
+    pub(crate) fn from_register(v: __m512) -> Z16 {
+        Z16(v)
+    }
+}
+
 /// The byte shuffle that widens 16 bfloat16 from two copies of their 32 bytes: each word into the upper half of a lane.
 /// A byte shuffle stays within 128 bits, so the words 0 to 3, 8 to 11, 4 to 7, 12 to 15 come out in this order.
 static WIDEN: [u8; 64] = {
