@@ -12,7 +12,9 @@ use crate::vector::S16;
 use crate::{
     blocks::{avx2 as blocks_avx2, avx512 as blocks_avx512},
     isa::token,
-    ternary::{avx2 as ternary_avx2, avx512 as ternary_avx512, vnni as ternary_vnni},
+    ternary::{
+        avx2 as ternary_avx2, avx512 as ternary_avx512, avxvnni as ternary_avxvnni, vnni as ternary_vnni,
+    },
     vector::{A16, Z16},
 };
 #[cfg(target_arch = "aarch64")]
@@ -161,7 +163,7 @@ static AVX_VNNI: Kernels = Kernels {
     isa: Isa::AvxVnni,
     float: &avx2::TABLE,
     blocks: &blocks_avx2::TABLE,
-    ternary: &ternary_avx2::TABLE,
+    ternary: &ternary_avxvnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
 };

@@ -58,16 +58,21 @@ fn products_agree_on_awkward_shapes() {
     for (rows, cols) in [(1, 1), (4, 256), (5, 255), (7, 257), (64, 640), (13, 2560), (9, 6912)] {
         let shape = TernaryShape { rows, cols };
         let data = random_matrix(shape, 3);
-        for tokens in [1, 2, 3, 4, 5, 8, 11] {
+        for tokens in [1, 2, 3, 4, 5, 6, 7, 8, 11] {
             check(shape, &data, tokens, scrambled);
         }
     }
 }
 
+/// Enough tokens for unpacked weights, and enough rows for more than one row block.
 #[test]
 fn many_tokens_are_grouped_without_a_seam() {
     let shape = TernaryShape { rows: 6, cols: 6912 };
-    check(shape, &random_matrix(shape, 4), 80, scrambled);
+    for tokens in [63, 64, 80] {
+        check(shape, &random_matrix(shape, 4), tokens, scrambled);
+    }
+    let shape = TernaryShape { rows: 150, cols: 2600 };
+    check(shape, &random_matrix(shape, 5), 65, scrambled);
 }
 
 #[test]
@@ -78,8 +83,37 @@ fn extreme_values_do_not_wrap() {
         for weight in [1, -1] {
             shape.pack(0..shape.tiles(), |_, _| weight, &mut data);
             for code in [127, -128] {
-                check(shape, &data, 5, |_| code);
+                for tokens in [1, 3, 5, 64] {
+                    check(shape, &data, tokens, |_| code);
+                }
                 check(shape, &data, 1, |i| if i % 3 == 0 { -128 } else { code });
+            }
+        }
+    }
+}
+
+/// The sums of all columns that the kernels accept, at their largest, in accumulators of codes that are 64 times too
+/// large.
+#[test]
+fn the_largest_matrix_does_not_wrap() {
+    let shape = TernaryShape { rows: 3, cols: 1 << 22 };
+    let mut data = vec![0b10_10_10_10; shape.bytes()];
+    for weight in [1, -1] {
+        if weight < 0 {
+            data.fill(0);
+        }
+        for code in [127i8, -128] {
+            let tokens = 3;
+            let codes = vec![code; tokens * shape.cols];
+            let sum = i32::from(code) << 22;
+            let want = (weight * sum) as f32 * 0.5;
+            for k in tables() {
+                let mut got = vec![f32::NAN; tokens * 3];
+                let (sums, scales) = (vec![sum; tokens], vec![0.5; tokens]);
+                k.ternary_gemm(shape, &data, 0..1, tokens, &codes, &sums, &scales, &mut got);
+                assert_eq!(got, [want; 9], "{} gemm, weights {weight}, codes {code}", k.isa());
+                k.ternary_gemv(shape, &data, 0..1, &codes[..shape.cols], sum, 0.5, &mut got[..3]);
+                assert_eq!(got, [want; 9], "{} gemv, weights {weight}, codes {code}", k.isa());
             }
         }
     }

@@ -1,76 +1,100 @@
-//! The integer products with AVX2: bytes are multiplied into 16-bit pairs, which go to 32 bits after every half unit.
+//! The integer products with AVX2: bytes are multiplied into 16-bit pairs, which are summed in 16 bits for some blocks.
 //!
-//! A pair sum is at most `2 * 2 * 128 = 512`, four groups make 2048: nothing wraps or saturates.
+//! A pair sum is at most `2 * 2 * 128 = 512` in magnitude: 63 of them are within 16 bits. Seven blocks make 56.
 
-use super::{Activations, BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, TernaryTable, Tiles, UNIT};
+use super::TILE_ROWS;
+use super::TernaryTable;
+use super::lanes::{ByteLanes, stamp_gemv, stamp_products, tile_sums};
 use std::arch::x86_64::*;
 
 pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
 
-/// Turns the sums of codes into results: `(dot - sum) as f32 * scale`, for the rows that exist.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn finish(v: [__m256i; TILE_ROWS], sum: i32, scale: f32, out: &mut [f32]) {
-    let t01 = _mm256_hadd_epi32(v[0], v[1]);
-    let t23 = _mm256_hadd_epi32(v[2], v[3]);
-    let q = _mm256_hadd_epi32(t01, t23);
-    let dots = _mm_add_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
-    let dots = _mm_sub_epi32(dots, _mm_set1_epi32(sum));
-    let scaled = _mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_set1_ps(scale));
-    let mut four = [0.0; TILE_ROWS];
-    // SAFETY: an array of four is writable for four.
-    unsafe { _mm_storeu_ps(four.as_mut_ptr(), scaled) };
-    out.copy_from_slice(&four[..out.len()]);
-}
+/// 32 bytes, or 16 sums of 16 bits, or 8 of 32.
+#[derive(Clone, Copy)]
+pub(super) struct Y(pub(super) __m256i);
 
-/// One tile for `T` tokens, whose codes lie `blocks * 256` apart.
-///
-/// # Safety
-/// `tile` is readable for `blocks` blocks, `codes` for `T` tokens.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tile_sums<const T: usize>(
-    tile: *const u8,
-    blocks: usize,
-    codes: *const i8,
-) -> [[__m256i; TILE_ROWS]; T] {
-    let three = _mm256_set1_epi8(3);
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_si256(); TILE_ROWS]; T];
-    for block in 0..blocks {
-        for half in [0, UNIT / 2] {
-            for row in 0..TILE_ROWS {
-                let unit = tile.wrapping_add(block * BLOCK_BYTES + row * UNIT + half);
-                if half == 0 {
-                    // A request beyond the end of the matrix is harmless: prefetches do not fault.
-                    _mm_prefetch::<_MM_HINT_T1>(unit.wrapping_add(PREFETCH_BYTES).cast());
-                }
-                // SAFETY: block < blocks; half a unit has 32 bytes.
-                let mut w = unsafe { _mm256_loadu_si256(unit.cast()) };
-                let mut pairs = [_mm256_setzero_si256(); T];
-                for g in 0..4 {
-                    let group = _mm256_and_si256(w, three);
-                    w = _mm256_srli_epi16::<2>(w);
-                    for t in 0..T {
-                        let at = t * blocks * BLOCK_COLS + block * BLOCK_COLS + g * UNIT + half;
-                        // SAFETY: t < T, block < blocks and g < 4: 32 codes of this token and block.
-                        let a = unsafe { _mm256_loadu_si256(codes.add(at).cast()) };
-                        pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(group, a));
-                    }
-                }
-                for t in 0..T {
-                    acc[t][row] = _mm256_add_epi32(acc[t][row], _mm256_madd_epi16(pairs[t], ones));
-                }
-            }
+/// Three tokens: with the operands, all sixteen registers.
+pub(super) const TOKENS: usize = 3;
+
+impl Y {
+    #[inline(always)]
+    pub(super) fn group<const G: usize>(self) -> __m256i {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe {
+            let shifted = match G {
+                0 => self.0,
+                1 => _mm256_srli_epi16::<2>(self.0),
+                2 => _mm256_srli_epi16::<4>(self.0),
+                _ => _mm256_srli_epi16::<6>(self.0),
+            };
+            _mm256_and_si256(shifted, _mm256_set1_epi8(3))
         }
     }
-    acc
+
+    /// Sums the lanes of four vectors.
+    #[inline(always)]
+    pub(super) fn sum_lanes(v: [__m256i; TILE_ROWS]) -> __m128i {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe {
+            let t01 = _mm256_hadd_epi32(v[0], v[1]);
+            let t23 = _mm256_hadd_epi32(v[2], v[3]);
+            let q = _mm256_hadd_epi32(t01, t23);
+            _mm_add_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q))
+        }
+    }
 }
 
-// Two tokens at a time: sixteen registers hold no more.
-stamp_gemm!("avx2,fma", tile_sums, 1 to 2);
+impl ByteLanes for Y {
+    const BYTES: usize = 32;
+    const TOKENS: usize = TOKENS;
+    const MAX_BLOCKS: usize = 7;
 
-#[target_feature(enable = "avx2,fma")]
-fn gemv(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
-    gemm(tiles, activations, out);
+    #[inline(always)]
+    fn zero() -> Y {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe { Y(_mm256_setzero_si256()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Y {
+        // SAFETY: the caller's; AVX2 by the contract of the trait.
+        unsafe { Y(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut u8) {
+        // SAFETY: the caller's; AVX2 by the contract of the trait.
+        unsafe { _mm256_storeu_si256(p.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    fn codes<const G: usize>(self) -> Y {
+        Y(self.group::<G>())
+    }
+
+    #[inline(always)]
+    fn dot(self, codes: Y, activations: Y) -> Y {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe { Y(_mm256_add_epi16(self.0, _mm256_maddubs_epi16(codes.0, activations.0))) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> Y {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe { Y(_mm256_madd_epi16(self.0, _mm256_set1_epi16(1))) }
+    }
+
+    #[inline(always)]
+    fn add(self, o: Y) -> Y {
+        // SAFETY: by the contract of the trait, AVX2 is enabled here.
+        unsafe { Y(_mm256_add_epi32(self.0, o.0)) }
+    }
+
+    #[inline(always)]
+    fn sum4(v: [Y; TILE_ROWS]) -> __m128i {
+        Y::sum_lanes([v[0].0, v[1].0, v[2].0, v[3].0])
+    }
 }
+
+stamp_gemv!("avx2,fma", Y, tile_sums);
+stamp_products!("avx2,fma", Y);

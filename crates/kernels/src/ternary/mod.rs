@@ -12,7 +12,7 @@
 
 /// Stamps the walk over tiles and tokens for one instruction set: `$most` tokens at a time and what is left of them.
 /// `$sums` computes one tile for some tokens, `finish` turns its sums into results.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[cfg(target_arch = "aarch64")]
 macro_rules! stamp_gemm {
     ($features:literal, $sums:ident, $($fewer:literal)+ to $most:literal) => {
         /// `T` tokens of one tile, into `out[token][row]`.
@@ -40,11 +40,16 @@ macro_rules! stamp_gemm {
         #[target_feature(enable = $features)]
         fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
             let tokens = activations.sums.len();
-            for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
-                for t in (0..tokens).step_by($most) {
-                    match tokens - t {
-                        $($fewer => tile_tokens::<$fewer>(&tiles, &activations, tile, t, out),)+
-                        _ => tile_tokens::<$most>(&tiles, &activations, tile, t, out),
+            let cols = tiles.blocks * BLOCK_COLS;
+            let group = (super::TOKEN_GROUP_BYTES / cols.max(1)).next_multiple_of($most).max($most);
+            for start in (0..tokens).step_by(group) {
+                let end = tokens.min(start + group);
+                for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
+                    for t in (start..end).step_by($most) {
+                        match end - t {
+                            $($fewer => tile_tokens::<$fewer>(&tiles, &activations, tile, t, out),)+
+                            _ => tile_tokens::<$most>(&tiles, &activations, tile, t, out),
+                        }
                     }
                 }
             }
@@ -56,9 +61,16 @@ macro_rules! stamp_gemm {
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avxvnni;
+#[cfg(target_arch = "x86_64")]
+mod blocking;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 mod pack;
+mod rate;
 pub(crate) mod scalar;
 pub mod sparse;
 pub mod trits;
@@ -83,9 +95,10 @@ pub(crate) const BLOCK_BYTES: usize = TILE_ROWS * UNIT;
 /// More columns could overflow the 32-bit accumulators of scaled codes (128 * 128 * 4 a block and lane).
 const MAX_COLS: usize = 1 << 22;
 /// Activation codes of the tokens that one pass over the weights serves: half of a usual second-level cache.
+#[cfg(target_arch = "aarch64")]
 const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
-/// How far ahead of the arithmetic the stream of weights is requested: hardware prefetchers stop at every 4 KiB.
+/// How far ahead of the arithmetic a stream of weights is requested where hardware prefetchers stop at every 4 KiB.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) const PREFETCH_BYTES: usize = 8192;
 
@@ -152,7 +165,7 @@ impl Kernels {
     /// [`Kernels::ternary_gemv`] per token.
     ///
     /// `codes` `[tokens][padded_cols]`, `sums` and `scales` `[tokens]`, `out` `[tokens][rows of tiles]`. The weights are
-    /// read once for as many tokens as fit the second-level cache.
+    /// read from memory once; see `blocking.rs` for the rest of the way.
     #[expect(
         clippy::too_many_arguments,
         reason = "one operation on plain slices; a struct would only rename them"
@@ -175,17 +188,9 @@ impl Kernels {
         if tiles.rows == 0 || tiles.blocks == 0 {
             return out.fill(0.0);
         }
-        let group = (TOKEN_GROUP_BYTES / cols).next_multiple_of(4).max(4);
-        for (i, out) in out.chunks_mut(group * tiles.rows).enumerate() {
-            let some = i * group..tokens.min((i + 1) * group);
-            let activations = Activations {
-                codes: &codes[some.start * cols..some.end * cols],
-                sums: &sums[some.clone()],
-                scales: &scales[some],
-            };
-            // SAFETY: this table was handed out against proof of its instruction set, and the shapes agree.
-            unsafe { (self.ternary.gemm)(tiles, activations, out) }
-        }
+        let activations = Activations { codes, sums, scales };
+        // SAFETY: this table was handed out against proof of its instruction set, and the shapes agree.
+        unsafe { (self.ternary.gemm)(tiles, activations, out) }
     }
 }
 
