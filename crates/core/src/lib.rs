@@ -38,8 +38,8 @@ pub use checkpoint::{Checkpoint, Container, Listing, OpenOptions, TensorEntry, l
 pub use error::{Error, Result};
 pub use estimate::{Footprint, footprint};
 pub use model::{
-    Activation, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Preset, RopeTable, Table,
-    TableFormat, TernaryLinear, preset,
+    Activation, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Packing,
+    Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, preset,
 };
 pub use session::{Op, OpTotal, Profile, Session, SessionOptions, Supplied, Traffic};
 

@@ -161,9 +161,12 @@ impl<'m> Reference<'m> {
 impl Matrix {
     fn unpack(linear: &TernaryLinear) -> Self {
         let shape = linear.shape;
-        let at = |i| shape.unpack(&linear.data, i / shape.cols, i % shape.cols);
+        let mut codes = vec![0; shape.rows * shape.cols];
+        for (row, codes) in codes.chunks_exact_mut(shape.cols).enumerate() {
+            linear.unpack_row(row, codes);
+        }
         Matrix {
-            weights: (0..shape.rows * shape.cols).map(at).collect(),
+            weights: codes.into_iter().map(|code| code as i8 - 1).collect(),
             cols: shape.cols,
             scale: f64::from(linear.scale),
         }

@@ -141,7 +141,7 @@ fn masters_are_ternary_by_their_mean() {
                 assert!((f64::from(linear.scale) - mean).abs() < 1e-6 * mean, "{name} {l} {key}");
                 let mut codes = vec![0; linear.shape.cols];
                 for (row, masters) in masters.chunks(linear.shape.cols).enumerate() {
-                    linear.shape.unpack_row(&linear.data, row, &mut codes);
+                    linear.unpack_row(row, &mut codes);
                     let weight = |v: &f32| (f64::from(*v) / mean).round_ties_even().clamp(-1.0, 1.0) as i8;
                     let expected: Vec<u8> = masters.iter().map(|v| (weight(v) + 1) as u8).collect();
                     assert_eq!(codes, expected, "{name} {l} {key} {row}");
@@ -199,12 +199,12 @@ fn masters_of_every_float_type_and_size_load() {
     let mut codes = vec![0; 256];
     for row in [2, 511] {
         let gate = &dead.layers[1].gate;
-        gate.shape.unpack_row(&gate.data, row, &mut codes);
+        gate.unpack_row(row, &mut codes);
         assert_eq!(codes, [1; 256]);
     }
     for layer in [2, 3] {
         let up = &dead.layers[layer].up;
-        up.shape.unpack_row(&up.data, 77, &mut codes);
+        up.unpack_row(77, &mut codes);
         assert_eq!(codes, [1; 256]);
         // The smallest mean there is.
         assert!((up.scale - 1e-5).abs() < 1e-11, "{}", up.scale);

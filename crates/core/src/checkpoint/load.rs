@@ -13,7 +13,7 @@ use super::{Checkpoint, plan::WeightPlan};
 use crate::error::{Error, Result};
 use crate::formats::{Encoding, FormatError, Matrix};
 use crate::model::build::{Job, WeightMemory, run_all};
-use crate::model::{HeadFormat, Layer, Model, Table, TableFormat, TernaryLinear};
+use crate::model::{Compaction, HeadFormat, Layer, Model, Table, TableFormat, TernaryLinear};
 
 /// Tiles of a ternary matrix that one job repacks.
 const TILES_A_JOB: usize = 64;
@@ -86,6 +86,7 @@ fn repack(checkpoint: &Checkpoint, head_format: HeadFormat, team: &Team) -> Resu
         head_format,
         kernels,
         rounded: rounded.into_inner(),
+        compaction: Compaction::default(),
     })
 }
 
@@ -112,7 +113,7 @@ fn roundings(checkpoint: &Checkpoint, plan: &WeightPlan, team: &Team) -> Result<
 fn empty_layer(plan: &LayerPlan, memory: &mut WeightMemory) -> Result<Layer> {
     let mut linear = |planned: &LinearPlan| -> Result<TernaryLinear> {
         let shape = TernaryShape { rows: planned.stored.rows, cols: planned.stored.cols };
-        Ok(TernaryLinear { shape, data: memory.take(shape.bytes())?, scale: 1.0 })
+        Ok(TernaryLinear::new(shape, memory.take(shape.bytes())?, 1.0))
     };
     let [q, k, v, o, gate, up, down] = &plan.linears;
     Ok(Layer {
@@ -127,6 +128,7 @@ fn empty_layer(plan: &LayerPlan, memory: &mut WeightMemory) -> Result<Layer> {
         up: linear(up)?,
         ffn_sub_norm: plan.ffn_sub_norm.clone(),
         down: linear(down)?,
+        sparse: None,
     })
 }
 

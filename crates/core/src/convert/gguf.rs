@@ -246,7 +246,7 @@ fn write_linear(
 ) -> std::result::Result<(), Stop> {
     let shape = linear.shape;
     let scale = if holds_scale(encoding, linear.scale) { linear.scale } else { 1.0 };
-    let row = |stored: usize, codes: &mut [u8]| shape.unpack_row(&linear.data, order.model(stored), codes);
+    let row = |stored: usize, codes: &mut [u8]| linear.unpack_row(order.model(stored), codes);
     encode_ternary(encoding, shape.rows, shape.cols, scale, row, &mut out).map_err(|error| match error {
         EncodeError::Io(error) => Stop::Io(error),
         EncodeError::Format(error) => {

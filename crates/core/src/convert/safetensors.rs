@@ -52,7 +52,7 @@ impl View for Entry<'_> {
             Tensor::Linear(linear) => {
                 let shape = linear.shape;
                 let mut bytes = Vec::with_capacity(self.data_len());
-                let row = |row: usize, codes: &mut [u8]| shape.unpack_row(&linear.data, row, codes);
+                let row = |row: usize, codes: &mut [u8]| linear.unpack_row(row, codes);
                 // The shape was checked before, and a vector takes every byte.
                 let _ = encode_ternary(Encoding::HfU8, shape.rows, shape.cols, 1.0, row, &mut bytes);
                 Cow::Owned(bytes)

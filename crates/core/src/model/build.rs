@@ -44,6 +44,11 @@ impl WeightMemory {
         Ok(WeightMemory(Arena::new(bytes + pieces * SLACK, true)?))
     }
 
+    /// Room for `pieces` of so many bytes.
+    pub(crate) fn of(pieces: &[usize]) -> Result<Self> {
+        Ok(WeightMemory(Arena::new(pieces.iter().map(|bytes| bytes + SLACK).sum(), true)?))
+    }
+
     /// `bytes` of zeroed memory.
     pub(crate) fn take(&mut self, bytes: usize) -> Result<Segment> {
         match self.0.take(bytes) {

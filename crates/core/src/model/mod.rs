@@ -2,13 +2,19 @@
 //! disk are the business of [`crate::checkpoint`].
 
 pub(crate) mod build;
+mod compact;
 mod config;
+mod linear;
 mod presets;
 mod rope;
+mod sparse;
 mod synthetic;
 mod weights;
 
+pub use compact::Compaction;
 pub use config::{Activation, ModelConfig};
+pub use linear::{Packing, TernaryLinear};
 pub use presets::{PRESETS, Preset, preset};
 pub use rope::RopeTable;
-pub use weights::{Head, HeadFormat, Layer, Model, ModelBytes, Table, TableFormat, TernaryLinear};
+pub use sparse::SparseFfn;
+pub use weights::{Head, HeadFormat, Layer, Model, ModelBytes, Table, TableFormat};

@@ -9,8 +9,10 @@ use longbit_sys::Team;
 use sha2::{Digest, Sha256};
 
 use super::build::{Job, WeightMemory, run_all};
+use super::compact::Compaction;
 use super::config::ModelConfig;
-use super::weights::{HeadFormat, Layer, Model, Table, TableFormat, TernaryLinear};
+use super::linear::TernaryLinear;
+use super::weights::{HeadFormat, Layer, Model, Table, TableFormat};
 use crate::error::Result;
 use crate::rng::mix;
 
@@ -81,6 +83,7 @@ impl Model {
             head_format,
             kernels,
             rounded: 0,
+            compaction: Compaction::default(),
         })
     }
 
@@ -97,7 +100,7 @@ fn empty_layer(config: &ModelConfig, memory: &mut WeightMemory) -> Result<Layer>
     for (_, rows, cols) in config.linears() {
         let shape = TernaryShape { rows, cols };
         let scale = 1.0 / (2.0 / 3.0 * cols as f32).sqrt();
-        linears.push(TernaryLinear { shape, data: memory.take(shape.bytes())?, scale });
+        linears.push(TernaryLinear::new(shape, memory.take(shape.bytes())?, scale));
     }
     let Ok([q, k, v, o, gate, up, down]) = <[TernaryLinear; 7]>::try_from(linears) else {
         unreachable!("a layer has seven matrices")
@@ -114,6 +117,7 @@ fn empty_layer(config: &ModelConfig, memory: &mut WeightMemory) -> Result<Layer>
         up,
         ffn_sub_norm: config.sub_norms.then(|| vec![1.0; config.intermediate]),
         down,
+        sparse: None,
     })
 }
 

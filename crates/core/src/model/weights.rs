@@ -5,18 +5,11 @@ use std::ops::Range;
 use longbit_kernels::{Kernels, TernaryShape};
 use longbit_sys::Segment;
 
+use super::compact::Compaction;
 use super::config::ModelConfig;
+use super::linear::TernaryLinear;
+use super::sparse::SparseFfn;
 use crate::error::{Error, Result};
-
-/// A ternary matrix with one scale: `y = (codes . weights) * scale / activation_scale`.
-pub struct TernaryLinear {
-    /// Rows (outputs) and columns (inputs).
-    pub shape: TernaryShape,
-    /// Packed weights, see [`TernaryShape`].
-    pub data: Segment,
-    /// Multiplier of the integer dot product, whatever the checkpoint's own convention was.
-    pub scale: f32,
-}
 
 /// Number format of a [`Table`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,6 +179,8 @@ pub struct Layer {
     pub ffn_sub_norm: Option<Vec<f32>>,
     /// Down projection.
     pub down: TernaryLinear,
+    /// The feed-forward matrices once more, as decode steps read them that skip zeros; see [`Model::compact`].
+    pub sparse: Option<SparseFfn>,
 }
 
 /// A model ready to run.
@@ -206,6 +201,8 @@ pub struct Model {
     pub kernels: &'static Kernels,
     /// Numbers of the embedding and the head that the tables could not hold exactly, and rounded.
     pub rounded: u64,
+    /// What [`Model::compact`] did.
+    pub compaction: Compaction,
 }
 
 /// What a model of a given shape weighs.
@@ -218,10 +215,21 @@ pub struct ModelBytes {
 }
 
 impl ModelBytes {
-    /// Computed from the shape alone.
+    /// Computed from the shape alone, for weights as they are loaded.
     pub fn of(config: &ModelConfig, head: HeadFormat) -> Self {
-        let linear: u64 =
-            config.linears().iter().map(|&(_, rows, cols)| TernaryShape { rows, cols }.bytes() as u64).sum();
+        Self::compacted(config, head, Compaction::default())
+    }
+
+    /// Computed from the shape alone, for weights that [`Model::compact`] repacked. What zeros spare a step depends on its
+    /// activations and is not taken off.
+    pub fn compacted(config: &ModelConfig, head: HeadFormat, how: Compaction) -> Self {
+        let linear: u64 = config
+            .linears()
+            .iter()
+            .map(|&(_, rows, cols)| how.packing.bytes(TernaryShape { rows, cols }) as u64)
+            .sum();
+        let copies =
+            if how.skip_zeros { SparseFfn::bytes(config.hidden, config.intermediate) as u64 } else { 0 };
         let norms = 4
             * (2 * config.hidden + if config.sub_norms { config.q_rows() + config.intermediate } else { 0 })
                 as u64;
@@ -233,7 +241,11 @@ impl ModelBytes {
         // Quantising a head of its own needs the published one beside it for a while.
         let source = if !config.tied_head && head == HeadFormat::Int8 { table } else { 0 };
         ModelBytes {
-            resident: layers + table + source + if own_head { head_bytes } else { 0 },
+            resident: layers
+                + config.layers as u64 * copies
+                + table
+                + source
+                + if own_head { head_bytes } else { 0 },
             per_token: layers + head_bytes + width * config.hidden as u64,
         }
     }
@@ -242,6 +254,6 @@ impl ModelBytes {
 impl Model {
     /// Bytes of this model.
     pub fn bytes(&self) -> ModelBytes {
-        ModelBytes::of(&self.config, self.head_format)
+        ModelBytes::compacted(&self.config, self.head_format, self.compaction)
     }
 }

@@ -21,7 +21,8 @@ use forward::{Pass, Tracing, Want};
 pub use profile::{Op, OpTotal, Profile};
 use scratch::Scratch;
 
-/// Bytes and rows that the attention of the last decode step read, summed over layers and KV heads.
+/// Bytes and rows that the attention of the last decode step read, summed over layers and KV heads, and what exact zeros
+/// spared it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes of cached keys and values.
@@ -30,6 +31,8 @@ pub struct Traffic {
     pub index_bytes: u64,
     /// Cached tokens attended exactly.
     pub rows: u64,
+    /// Bytes of feed-forward weights that were not read, for they meet zeros; see [`crate::Compaction::skip_zeros`].
+    pub skipped_weight_bytes: u64,
 }
 
 /// Queries, keys and values of one decode step from outside the model: what its projections would have produced, after

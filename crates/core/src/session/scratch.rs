@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, RwLock};
 
-use longbit_kernels::{Quantized, TernaryShape};
+use longbit_kernels::{ColumnShape, Quantized, TernaryShape};
 use longbit_sys::Shared;
 
 use super::Traffic;
@@ -58,6 +58,8 @@ pub(super) struct Private {
     pub(super) pieces: Vec<Range<usize>>,
     /// Tasks of a step: KV head and range of `pieces`.
     pub(super) tasks: Vec<(usize, Range<usize>)>,
+    /// Rows or columns that a sparse product takes.
+    pub(super) listed: Vec<u32>,
     /// Laps of a profile.
     pub(super) clock: Clock,
 }
@@ -73,6 +75,8 @@ pub(super) struct Scratch {
     pub(super) ffn: Stage,
     /// Down projection.
     pub(super) down: Stage,
+    /// Integer sums of a down projection that skips columns, one stripe a thread.
+    pub(super) down_sums: Shared<i32>,
     /// Acts of width `hidden`.
     pub(super) hidden_acts: ActBuffer,
     /// Acts of width `heads * head_dim`.
@@ -101,6 +105,7 @@ pub(super) struct Scratch {
     kv_bytes: AtomicU64,
     index_bytes: AtomicU64,
     rows: AtomicU64,
+    skipped: AtomicU64,
 }
 
 /// Largest number of tasks that one KV head's selection makes: two consecutive tasks hold more than a chunk together.
@@ -117,6 +122,8 @@ impl Scratch {
         let block = BLOCK_TOKENS.min(tokens);
         let slot = config.group() * partial::stride(config.head_dim);
         let slots = if tokens == 1 { heads * max_tasks(capacity) } else { 0 };
+        // Prefill reads the matrices whole.
+        let sums = if tokens == 1 { ColumnShape { rows: config.hidden, cols: 1 }.padded_rows() } else { 1 };
         let vocab: Vec<_> = (0..threads).map(|w| longbit_sys::share(config.vocab, w, threads)).collect();
         let mut bounds = vec![0];
         for share in &vocab {
@@ -128,6 +135,7 @@ impl Scratch {
             o: stage("output projection", &[o]),
             ffn: stage("feed-forward rows", &[gate]),
             down: stage("down projection", &[down]),
+            down_sums: Shared::even(threads, sums, threads, 0).named("down sums"),
             hidden_acts: ActBuffer::new(config.hidden, tokens),
             attn_acts: ActBuffer::new(config.q_rows(), tokens),
             ffn_acts: ActBuffer::new(config.intermediate, tokens),
@@ -144,6 +152,7 @@ impl Scratch {
             kv_bytes: AtomicU64::new(0),
             index_bytes: AtomicU64::new(0),
             rows: AtomicU64::new(0),
+            skipped: AtomicU64::new(0),
         }
     }
 
@@ -159,12 +168,18 @@ impl Scratch {
         self.rows.fetch_add(rows, Relaxed);
     }
 
+    /// Adds to the bytes of weights that the step did not read.
+    pub(super) fn count_skipped(&self, bytes: usize) {
+        self.skipped.fetch_add(bytes as u64, Relaxed);
+    }
+
     /// What the step read; starts counting anew.
     pub(super) fn take_traffic(&self) -> Traffic {
         Traffic {
             kv_bytes: self.kv_bytes.swap(0, Relaxed),
             index_bytes: self.index_bytes.swap(0, Relaxed),
             rows: self.rows.swap(0, Relaxed),
+            skipped_weight_bytes: self.skipped.swap(0, Relaxed),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::model::TernaryLinear;
 
 /// Quantised activations of the tokens of a pass.
 pub(super) struct Acts<'a> {
-    /// `[tokens][padded_cols]`.
+    /// Of several tokens `[tokens][padded_cols]`, of one token [`TernaryLinear::room`].
     pub(super) codes: &'a [i8],
     /// One a token.
     pub(super) quantized: &'a [Quantized],
@@ -77,9 +77,14 @@ impl Stage {
         self.pieces[w].iter().map(|p| p.rows).sum()
     }
 
+    /// Rows that thread `w` owns of a stage with one part.
+    pub(super) fn rows_of(&self, w: usize) -> Range<usize> {
+        self.pieces[w].first().map_or(0..0, |piece| piece.row..piece.row + piece.rows)
+    }
+
     /// Bytes of weights that thread `w` reads for `linears`.
     pub(super) fn bytes(&self, w: usize, linears: &[&TernaryLinear]) -> usize {
-        self.pieces[w].iter().map(|p| p.tiles.len() * linears[p.part].shape.tile_bytes()).sum()
+        self.pieces[w].iter().map(|p| p.tiles.len() * linears[p.part].tile_bytes()).sum()
     }
 
     /// Computes the rows of thread `w` of `linears` into `out`, laid out as the stripe is.
@@ -97,28 +102,11 @@ impl Stage {
             let out = &mut out[piece.before * tokens..(piece.before + piece.rows) * tokens];
             if let [q] = acts.quantized {
                 let scale = linear.scale / q.scale;
-                kernels.ternary_gemv(
-                    linear.shape,
-                    &linear.data,
-                    piece.tiles.clone(),
-                    acts.codes,
-                    q.sum,
-                    scale,
-                    out,
-                );
+                linear.gemv(kernels, piece.tiles.clone(), acts.codes, q.sum, scale, out);
             } else {
                 let sums: Vec<i32> = acts.quantized.iter().map(|q| q.sum).collect();
                 let scales: Vec<f32> = acts.quantized.iter().map(|q| linear.scale / q.scale).collect();
-                kernels.ternary_gemm(
-                    linear.shape,
-                    &linear.data,
-                    piece.tiles.clone(),
-                    tokens,
-                    acts.codes,
-                    &sums,
-                    &scales,
-                    out,
-                );
+                linear.gemm(kernels, piece.tiles.clone(), tokens, acts.codes, &sums, &scales, out);
             }
         }
     }

@@ -19,7 +19,7 @@ use super::scratch::{ActBuffer, Private, Scratch};
 use super::stage::{Acts, Stage};
 use crate::attention::Attention;
 use crate::kv::KvCache;
-use crate::model::{Layer, Model, RopeTable};
+use crate::model::{Layer, Model, RopeTable, TernaryLinear};
 
 /// Which logits a pass computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +144,7 @@ impl Pass<'_> {
         p: &mut Private,
         norm: &[f32],
         stage: &Stage,
-        linears: &[&crate::model::TernaryLinear],
+        linears: &[&TernaryLinear],
     ) {
         let (w, tokens) = (worker.index(), self.tokens.len());
         self.with_residual_acts(worker, p, norm, |acts| {
@@ -168,7 +168,7 @@ impl Pass<'_> {
         norm: Option<&[f32]>,
         buffer: &ActBuffer,
         stage: &Stage,
-        linears: &[&crate::model::TernaryLinear],
+        linears: &[&TernaryLinear],
         source: impl Fn(usize, &mut [f32]),
     ) {
         let (w, tokens) = (worker.index(), self.tokens.len());
@@ -208,7 +208,7 @@ impl Pass<'_> {
             }
         };
         if self.tokens.len() == 1 {
-            p.codes.resize(buffer.padded, 0);
+            p.codes.resize(TernaryLinear::room(cols), 0);
             let quantized = [quantize(0, &mut p.codes)];
             p.clock.lap(Op::Norm, || 0);
             then(&Acts { codes: &p.codes, quantized: &quantized });

@@ -99,8 +99,8 @@ impl Kernels {
     /// Ternary matrix times the vectors of several tokens, for some tiles, with the bits of [`Kernels::trit_gemv`] per
     /// token.
     ///
-    /// `codes` `[tokens][padded_cols]`, `sums` and `scales` `[tokens]`, `out` `[tokens][rows of tiles]`. Each weight is
-    /// expanded once for all tokens.
+    /// `codes` `[tokens][padded_cols]` with the padding of this shape or of the [`TernaryShape`] of the same size, `sums`
+    /// and `scales` `[tokens]`, `out` `[tokens][rows of tiles]`. Each weight is expanded once for all tokens.
     #[expect(
         clippy::too_many_arguments,
         reason = "one operation on plain slices; a struct would only rename them"
@@ -116,14 +116,16 @@ impl Kernels {
         scales: &[f32],
         out: &mut [f32],
     ) {
-        assert_eq!(codes.len(), tokens * shape.padded_cols(), "trit_gemm: activation codes");
+        let usual = TernaryShape { rows: shape.rows, cols: shape.cols }.padded_cols();
+        let stride = if codes.len() == tokens * usual { usual } else { shape.padded_cols() };
+        assert_eq!(codes.len(), tokens * stride, "trit_gemm: activation codes");
         assert_eq!((sums.len(), scales.len()), (tokens, tokens), "trit_gemm: sums and scales");
         let some = select(shape, data, tiles, out.len(), tokens);
         if some.rows == 0 || tokens == 0 || some.units == 0 {
             return out.fill(0.0);
         }
         let bits = TernaryShape { rows: some.rows, cols: shape.cols };
-        let codes = restride(codes, shape.padded_cols(), bits.padded_cols());
+        let codes = restride(codes, stride, bits.padded_cols());
         let most = if tokens < MANY_TOKENS { NEAR_BYTES } else { FAR_BYTES };
         let at_once = (most / bits.tile_bytes()).clamp(1, bits.tiles());
         let mut expanded = vec![0; at_once * bits.tile_bytes()];
