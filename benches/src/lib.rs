@@ -56,24 +56,29 @@ pub fn model_2b() -> ModelConfig {
     preset("bitnet-2b-4t").unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// A session whose decode step is attention and little else: the heads of a 2B model over 30 layers on a residual stream
-/// of 256, with `context` tokens of arbitrary rows cached.
+/// Whether this program runs under `cargo test`, which only asks whether the benches still work: everything is small then,
+/// and nothing is worth reading.
+pub fn smoke() -> bool {
+    !std::env::args().any(|arg| arg == "--bench")
+}
+
+/// The shape that a whole model is measured with: the 2B model, or a tiny one for a smoke test.
+///
+/// # Panics
+/// When a preset is gone.
+pub fn whole_model() -> ModelConfig {
+    if smoke() { preset("tiny").unwrap_or_else(|e| panic!("{e}")) } else { model_2b() }
+}
+
+/// A session of `model` with `context` tokens of arbitrary rows cached, and room for 256 more.
 ///
 /// # Panics
 /// When memory cannot be had.
-pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, Supplied) {
-    let config = ModelConfig {
-        name: "attention only".into(),
-        vocab: 256,
-        hidden: 256,
-        intermediate: 256,
-        ..model_2b()
-    };
-    let team = team(threads);
-    let make = || -> longbit::Result<(Session, Supplied)> {
-        let model = Arc::new(Model::synthetic(config.clone(), HeadFormat::Bf16, 1, &team)?);
+pub fn filled_session(model: Arc<Model>, context: usize, kv: &str, threads: usize) -> Session {
+    let make = || -> longbit::Result<Session> {
         let options = SessionOptions { capacity: context + 256, kv: kv_dtype(kv)?, method: method("dense")? };
-        let mut session = Session::new(model, team.clone(), options)?;
+        let mut session = Session::new(model, team(threads), options)?;
+        let config = session.model().config.clone();
         let rows: Vec<f32> =
             (0..1024 * 128).map(|i| ((i * 2_654_435_761usize) >> 7 & 1023) as f32 / 512.0 - 1.0).collect();
         for head in 0..config.layers * config.kv_heads {
@@ -87,13 +92,31 @@ pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, 
         }
         session.cache_mut().set_len(context)?;
         session.refresh();
-        let numbers = config.layers * config.kv_heads * config.head_dim;
-        let supplied = Supplied {
-            queries: vec![0.01; numbers * config.group()],
-            keys: vec![0.01; numbers],
-            values: vec![0.01; numbers],
-        };
-        Ok((session, supplied))
+        Ok(session)
     };
     make().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// A session whose decode step is attention and little else: the heads of a 2B model over 30 layers on a residual stream
+/// of 256, with `context` tokens of arbitrary rows cached.
+///
+/// # Panics
+/// When memory cannot be had.
+pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, Supplied) {
+    let config = ModelConfig {
+        name: "attention only".into(),
+        vocab: 256,
+        hidden: 256,
+        intermediate: 256,
+        ..model_2b()
+    };
+    let model = Model::synthetic(config.clone(), HeadFormat::Bf16, 1, &team(threads));
+    let session = filled_session(Arc::new(model.unwrap_or_else(|e| panic!("{e}"))), context, kv, threads);
+    let numbers = config.layers * config.kv_heads * config.head_dim;
+    let supplied = Supplied {
+        queries: vec![0.01; numbers * config.group()],
+        keys: vec![0.01; numbers],
+        values: vec![0.01; numbers],
+    };
+    (session, supplied)
 }
