@@ -10,53 +10,6 @@
 //!
 //! With codes `c = w + 1`, `sum(w * a) = sum(c * a) - sum(a)`.
 
-/// Stamps the walk over tiles and tokens for one instruction set: `$most` tokens at a time and what is left of them.
-/// `$sums` computes one tile for some tokens, `finish` turns its sums into results.
-#[cfg(target_arch = "aarch64")]
-macro_rules! stamp_gemm {
-    ($features:literal, $sums:ident, $($fewer:literal)+ to $most:literal) => {
-        /// `T` tokens of one tile, into `out[token][row]`.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn tile_tokens<const T: usize>(
-            tiles: &Tiles<'_>,
-            activations: &Activations<'_>,
-            tile: usize,
-            t: usize,
-            out: &mut [f32],
-        ) {
-            let cols = tiles.blocks * BLOCK_COLS;
-            let data = &tiles.data[tile * tiles.blocks * BLOCK_BYTES..][..tiles.blocks * BLOCK_BYTES];
-            let codes = &activations.codes[t * cols..][..T * cols];
-            // SAFETY: data is one tile and codes are T tokens.
-            let acc = unsafe { $sums::<T>(data.as_ptr(), tiles.blocks, codes.as_ptr()) };
-            let rows = tile * TILE_ROWS..tiles.rows.min((tile + 1) * TILE_ROWS);
-            for (i, acc) in acc.into_iter().enumerate() {
-                let out = &mut out[(t + i) * tiles.rows..][rows.clone()];
-                finish(acc, activations.sums[t + i], activations.scales[t + i], out);
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
-            let tokens = activations.sums.len();
-            let cols = tiles.blocks * BLOCK_COLS;
-            let group = (super::TOKEN_GROUP_BYTES / cols.max(1)).next_multiple_of($most).max($most);
-            for start in (0..tokens).step_by(group) {
-                let end = tokens.min(start + group);
-                for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
-                    for t in (start..end).step_by($most) {
-                        match end - t {
-                            $($fewer => tile_tokens::<$fewer>(&tiles, &activations, tile, t, out),)+
-                            _ => tile_tokens::<$most>(&tiles, &activations, tile, t, out),
-                        }
-                    }
-                }
-            }
-        }
-    };
-}
-
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -94,9 +47,6 @@ pub(crate) const UNIT: usize = 64;
 pub(crate) const BLOCK_BYTES: usize = TILE_ROWS * UNIT;
 /// More columns could overflow the 32-bit accumulators of scaled codes (128 * 128 * 4 a block and lane).
 const MAX_COLS: usize = 1 << 22;
-/// Activation codes of the tokens that one pass over the weights serves: half of a usual second-level cache.
-#[cfg(target_arch = "aarch64")]
-const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
 /// How far ahead of the arithmetic a stream of weights is requested where hardware prefetchers stop at every 4 KiB.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

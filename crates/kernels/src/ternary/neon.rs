@@ -13,6 +13,10 @@ pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
 
 /// Bytes of a register.
 const WIDTH: usize = 16;
+/// Tokens of a register tile: sixteen accumulators, four registers of weights and four of activations, of 32.
+const MOST_TOKENS: usize = 4;
+/// Activation codes of the tokens that one pass over the weights serves: half of a usual second-level cache.
+const TOKEN_GROUP_BYTES: usize = 512 << 10;
 
 /// Adds the dot products of four neighbouring bytes to each 32-bit lane. Its intrinsic is not stable yet.
 #[inline]
@@ -155,5 +159,44 @@ unsafe fn token_sums<const T: usize>(
     acc
 }
 
-// Four tokens: sixteen accumulators, four registers of weights and four of activations, of 32.
-stamp_gemm!("neon,dotprod", token_sums, 1 2 3 to 4);
+/// `T` tokens of one tile, into `out[token][row]`.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn tile_tokens<const T: usize>(
+    tiles: &Tiles<'_>,
+    activations: &Activations<'_>,
+    tile: usize,
+    t: usize,
+    out: &mut [f32],
+) {
+    let cols = tiles.blocks * BLOCK_COLS;
+    let data = &tiles.data[tile * tiles.blocks * BLOCK_BYTES..][..tiles.blocks * BLOCK_BYTES];
+    let codes = &activations.codes[t * cols..][..T * cols];
+    // SAFETY: data is one tile and codes are T tokens.
+    let acc = unsafe { token_sums::<T>(data.as_ptr(), tiles.blocks, codes.as_ptr()) };
+    let rows = tile * TILE_ROWS..tiles.rows.min((tile + 1) * TILE_ROWS);
+    for (i, acc) in acc.into_iter().enumerate() {
+        let out = &mut out[(t + i) * tiles.rows..][rows.clone()];
+        finish(acc, activations.sums[t + i], activations.scales[t + i], out);
+    }
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn gemm(tiles: Tiles<'_>, activations: Activations<'_>, out: &mut [f32]) {
+    let tokens = activations.sums.len();
+    let cols = tiles.blocks * BLOCK_COLS;
+    let group = (TOKEN_GROUP_BYTES / cols.max(1)).next_multiple_of(MOST_TOKENS).max(MOST_TOKENS);
+    for start in (0..tokens).step_by(group) {
+        let end = tokens.min(start + group);
+        for tile in 0..tiles.rows.div_ceil(TILE_ROWS) {
+            for t in (start..end).step_by(MOST_TOKENS) {
+                match end - t {
+                    1 => tile_tokens::<1>(&tiles, &activations, tile, t, out),
+                    2 => tile_tokens::<2>(&tiles, &activations, tile, t, out),
+                    3 => tile_tokens::<3>(&tiles, &activations, tile, t, out),
+                    _ => tile_tokens::<MOST_TOKENS>(&tiles, &activations, tile, t, out),
+                }
+            }
+        }
+    }
+}
