@@ -1,6 +1,6 @@
 //! The products of lists with AVX-512 VNNI.
 //!
-//! Rows: the product of a tile, with four listed rows in the place of its four. Columns: the bytes of four columns are
+//! Rows: one after another, as the product of a tile has them. Columns: the bytes of four columns are
 //! interleaved, so that a double word holds four columns of the same rows and one dot-product instruction multiplies it
 //! with the four activations; what differs between rows is the lane. Groups keep the scale `4^g` of their bits until the
 //! sums are folded.
@@ -9,13 +9,14 @@ use super::super::avx512::finish;
 use super::super::{BLOCK_COLS, TILE_ROWS, UNIT};
 use super::{Columns, Rows, SparseTable};
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 pub(crate) static TABLE: SparseTable = SparseTable { rows, columns };
 
-/// How far ahead of the arithmetic listed rows are requested, at least.
-const ROWS_AHEAD: usize = 8192;
+/// How far ahead of the arithmetic listed rows and columns are requested, at least, into the second-level cache.
+const AHEAD: usize = 16384;
 /// Columns that share one pass over the sums.
-const GROUP: usize = 16;
+const GROUP: usize = 8;
 /// Columns of one dot product.
 const QUAD: usize = 4;
 /// Blocks of 256 rows whose scaled sums are kept at hand: half of a usual first-level cache.
@@ -27,68 +28,52 @@ const MOST_COLUMNS: usize = 1 << 16;
 fn rows(rows: Rows<'_>, codes: &[i8], sum: i32, scale: f32, out: &mut [f32]) {
     let blocks = rows.row_bytes / UNIT;
     let codes = &codes[..blocks * BLOCK_COLS];
-    // The start of the listed row `i`, or of the last one.
-    let start = |i: usize| {
-        let row = rows.listed[i.min(rows.listed.len() - 1)] as usize;
-        rows.data[row * rows.row_bytes..][..rows.row_bytes].as_ptr()
-    };
-    let ahead = ROWS_AHEAD.div_ceil(TILE_ROWS * rows.row_bytes.max(1)) * TILE_ROWS;
-    for i in 0..ahead.min(rows.listed.len()) {
+    let line = |row: u32| rows.data[row as usize * rows.row_bytes..][..rows.row_bytes].as_ptr();
+    let ahead = AHEAD.div_ceil(rows.row_bytes.max(1));
+    for &row in &rows.listed[..ahead.min(rows.listed.len())] {
         for block in 0..blocks {
-            _mm_prefetch::<_MM_HINT_T0>(start(i).wrapping_add(block * UNIT).cast());
+            _mm_prefetch::<_MM_HINT_T1>(line(row).wrapping_add(block * UNIT).cast());
         }
     }
     for (i, four) in rows.listed.chunks(TILE_ROWS).enumerate() {
-        let first = i * TILE_ROWS;
-        let lines = [start(first), start(first + 1), start(first + 2), start(first + 3)];
-        let next = first + ahead;
-        let next = [start(next), start(next + 1), start(next + 2), start(next + 3)];
-        // SAFETY: every line was cut out with `blocks` units, and codes has a block of activations for each.
-        let acc = unsafe { row_sums(lines, next, blocks, codes.as_ptr()) };
+        let mut sums = [_mm512_setzero_si512(); TILE_ROWS];
+        for (k, (&row, sums)) in four.iter().zip(&mut sums).enumerate() {
+            let row = line(row);
+            // At the end of the list there is nothing to request but what is at hand.
+            let next = rows.listed.get(i * TILE_ROWS + k + ahead).map_or(row, |&row| line(row));
+            // SAFETY: every line was cut out with `blocks` units, and codes has a block of activations for each.
+            *sums = unsafe { row_sums(row, next, blocks, codes.as_ptr()) };
+        }
         let mut results = [0.0; TILE_ROWS];
-        finish(acc, sum, scale, &mut results);
+        finish(sums, sum, scale, &mut results);
         for (&row, result) in four.iter().zip(results) {
             out[row as usize] = result;
         }
     }
 }
 
-/// Four rows for one token.
+/// One row for one token: lines in ascending order, for only then the hardware helps to fetch them.
 ///
 /// # Safety
-/// Each of `lines` is readable for `blocks` units, `codes` for `blocks` blocks of activations.
+/// `line` is readable for `blocks` units, `codes` for `blocks` blocks of activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn row_sums(
-    lines: [*const u8; TILE_ROWS],
-    next: [*const u8; TILE_ROWS],
-    blocks: usize,
-    codes: *const i8,
-) -> [__m512i; TILE_ROWS] {
+unsafe fn row_sums(line: *const u8, next: *const u8, blocks: usize, codes: *const i8) -> __m512i {
     let masks = masks();
-    let mut acc = [[_mm512_setzero_si512(); 4]; TILE_ROWS];
+    let mut acc = [_mm512_setzero_si512(); 4];
     for block in 0..blocks {
-        let mut a = [_mm512_setzero_si512(); 4];
+        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(block * UNIT).cast());
+        // SAFETY: block < blocks; a unit has 64 bytes.
+        let w = unsafe { _mm512_loadu_si512(line.add(block * UNIT).cast()) };
         for g in 0..4 {
             // SAFETY: block < blocks and g < 4: 64 codes of this block.
-            a[g] = unsafe { _mm512_loadu_si512(codes.add(block * BLOCK_COLS + g * UNIT).cast()) };
-        }
-        for row in 0..TILE_ROWS {
-            _mm_prefetch::<_MM_HINT_T0>(next[row].wrapping_add(block * UNIT).cast());
-            // SAFETY: block < blocks; a unit has 64 bytes.
-            let w = unsafe { _mm512_loadu_si512(lines[row].add(block * UNIT).cast()) };
-            for g in 0..4 {
-                acc[row][g] = _mm512_dpbusd_epi32(acc[row][g], _mm512_and_si512(w, masks[g]), a[g]);
-            }
+            let a = unsafe { _mm512_loadu_si512(codes.add(block * BLOCK_COLS + g * UNIT).cast()) };
+            acc[g] = _mm512_dpbusd_epi32(acc[g], _mm512_and_si512(w, masks[g]), a);
         }
     }
-    let mut sums = [_mm512_setzero_si512(); TILE_ROWS];
-    for row in 0..TILE_ROWS {
-        let low = _mm512_add_epi32(acc[row][0], _mm512_srai_epi32::<2>(acc[row][1]));
-        let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[row][2]), _mm512_srai_epi32::<6>(acc[row][3]));
-        sums[row] = _mm512_add_epi32(low, high);
-    }
-    sums
+    let low = _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1]));
+    let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[2]), _mm512_srai_epi32::<6>(acc[3]));
+    _mm512_add_epi32(low, high)
 }
 
 /// What separates the four groups of a byte.
@@ -132,6 +117,35 @@ impl Group {
     }
 }
 
+/// Requests the columns of a list line after line, in their order in memory: only then the hardware helps to fetch them.
+struct Requests<'a> {
+    columns: Columns<'a>,
+    listed: std::slice::Iter<'a, u32>,
+    /// The line to request next, and the end of its column.
+    bytes: Range<*const u8>,
+    /// Bytes of a column that are needed.
+    wanted: Range<usize>,
+}
+
+impl<'a> Requests<'a> {
+    fn new(columns: Columns<'a>, listed: &'a [u32], wanted: Range<usize>) -> Requests<'a> {
+        Requests { columns, listed: listed.iter(), bytes: std::ptr::null()..std::ptr::null(), wanted }
+    }
+
+    /// The next line, or none at the end of the list.
+    #[inline(always)]
+    fn next_line(&mut self) -> *const u8 {
+        if self.bytes.start == self.bytes.end {
+            let Some(&column) = self.listed.next() else { return self.bytes.start };
+            let line = &self.columns.data[column as usize * self.columns.column_bytes..];
+            self.bytes = line[self.wanted.clone()].as_ptr_range();
+        }
+        let line = self.bytes.start;
+        self.bytes.start = line.wrapping_add(UNIT);
+        line
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn columns(columns: Columns<'_>, codes: &[i8], sums: &mut [i32]) {
     let blocks = columns.column_bytes / UNIT;
@@ -139,21 +153,26 @@ fn columns(columns: Columns<'_>, codes: &[i8], sums: &mut [i32]) {
         let total: i32 = listed.iter().map(|&c| i32::from(codes[c as usize])).sum();
         for first in (0..blocks).step_by(STRIPE) {
             let stripe = first..blocks.min(first + STRIPE);
+            let wanted = stripe.start * UNIT..stripe.end * UNIT;
             let mut scaled = [Scaled([[[0; 16]; 4]; 4]); STRIPE];
-            let mut group = Group::new(&columns, listed, codes);
-            for line in group.lines {
-                for block in stripe.clone() {
-                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(block * UNIT).cast());
-                }
+            let mut far = Requests::new(columns, listed, wanted.clone());
+            let mut near = Requests::new(columns, listed, wanted.clone());
+            for _ in 0..AHEAD / UNIT + GROUP * stripe.len() {
+                _mm_prefetch::<_MM_HINT_T1>(far.next_line().cast());
             }
-            for at in (0..listed.len()).step_by(GROUP) {
-                let next = listed.get(at + GROUP..).filter(|rest| !rest.is_empty());
-                let next = Group::new(&columns, next.unwrap_or(&listed[..1]), codes);
+            for _ in 0..GROUP * stripe.len() {
+                near.next_line();
+            }
+            for listed in listed.chunks(GROUP) {
+                let group = Group::new(&columns, listed, codes);
                 for (block, scaled) in stripe.clone().zip(&mut scaled) {
+                    for _ in 0..GROUP {
+                        _mm_prefetch::<_MM_HINT_T1>(far.next_line().cast());
+                        _mm_prefetch::<_MM_HINT_T0>(near.next_line().cast());
+                    }
                     // SAFETY: every line was cut out with `blocks` units, and `block` is one of them.
-                    unsafe { block_sums(&group, &next, block * UNIT, scaled) }
+                    unsafe { block_sums(&group, block * UNIT, scaled) }
                 }
-                group = next;
             }
             for (scaled, sums) in scaled.iter().zip(sums[first * BLOCK_COLS..].as_chunks_mut().0) {
                 fold(scaled, total, sums);
@@ -168,7 +187,7 @@ fn columns(columns: Columns<'_>, codes: &[i8], sums: &mut [i32]) {
 /// Each line of `group` has 64 bytes at `at`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn block_sums(group: &Group, next: &Group, at: usize, sums: &mut Scaled) {
+unsafe fn block_sums(group: &Group, at: usize, sums: &mut Scaled) {
     let masks = masks();
     let mut acc = [[_mm512_setzero_si512(); 4]; 4];
     for g in 0..4 {
@@ -180,7 +199,6 @@ unsafe fn block_sums(group: &Group, next: &Group, at: usize, sums: &mut Scaled) 
     for quad in 0..group.quads {
         let mut c = [_mm512_setzero_si512(); QUAD];
         for i in 0..QUAD {
-            _mm_prefetch::<_MM_HINT_T0>(next.lines[quad * QUAD + i].wrapping_add(at).cast());
             // SAFETY: the caller says that 64 bytes are there.
             c[i] = unsafe { _mm512_loadu_si512(group.lines[quad * QUAD + i].add(at).cast()) };
         }
