@@ -71,10 +71,8 @@ impl Pass<'_> {
                 }
             }
             // A gate that is no number counts as one that is open: it must reach the result.
-            listed.clear();
-            listed.extend(
-                mine.clone().zip(&gate).filter(|&(_, gate)| !(*gate <= 0.0)).map(|(row, _)| row as u32),
-            );
+            list_where(&gate, |gate: f32| gate > 0.0 || gate.is_nan(), &mut listed);
+            listed.iter_mut().for_each(|row| *row += mine.start as u32);
             up[mine.clone()].fill(0.0);
             let scale = layer.up.scale / scale;
             kernels.ternary_rows(sparse.rows, &sparse.up, &listed, codes, sum, scale, &mut up);
@@ -95,7 +93,7 @@ impl Pass<'_> {
         let cols = sparse.columns.cols;
         self.with_acts(worker, p, norm, &s.ffn_acts, cols, source, |acts| {
             let codes = &acts.codes[..cols];
-            list_nonzero(codes, &mut listed);
+            list_where(codes, |code| code != 0, &mut listed);
             let share = &listed[worker.range(listed.len())];
             let mut sums = s.down_sums.write(w);
             sums.fill(0);
@@ -119,14 +117,14 @@ impl Pass<'_> {
     }
 }
 
-/// The places of codes other than zero, ascending.
-fn list_nonzero(codes: &[i8], listed: &mut Vec<u32>) {
-    listed.resize(codes.len(), 0);
+/// The places that `keep` keeps, ascending.
+fn list_where<T: Copy>(values: &[T], keep: impl Fn(T) -> bool, listed: &mut Vec<u32>) {
+    listed.resize(values.len(), 0);
     let mut count = 0;
-    for (column, &code) in codes.iter().enumerate() {
-        // Written always and kept if it counts: no branch to mispredict.
-        listed[count] = column as u32;
-        count += usize::from(code != 0);
+    for (place, &value) in values.iter().enumerate() {
+        // Written always and kept if it counts: half of the gates are open, and no branch could guess which.
+        listed[count] = place as u32;
+        count += usize::from(keep(value));
     }
     listed.truncate(count);
 }
