@@ -126,7 +126,7 @@ mod tests {
                     None => shape.fill_random(0..shape.tiles(), 5, &mut data),
                     Some(weight) => shape.pack(0..shape.tiles(), |_, _| weight, &mut data),
                 }
-                for tokens in [1, 2, 3, 4, 5, 67] {
+                for tokens in [1, 2, 3, 4, 5, 131] {
                     let code = |i: usize| match weight {
                         None => (i * 89 + 17) as u8 as i8,
                         Some(_) => [-128, 127][i / padded % 2],

@@ -1,7 +1,7 @@
 //! How the integer products are cut into blocks, from the caches of this processor.
 //!
 //! A product of many tokens goes through three levels. A *register tile* is 4 rows by a few tokens. A *token group* (the
-//! tokens of a register tile) keeps its activations in the first-level cache, over as many columns as fit half of it,
+//! tokens of a register tile) keeps its activations in the first-level cache, over as many columns as fit three quarters of it,
 //! while the rows of a *row block* stream by; the weights of a row block stay in a quarter of the second-level cache
 //! while all token groups pass. So per register tile and 64 columns only four lines of weights come from the second
 //! level, and every weight comes from memory once.
@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 /// From how many tokens on the codes of a row block are unpacked to one a byte before the tokens pass. Unpacking costs
 /// about as much as the dot products of one or two tokens, and spares an instruction a row and register tile.
-const UNPACK_TOKENS: usize = 64;
+const UNPACK_TOKENS: usize = 128;
 
 /// What the block sizes are derived from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub(crate) struct Machine {
     pub(crate) l2: usize,
     /// Whether a stream that is read once should be requested ahead of the arithmetic, line by line. It pays where the
     /// hardware prefetcher stops at every 4 KiB; on AMD's cores (Zen 4), which go on over that border, the requests take a
-    /// quarter of the bandwidth.
+    /// quarter of the bandwidth of one token.
     pub(crate) request_ahead: bool,
 }
 
@@ -81,27 +81,26 @@ pub(crate) struct Blocking {
     pub(crate) groups: usize,
     /// Blocks of columns that a token group keeps in the first-level cache at a time.
     pub(crate) part_blocks: usize,
+    /// Whether the first group requests the weights ahead of the arithmetic.
+    pub(crate) request_ahead: bool,
 }
 
 impl Blocking {
-    /// For `tokens` tokens of `blocks` blocks of columns, register tiles of `most` tokens, and accumulators that hold the
-    /// sums of `max_blocks` blocks.
-    pub(crate) fn new(
-        machine: Machine,
-        tokens: usize,
-        blocks: usize,
-        most: usize,
-        max_blocks: usize,
-    ) -> Blocking {
+    /// For `tokens` tokens of `blocks` blocks of columns, and register tiles of `most` tokens.
+    pub(crate) fn new(machine: Machine, tokens: usize, blocks: usize, most: usize) -> Blocking {
         let groups = tokens.div_ceil(most);
         let unpack = tokens >= UNPACK_TOKENS;
+        // Columns of a group, and how much of the first-level cache their codes may take.
+        let (group_cols, room) = (tokens.div_ceil(groups.max(1)).max(1) * BLOCK_COLS, machine.l1 / 4 * 3);
+        // Parts of about one size. Few tokens are bound by memory: parts would only interrupt the stream.
+        let fit = if unpack { (room / group_cols).max(1) } else { usize::MAX };
+        let part_blocks = blocks.div_ceil(blocks.div_ceil(fit).max(1)).max(1);
+        // Loads of codes that miss the first-level cache keep any hardware prefetcher from following the weights.
+        let request_ahead = machine.request_ahead || blocks * group_cols > machine.l1 / 8 * 3;
         let tile_bytes = blocks * BLOCK_BYTES * if unpack { TILE_ROWS } else { 1 };
         // One group reads every weight once: a block of rows would only interrupt the stream.
         let tiles = if groups == 1 { usize::MAX } else { (machine.l2 / 4 / tile_bytes.max(1)).max(1) };
-        let fit = (machine.l1 / 2 / (most * BLOCK_COLS)).clamp(1, max_blocks);
-        // Parts of about one size.
-        let part_blocks = blocks.div_ceil(blocks.div_ceil(fit).max(1)).max(1);
-        Blocking { unpack, tiles, groups, part_blocks }
+        Blocking { unpack, tiles, groups, part_blocks, request_ahead }
     }
 }
 
@@ -119,12 +118,16 @@ mod tests {
     fn blocks_fit_the_caches() {
         let machine = Machine { l1: 32 << 10, l2: 1 << 20, request_ahead: false };
         for cols in [256, 2560, 4096, 6912, 65536] {
-            for tokens in [2, 6, 7, 63, 64, 512] {
-                for (most, max_blocks) in [(6, usize::MAX), (3, usize::MAX), (2, 7)] {
+            for tokens in [2, 6, 7, 127, 128, 512] {
+                for most in [6, 3] {
                     let blocks = cols / BLOCK_COLS;
-                    let b = Blocking::new(machine, tokens, blocks, most, max_blocks);
-                    assert!(b.part_blocks >= 1 && b.part_blocks <= max_blocks, "{b:?}");
-                    assert!(b.part_blocks * BLOCK_COLS * most <= machine.l1 / 2, "{b:?}");
+                    let b = Blocking::new(machine, tokens, blocks, most);
+                    assert!((1..=blocks).contains(&b.part_blocks), "{b:?}");
+                    let most_in_group = tokens.div_ceil(b.groups);
+                    assert!(
+                        !b.unpack || b.part_blocks * BLOCK_COLS * most_in_group <= machine.l1 / 4 * 3,
+                        "{b:?}"
+                    );
                     assert!(b.groups * most >= tokens && (b.groups - 1) * most < tokens, "{b:?}");
                     let bytes = blocks * BLOCK_BYTES * if b.unpack { 4 } else { 1 };
                     let whole = b.groups == 1 && b.tiles == usize::MAX;
@@ -132,7 +135,7 @@ mod tests {
                 }
             }
         }
-        let b = Blocking::new(machine, 512, 27, 6, usize::MAX);
-        assert_eq!((b.part_blocks, b.tiles, b.groups), (9, 9, 86));
+        let b = Blocking::new(machine, 512, 27, 6);
+        assert_eq!((b.part_blocks, b.tiles, b.groups), (14, 9, 86));
     }
 }

@@ -3,16 +3,8 @@
 //! The bodies are compiled per instruction set by [`stamp_products`]. As in `crate::vector`, the methods of an
 //! implementation may be *called* only where its instruction set is enabled, and never from closures.
 
-use super::blocking::{Blocking, Machine};
-use super::{Activations, BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, Tiles, UNIT};
+use super::{BLOCK_BYTES, BLOCK_COLS, PREFETCH_BYTES, TILE_ROWS, UNIT};
 use std::arch::x86_64::*;
-use std::cell::RefCell;
-use std::ops::Range;
-
-/// Tokens of the largest register tile of any instruction set.
-pub(super) const MOST_TOKENS: usize = 6;
-/// In the place of a group of a unit: the weights are unpacked already.
-const UNPACKED: usize = 4;
 
 /// A register of bytes or of sums. See the module for who may call its methods.
 pub(super) trait ByteLanes: Copy {
@@ -64,11 +56,16 @@ pub(super) trait ByteLanes: Copy {
 /// Turns the sums of codes into results: `(dot - sum) as f32 * scale`, for the rows that exist.
 #[inline(always)]
 pub(super) fn finish(dots: __m128i, sum: i32, scale: f32, out: &mut [f32]) {
-    let mut four = [0i32; TILE_ROWS];
-    // SAFETY: an array of four is writable for four; every x86-64 has this instruction.
-    unsafe { _mm_storeu_si128(four.as_mut_ptr().cast(), dots) };
-    for (o, dot) in out.iter_mut().zip(four) {
-        *o = (dot - sum) as f32 * scale;
+    // SAFETY: arrays of four are writable for four; every x86-64 has these instructions.
+    unsafe {
+        let exact = _mm_cvtepi32_ps(_mm_sub_epi32(dots, _mm_set1_epi32(sum)));
+        let scaled = _mm_mul_ps(exact, _mm_set1_ps(scale));
+        if let Ok(four) = <&mut [f32; TILE_ROWS]>::try_from(&mut *out) {
+            return _mm_storeu_ps(four.as_mut_ptr(), scaled);
+        }
+        let mut four = [0.0; TILE_ROWS];
+        _mm_storeu_ps(four.as_mut_ptr(), scaled);
+        out.copy_from_slice(&four[..out.len()]);
     }
 }
 
@@ -129,267 +126,6 @@ pub(super) fn request(p: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
 }
 
-/// A row block meeting a token group.
-pub(super) struct Panel<'a> {
-    /// Tiles, packed or unpacked.
-    weights: &'a [u8],
-    /// Blocks of columns.
-    blocks: usize,
-    /// Blocks of columns at a time.
-    part_blocks: usize,
-    /// `[tokens][cols]`.
-    codes: &'a [i8],
-    sums: &'a [i32],
-    scales: &'a [f32],
-    /// Sums of the parts so far: `[tiles][tokens][4]` registers, where there is more than one part.
-    saved: &'a mut [Line],
-    /// How far ahead packed weights are requested; 0 for not.
-    ahead: usize,
-    /// `[tokens][stride]`, from the first row of the row block on.
-    out: &'a mut [f32],
-    stride: usize,
-    rows: usize,
-}
-
-/// A cache line of scratch memory.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
-
-thread_local! {
-    /// Unpacked weights of a row block, and sums of parts.
-    static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
-}
-
-/// What [`gemm`] needs of an instruction set; the functions require it.
-pub(super) struct Products {
-    /// By tokens less one; packed weights.
-    pub(super) packed: [unsafe fn(Panel<'_>); MOST_TOKENS],
-    /// By tokens less one; unpacked weights.
-    pub(super) unpacked: [unsafe fn(Panel<'_>); MOST_TOKENS],
-    /// Packed tiles into `[block][group][row][64 codes]`.
-    pub(super) unpack: unsafe fn(&[u8], &mut [Line]),
-    pub(super) gemv: unsafe fn(Tiles<'_>, Activations<'_>, &mut [f32]),
-    /// [`ByteLanes::TOKENS`], [`ByteLanes::MAX_BLOCKS`], [`ByteLanes::BYTES`].
-    pub(super) tokens: usize,
-    pub(super) max_blocks: usize,
-    pub(super) bytes: usize,
-}
-
-/// Some tiles times any number of tokens, block by block: see [`super::blocking`].
-///
-/// # Safety
-/// The processor has the instruction set of `products`.
-pub(super) unsafe fn gemm(
-    products: &Products,
-    machine: Machine,
-    tiles: Tiles<'_>,
-    activations: Activations<'_>,
-    out: &mut [f32],
-) {
-    let (tokens, cols) = (activations.sums.len(), tiles.blocks * BLOCK_COLS);
-    if tokens == 1 {
-        // SAFETY: the caller's.
-        return unsafe { (products.gemv)(tiles, activations, out) };
-    }
-    let plan = Blocking::new(machine, tokens, tiles.blocks, products.tokens, products.max_blocks);
-    let tile_bytes = tiles.blocks * BLOCK_BYTES;
-    let row_tiles = plan.tiles.min(tiles.rows.div_ceil(TILE_ROWS)).max(1);
-    SCRATCH.with_borrow_mut(|(unpacked, saved)| {
-        if plan.part_blocks < tiles.blocks {
-            let lines =
-                (row_tiles * products.tokens * TILE_ROWS * products.bytes).div_ceil(size_of::<Line>());
-            saved.resize(saved.len().max(lines), Line([0; 64]));
-        }
-        for row in (0..tiles.rows).step_by(row_tiles * TILE_ROWS) {
-            let rows = (tiles.rows - row).min(row_tiles * TILE_ROWS);
-            let bytes = row / TILE_ROWS * tile_bytes..(row + rows).div_ceil(TILE_ROWS) * tile_bytes;
-            let mut weights = &tiles.data[bytes];
-            if plan.unpack {
-                let lines = weights.len() * 4 / size_of::<Line>();
-                unpacked.resize(unpacked.len().max(lines), Line([0; 64]));
-                // SAFETY: the caller's.
-                unsafe { (products.unpack)(weights, &mut unpacked[..lines]) };
-                weights = bytes_of(&unpacked[..lines]);
-            }
-            for group in 0..plan.groups {
-                let some = tokens * group / plan.groups..tokens * (group + 1) / plan.groups;
-                let panel = Panel {
-                    weights,
-                    blocks: tiles.blocks,
-                    part_blocks: plan.part_blocks,
-                    codes: &activations.codes[some.start * cols..some.end * cols],
-                    sums: &activations.sums[some.clone()],
-                    scales: &activations.scales[some.clone()],
-                    saved,
-                    ahead: if machine.request_ahead && group == 0 { PREFETCH_BYTES } else { 0 },
-                    out: &mut out[some.start * tiles.rows + row..some.end * tiles.rows],
-                    stride: tiles.rows,
-                    rows,
-                };
-                let panels = if plan.unpack { &products.unpacked } else { &products.packed };
-                // SAFETY: the caller's.
-                unsafe { panels[some.len() - 1](panel) };
-            }
-        }
-    });
-}
-
-fn bytes_of(lines: &[Line]) -> &[u8] {
-    // SAFETY: a line is 64 initialised bytes without padding.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
-}
-
-/// See [`Products::unpack`].
-#[inline(always)]
-pub(super) fn unpack<V: ByteLanes>(packed: &[u8], out: &mut [Line]) {
-    assert_eq!(packed.len() * 4, size_of_val(out));
-    let out = out.as_mut_ptr().cast::<u8>();
-    for (block, bytes) in packed.chunks_exact(BLOCK_BYTES).enumerate() {
-        for at in (0..BLOCK_BYTES).step_by(V::BYTES) {
-            // SAFETY: a register of the block's 256 bytes, and of the 4 x 256 bytes that the block becomes.
-            unsafe {
-                let w = V::load(bytes.as_ptr().add(at));
-                let to = out.add(block * BLOCK_BYTES * 4 + at);
-                w.codes::<0>().store(to);
-                w.codes::<1>().store(to.add(BLOCK_BYTES));
-                w.codes::<2>().store(to.add(2 * BLOCK_BYTES));
-                w.codes::<3>().store(to.add(3 * BLOCK_BYTES));
-            }
-        }
-    }
-}
-
-/// A row block meets a token group of `T` tokens.
-#[inline(always)]
-pub(super) fn panel<V: ByteLanes, const T: usize, const PACKED: bool>(p: Panel<'_>) {
-    let tile_bytes = p.blocks * BLOCK_BYTES * if PACKED { 1 } else { 4 };
-    let (cols, tiles) = (p.blocks * BLOCK_COLS, p.rows.div_ceil(TILE_ROWS));
-    let register_tile = T * TILE_ROWS * V::BYTES;
-    assert!(p.weights.len() >= tiles * tile_bytes && p.codes.len() >= T * cols);
-    assert!((1..=V::MAX_BLOCKS).contains(&p.part_blocks));
-    assert!(p.part_blocks >= p.blocks || size_of_val(p.saved) >= tiles * register_tile);
-    let saved = p.saved.as_mut_ptr().cast::<u8>();
-    let mut first = 0;
-    while first < p.blocks {
-        let last = p.blocks.min(first + p.part_blocks);
-        for tile in 0..tiles {
-            let weights = p.weights[tile * tile_bytes..].as_ptr();
-            let mut acc = [[V::zero(); TILE_ROWS]; T];
-            // SAFETY: tile < tiles and last <= blocks, so by the assertions all weights and codes exist.
-            unsafe {
-                if PACKED {
-                    pass::<V, T, 3>(&mut acc, weights, first..last, p.codes.as_ptr(), cols, p.ahead);
-                    rescale(&mut acc);
-                    pass::<V, T, 2>(&mut acc, weights, first..last, p.codes.as_ptr(), cols, p.ahead);
-                    rescale(&mut acc);
-                    pass::<V, T, 1>(&mut acc, weights, first..last, p.codes.as_ptr(), cols, p.ahead);
-                    rescale(&mut acc);
-                    pass::<V, T, 0>(&mut acc, weights, first..last, p.codes.as_ptr(), cols, p.ahead);
-                } else {
-                    let units = 4 * first..4 * last;
-                    pass::<V, T, UNPACKED>(&mut acc, weights, units, p.codes.as_ptr(), cols, 0);
-                }
-            }
-            for t in 0..T {
-                for row in 0..TILE_ROWS {
-                    acc[t][row] = acc[t][row].widen();
-                    let at = saved.wrapping_add(tile * register_tile + (t * TILE_ROWS + row) * V::BYTES);
-                    // SAFETY: with more than one part, `saved` has room for the register tiles of all tiles.
-                    unsafe {
-                        if first > 0 {
-                            acc[t][row] = acc[t][row].add(V::load(at));
-                        }
-                        if last < p.blocks {
-                            acc[t][row].store(at);
-                        }
-                    }
-                }
-            }
-            if last == p.blocks {
-                let rows = tile * TILE_ROWS..p.rows.min((tile + 1) * TILE_ROWS);
-                for t in 0..T {
-                    let out = &mut p.out[t * p.stride..][rows.clone()];
-                    finish(V::sum4(acc[t]), p.sums[t], p.scales[t], out);
-                }
-            }
-        }
-        first = last;
-    }
-}
-
-#[inline(always)]
-fn rescale<V: ByteLanes, const T: usize>(acc: &mut [[V; TILE_ROWS]; T]) {
-    for t in 0..T {
-        for row in 0..TILE_ROWS {
-            acc[t][row] = acc[t][row].rescale();
-        }
-    }
-}
-
-/// Group `G` of some blocks of a packed tile, or (`G` = [`UNPACKED`]) some units of four rows of an unpacked one, for `T`
-/// tokens. Group after group, one mask makes codes that are `4^G` too large, and the accumulators are taken down from
-/// scale to scale exactly: no shift of weights, and one accumulator for each row and token.
-///
-/// # Safety
-/// `tile` is readable for `range`, `codes` for the same columns of `T` tokens, `stride` apart.
-#[inline(always)]
-unsafe fn pass<V: ByteLanes, const T: usize, const G: usize>(
-    acc: &mut [[V; TILE_ROWS]; T],
-    tile: *const u8,
-    range: Range<usize>,
-    codes: *const i8,
-    stride: usize,
-    ahead: usize,
-) {
-    for i in range {
-        let from = tile.wrapping_add(i * BLOCK_BYTES);
-        let column = if G == UNPACKED { i * UNIT } else { i * BLOCK_COLS + G * UNIT };
-        if G != UNPACKED {
-            // A quarter of the lines in each pass.
-            request(from.wrapping_add(G * UNIT + ahead));
-        }
-        for at in (0..UNIT).step_by(V::BYTES) {
-            // SAFETY: the caller's: these columns of each row and each token.
-            unsafe {
-                // What there is less of stays in registers.
-                if T < TILE_ROWS {
-                    let mut a = [V::zero(); T];
-                    for t in 0..T {
-                        a[t] = V::load(codes.add(t * stride + column + at).cast());
-                    }
-                    for row in 0..TILE_ROWS {
-                        let w = weight::<V, G>(from.add(row * UNIT + at));
-                        for t in 0..T {
-                            acc[t][row] = acc[t][row].dot(w, a[t]);
-                        }
-                    }
-                } else {
-                    let mut w = [V::zero(); TILE_ROWS];
-                    for row in 0..TILE_ROWS {
-                        w[row] = weight::<V, G>(from.add(row * UNIT + at));
-                    }
-                    for t in 0..T {
-                        let a = V::load(codes.add(t * stride + column + at).cast());
-                        for row in 0..TILE_ROWS {
-                            acc[t][row] = acc[t][row].dot(w[row], a);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// # Safety
-/// `p` is readable for a register.
-#[inline(always)]
-unsafe fn weight<V: ByteLanes, const G: usize>(p: *const u8) -> V {
-    // SAFETY: the caller's.
-    let w = unsafe { V::load(p) };
-    if G == UNPACKED { w } else { w.scaled_codes::<G>() }
-}
-
 /// A loop of nothing but independent dot products, in registers; returns the multiply-adds.
 #[inline(always)]
 pub(super) fn dots<V: ByteLanes>(rounds: usize) -> u64 {
@@ -412,13 +148,13 @@ pub(super) fn dots<V: ByteLanes>(rounds: usize) -> u64 {
 macro_rules! stamp_products {
     ($features:literal, $lanes:ty) => {
         #[target_feature(enable = $features)]
-        fn panel<const T: usize, const PACKED: bool>(p: crate::ternary::lanes::Panel<'_>) {
-            crate::ternary::lanes::panel::<$lanes, T, PACKED>(p);
+        fn panel<const T: usize, const PACKED: bool>(p: crate::ternary::gemm::Panel<'_>) {
+            crate::ternary::gemm::panel::<$lanes, T, PACKED>(p);
         }
 
         #[target_feature(enable = $features)]
-        fn unpack(packed: &[u8], out: &mut [crate::ternary::lanes::Line]) {
-            crate::ternary::lanes::unpack::<$lanes>(packed, out);
+        fn unpack(packed: &[u8], out: &mut [crate::ternary::gemm::Line]) {
+            crate::ternary::gemm::unpack::<$lanes>(packed, out);
         }
 
         #[target_feature(enable = $features)]
@@ -426,15 +162,14 @@ macro_rules! stamp_products {
             crate::ternary::lanes::dots::<$lanes>(rounds)
         }
 
-        static PRODUCTS: crate::ternary::lanes::Products = {
+        static PRODUCTS: crate::ternary::gemm::Products = {
             use crate::ternary::lanes::ByteLanes as Lanes;
-            crate::ternary::lanes::Products {
+            crate::ternary::gemm::Products {
                 packed: crate::ternary::lanes::panels!($lanes, true),
                 unpacked: crate::ternary::lanes::panels!($lanes, false),
                 unpack,
                 gemv,
                 tokens: <$lanes as Lanes>::TOKENS,
-                max_blocks: <$lanes as Lanes>::MAX_BLOCKS,
                 bytes: <$lanes as Lanes>::BYTES,
             }
         };
@@ -447,12 +182,12 @@ macro_rules! stamp_products {
         ) {
             let machine = crate::ternary::blocking::Machine::get();
             // SAFETY: the caller has this instruction set.
-            unsafe { crate::ternary::lanes::gemm(&PRODUCTS, machine, tiles, activations, out) }
+            unsafe { crate::ternary::gemm::gemm(&PRODUCTS, machine, tiles, activations, out) }
         }
     };
 }
 
-/// The panels of 1 to [`MOST_TOKENS`] tokens; those beyond the register tile repeat the largest and are never called.
+/// The panels of 1 to `MOST_TOKENS` tokens; those beyond the register tile repeat the largest and are never called.
 macro_rules! panels {
     ($lanes:ty, $packed:literal) => {{
         const T: usize = <$lanes as crate::ternary::lanes::ByteLanes>::TOKENS;

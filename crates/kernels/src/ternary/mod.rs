@@ -19,11 +19,15 @@ pub(crate) mod avxvnni;
 #[cfg(target_arch = "x86_64")]
 mod blocking;
 #[cfg(target_arch = "x86_64")]
+mod gemm;
+#[cfg(target_arch = "x86_64")]
 mod lanes;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 mod pack;
 mod rate;
+#[cfg(target_arch = "x86_64")]
+mod register_tile;
 pub(crate) mod scalar;
 pub mod sparse;
 pub mod trits;

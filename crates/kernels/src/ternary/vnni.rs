@@ -2,7 +2,7 @@
 //!
 //! Groups are separated by a mask alone: the codes of group `g` are `4^g` too large (128 at most, an unsigned byte), and
 //! their sums are shifted back exactly. For one token each group has accumulators of its own; several tokens need the
-//! registers, so there group follows group (see [`super::lanes`]).
+//! registers, so there group follows group (see `register_tile.rs`).
 
 use super::avx512::Z;
 use super::lanes::{ByteLanes, request, stamp_gemv, stamp_products};
