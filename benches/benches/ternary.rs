@@ -1,5 +1,5 @@
-//! Ternary matrix products in bytes of packed weights: what one core can do from its second-level cache, and how near a
-//! stream from memory comes to the bandwidth of the machine.
+//! Ternary matrix products of one core, for every matrix shape of a 2B model: bytes of packed weights a second for one
+//! token, from caches and from memory, and multiply-adds a second for batches. `compute_wall` has the walls beside them.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use longbit_benches::model_2b;
@@ -55,15 +55,24 @@ fn tables() -> impl Iterator<Item = &'static Kernels> {
     Isa::available().into_iter().filter_map(Kernels::for_isa)
 }
 
-/// 320 KB of weights.
-fn gemv_from_l2(c: &mut Criterion) {
-    let mut group = c.benchmark_group("ternary/gemv/L2");
-    let cols = model_2b().hidden;
-    let mut product = Product::new(512, cols, 1);
-    group.throughput(Throughput::Bytes(product.data.len() as u64));
-    for k in tables() {
-        group
-            .bench_function(BenchmarkId::new(format!("512x{cols}"), k.isa()), |b| b.iter(|| product.gemv(k)));
+/// The matrices of a 2B model, and one of a larger model whose width is a power of two.
+fn shapes() -> [(usize, usize); 5] {
+    let config = model_2b();
+    let (hidden, kv, wide) = (config.hidden, config.kv_heads * config.head_dim, config.intermediate);
+    [(hidden, hidden), (kv, hidden), (wide, hidden), (hidden, wide), (4096, 4096)]
+}
+
+/// One matrix over and over, for one token: from the second or third level of cache.
+fn gemv(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/gemv/cached");
+    for (rows, cols) in shapes() {
+        let mut product = Product::new(rows, cols, 1);
+        group.throughput(Throughput::Bytes(product.data.len() as u64));
+        for k in tables().filter(|k| k.isa() != Isa::Scalar) {
+            group.bench_function(BenchmarkId::new(format!("{rows}x{cols}"), k.isa()), |b| {
+                b.iter(|| product.gemv(k))
+            });
+        }
     }
 }
 
@@ -81,17 +90,18 @@ fn gemv_from_memory(c: &mut Criterion) {
     }
 }
 
-/// Multiplications a second, for prefill.
-fn gemm_from_l2(c: &mut Criterion) {
-    let mut group = c.benchmark_group("ternary/gemm/L2");
-    group.sample_size(20);
-    for tokens in [4, 64, 256] {
-        let cols = model_2b().hidden;
-        let mut product = Product::new(640, cols, tokens);
-        group.throughput(Throughput::Elements((640 * cols * tokens) as u64));
-        for k in tables().filter(|k| k.isa() != Isa::Scalar) {
-            let id = BenchmarkId::new(format!("640x{cols} by {tokens} tokens"), k.isa());
-            group.bench_function(id, |b| b.iter(|| product.gemm(k)));
+/// Multiply-adds a second, for prefill and batches.
+fn gemm(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ternary/gemm");
+    group.sample_size(10);
+    for (rows, cols) in shapes() {
+        for tokens in [4, 64] {
+            let mut product = Product::new(rows, cols, tokens);
+            group.throughput(Throughput::Elements((rows * cols * tokens) as u64));
+            for k in tables().filter(|k| k.isa() != Isa::Scalar) {
+                let id = BenchmarkId::new(format!("{rows}x{cols} by {tokens} tokens"), k.isa());
+                group.bench_function(id, |b| b.iter(|| product.gemm(k)));
+            }
         }
     }
 }
@@ -114,6 +124,6 @@ fn fill(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = longbit_benches::criterion();
-    targets = gemv_from_l2, gemv_from_memory, gemm_from_l2, fill
+    targets = gemv, gemv_from_memory, gemm, fill
 }
 criterion_main!(benches);
