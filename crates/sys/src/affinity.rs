@@ -128,3 +128,8 @@ pub(crate) use linux::{CallerPin, allowed, parallelism, pin_thread};
 pub fn allowed_cpus() -> Option<Vec<usize>> {
     allowed().ok()
 }
+
+/// Threads of this process that can run at once, CPU affinity and the quota of the control group counted; at least 1.
+pub fn available_threads() -> usize {
+    parallelism()
+}

@@ -24,7 +24,7 @@ mod map;
 mod shared;
 mod team;
 
-pub use affinity::{Pinning, allowed_cpus};
+pub use affinity::{Pinning, allowed_cpus, available_threads};
 pub use arena::{Arena, HUGE_PAGE, Segment};
 pub use bandwidth::ReadProbe;
 pub use barrier::Barrier;
@@ -33,7 +33,7 @@ pub use facts::{HostFacts, ProcessFacts, psi_pct, steal_pct};
 pub use limits::{OpenMemory, die_with_parent, open_memory, set_address_space_limit};
 pub use map::{FileMap, drop_cached_pages};
 pub use shared::{ReadGuard, Shared, WriteGuard};
-pub use team::{Team, Worker, share};
+pub use team::{MAX_THREADS, Team, Worker, share};
 
 /// Result of this crate's fallible functions.
 pub type Result<T, E = SysError> = std::result::Result<T, E>;

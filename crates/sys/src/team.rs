@@ -33,6 +33,9 @@ impl Drop for Inside {
     }
 }
 
+/// Largest team: more than any machine that this is for has CPUs.
+pub const MAX_THREADS: usize = 4096;
+
 /// A fixed number of threads that run one function together.
 pub struct Team {
     threads: usize,
@@ -65,6 +68,22 @@ impl Team {
             return Err(SysError::TooManyThreads { asked: threads, available });
         }
         Self::build(threads, pin, true)
+    }
+
+    /// As [`Team::new`], but the team may be larger than the machine, up to [`MAX_THREADS`]. The workers of such a team take
+    /// turns on the CPUs, unpinned, and a barrier gives its CPU away instead of spinning: it waits for time slices of the
+    /// scheduler, which costs several times the work between two barriers. Callers warn of it (see [`available_threads`]).
+    ///
+    /// # Errors
+    /// [`SysError::NoThreads`], [`SysError::TooManyThreads`] above the limit, [`SysError::Pool`].
+    ///
+    /// [`available_threads`]: crate::available_threads
+    pub fn with_threads(threads: usize, pin: bool) -> Result<Self, SysError> {
+        if threads > MAX_THREADS {
+            return Err(SysError::TooManyThreads { asked: threads, available: affinity::parallelism() });
+        }
+        let fits = threads <= affinity::parallelism();
+        Self::build(threads, pin && fits, fits)
     }
 
     /// A team that may be larger than the machine: slow, and meant for tests of code that depends on the worker count.

@@ -207,6 +207,9 @@ fn sizes_that_cannot_be_are_refused_with_a_number() {
     let error = Team::new(1 << 20, false).expect_err("no machine has so many");
     assert!(matches!(error, SysError::TooManyThreads { asked: 1_048_576, .. }));
     assert!(error.to_string().contains("1048576"), "{error}");
+    assert!(matches!(Team::with_threads(0, true), Err(SysError::NoThreads)));
+    let error = Team::with_threads(longbit_sys::MAX_THREADS + 1, true).expect_err("above the limit");
+    assert!(matches!(error, SysError::TooManyThreads { asked: 4097, .. }));
 }
 
 #[test]
@@ -238,4 +241,23 @@ fn pinned_workers_stay_on_their_cpus_and_the_caller_gets_its_own_back() {
     })
     .join()
     .expect("no panic");
+}
+
+#[test]
+fn a_team_beyond_the_machine_works_unpinned() {
+    let threads = longbit_sys::available_threads() + 1;
+    assert!(matches!(Team::new(threads, true), Err(SysError::TooManyThreads { .. })));
+    let team = Team::with_threads(threads, true).expect("threads");
+    assert_eq!((team.threads(), team.pinning()), (threads, &Pinning::Off));
+    let (sum, rounds) = (AtomicUsize::new(0), 20);
+    team.run(|worker| {
+        for round in 0..rounds {
+            sum.fetch_add(worker.index(), Ordering::SeqCst);
+            worker.barrier();
+            assert_eq!(sum.load(Ordering::SeqCst), (round + 1) * threads * (threads - 1) / 2);
+            worker.barrier();
+        }
+    });
+    let within = Team::with_threads(1, true).expect("threads");
+    assert_ne!(within.pinning(), &Pinning::Off, "a team that fits is pinned when asked");
 }
