@@ -27,6 +27,7 @@ mod files;
 pub mod formats;
 pub mod gguf;
 pub mod kv;
+pub mod matrix;
 mod model;
 pub mod reference;
 mod rng;

@@ -75,6 +75,26 @@ pub static PRESETS: &[Preset] = &[
         },
     },
     Preset {
+        name: "llama-7b",
+        summary: "LLaMA 7B, the shape of the founding notebook's throughput table: 4096/11008, 32 layers, silu, untied head",
+        make: || ModelConfig {
+            name: "llama-7b".into(),
+            vocab: 32_000,
+            hidden: 4096,
+            intermediate: 11_008,
+            layers: 32,
+            heads: 32,
+            kv_heads: 32,
+            head_dim: 128,
+            rope_theta: 10_000.0,
+            rms_eps: 1e-6,
+            activation: Activation::Silu,
+            sub_norms: false,
+            tied_head: false,
+            trained_positions: 2048,
+        },
+    },
+    Preset {
         name: "tiny",
         summary: "4 layers, 256 wide, heads of 64: seconds on any machine; for tests and first tries",
         make: || ModelConfig {

@@ -231,6 +231,16 @@ impl Session {
         Ok(&self.logits)
     }
 
+    /// As [`Session::prefill`], with all tokens in one pass: what serving a batch of them together costs.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn prefill_at_once(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.check(tokens)?;
+        self.pass(tokens, Kind::Prefill(Want::Last))?;
+        Ok(&self.logits)
+    }
+
     /// Tokens that prefill takes at a time: enough to reuse a row of weights often, few enough for the caches.
     pub const DEFAULT_CHUNK: usize = 128;
 
