@@ -13,9 +13,6 @@ pub(crate) static TABLE: TernaryTable = TernaryTable { gemv, gemm };
 #[derive(Clone, Copy)]
 pub(super) struct Y(pub(super) __m256i);
 
-/// Three tokens: with the operands, all sixteen registers.
-pub(super) const TOKENS: usize = 3;
-
 impl Y {
     #[inline(always)]
     pub(super) fn group<const G: usize>(self) -> __m256i {
@@ -46,7 +43,8 @@ impl Y {
 
 impl ByteLanes for Y {
     const BYTES: usize = 32;
-    const TOKENS: usize = TOKENS;
+    // A third token would need more than the sixteen registers, for the products of bytes go through one of their own.
+    const TOKENS: usize = 2;
     const MAX_BLOCKS: usize = 7;
 
     #[inline(always)]

@@ -17,7 +17,8 @@ macro_rules! lanes {
 
         impl ByteLanes for V {
             const BYTES: usize = 32;
-            const TOKENS: usize = crate::ternary::avx2::TOKENS;
+            // With the operands, all sixteen registers.
+            const TOKENS: usize = 3;
             const MAX_BLOCKS: usize = usize::MAX;
 
             #[inline(always)]

@@ -136,6 +136,10 @@ pub(super) fn dots<V: ByteLanes>(rounds: usize) -> u64 {
     for _ in 0..rounds {
         for four in &mut acc {
             for one in four {
+                // Two instructions: the compiler would take the product of the same operands out of the loop.
+                let two = V::MAX_BLOCKS < usize::MAX;
+                // SAFETY: a reference is readable; a register is plain data.
+                let a = if two { unsafe { std::ptr::read_volatile(&a) } } else { a };
                 *one = one.dot(codes, a);
             }
         }
