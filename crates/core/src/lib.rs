@@ -39,8 +39,8 @@ pub use checkpoint::{Checkpoint, Container, Listing, OpenOptions, TensorEntry, l
 pub use error::{Error, Result};
 pub use estimate::{Footprint, footprint};
 pub use model::{
-    Activation, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS, Packing,
-    Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, preset,
+    Activation, BlockMatrix, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS,
+    Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,
 };
 pub use session::{Op, OpTotal, Profile, Session, SessionOptions, Supplied, Traffic};
 

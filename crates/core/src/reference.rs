@@ -100,6 +100,14 @@ impl<'m> Reference<'m> {
                 let weights = match &self.model.head {
                     Head::Tied => table_row(&self.model.embedding, row),
                     Head::Own(table) => table_row(table, row),
+                    Head::TwoStage(head) => {
+                        table_row(head.own.as_ref().unwrap_or(&self.model.embedding), row)
+                    }
+                    Head::Blocks(matrix) => {
+                        let mut numbers = vec![0.0f32; x.len()];
+                        matrix.read(row, &mut numbers);
+                        numbers.into_iter().map(f64::from).collect()
+                    }
                     Head::Int8 { codes, scales } => codes[row * x.len()..(row + 1) * x.len()]
                         .iter()
                         .map(|&code| f64::from(code as i8) * f64::from(scales[row]))

@@ -257,6 +257,26 @@ fn output_that_is_not_finite_is_an_error_and_never_a_number() {
 }
 
 #[test]
+fn a_two_stage_head_generates_the_same_tokens_or_refuses() {
+    let two_stage = Model::load(&fixture("hf_bitnet/offline"), HeadFormat::TwoStage, &team(2)).unwrap();
+    let (bf16, two_stage) = (offline(), Arc::new(two_stage));
+    let text = bpe_model();
+    let run = |model: &Arc<Model>, sampler: SamplerOptions| {
+        let options = GenerateOptions { sampler, max_tokens: 20, ..GenerateOptions::default() };
+        let mut session = session(model, 2, 64, "bf16", "dense");
+        generate(&mut session, &text.tokenizer, &[1, 2, 3], &options, go_on).map(|done| done.tokens)
+    };
+    let sampled = SamplerOptions { temperature: 1.0, ..SamplerOptions::default() };
+    for sampler in [SamplerOptions::default(), sampled, SamplerOptions { top_k: 3, ..sampled }] {
+        assert_eq!(run(&bf16, sampler).unwrap(), run(&two_stage, sampler).unwrap(), "{sampler:?}");
+    }
+    let all = SamplerOptions { top_k: 0, ..sampled };
+    assert_eq!(run(&bf16, all).unwrap().len(), 20);
+    let error = run(&two_stage, all).unwrap_err().to_string();
+    assert!(error.contains("--head bf16") && error.contains("--top-k"), "{error}");
+}
+
+#[test]
 fn progress_counts_tokens_and_is_seen_within_a_chunk() {
     let model = offline();
     let variants =

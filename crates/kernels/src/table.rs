@@ -58,6 +58,7 @@ macro_rules! for_each_float_op {
                 = attention::accumulate_bf16;
             head_f32(rows: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_f32;
             head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
+            head_bf16_rows(table: &[u16], rows: &[u32], x: &[f32], out: &mut [f32]) -> () = head::head_bf16_rows;
             pack_tiles(shape: crate::BlockShape, rows: &[u16], out: &mut [u8]) -> () = blocks::pack_tiles;
             square_sums(row: &[u16], approximation: &[f32]) -> (f64, f64) = blocks::square_sums;
             quantize_planes(x: &[f32], planes: &mut [crate::blocks::PlaneBlock]) -> f32 = blocks::quantize_planes;

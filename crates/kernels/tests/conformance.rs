@@ -214,6 +214,10 @@ conform! {
             k.head_bf16(&weights, &x, &mut got);
             oracle::head_bf16(&weights, &x, &mut want);
             same(k, &format!("head_bf16 k={n} rows={rows}"), &got, &want);
+            let picked: Vec<u32> = (0..rows as u32).rev().collect();
+            k.head_bf16_rows(&weights, &picked, &x, &mut got);
+            want.reverse();
+            same(k, &format!("head_bf16_rows k={n} rows={rows}"), &got, &want);
             let (weights, scales) = (random.bytes(rows * n), random.floats(rows));
             k.head_int8(&weights, &scales, &x, &mut got);
             oracle::head_int8(&weights, &scales, &x, &mut want);

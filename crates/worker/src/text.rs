@@ -168,6 +168,8 @@ impl TextRun {
         mut progress: impl FnMut(u64, u64) -> Result<(), WorkerError>,
     ) -> Result<(), WorkerError> {
         self.reference.clear();
+        // Distributions need all logits; the steps that are timed do not.
+        session.set_exact_top(usize::MAX);
         for step in 0..steps {
             let logits = session.decode(self.token(step))?;
             Distribution::new(logits).map_err(|e| {
@@ -178,6 +180,7 @@ impl TextRun {
             self.reference.push(logits.to_vec());
             progress(step as u64 + 1, steps as u64)?;
         }
+        session.set_exact_top(1);
         session.rewind(self.context);
         Ok(())
     }
@@ -190,11 +193,13 @@ impl TextRun {
         mut progress: impl FnMut(u64, u64) -> Result<(), WorkerError>,
     ) -> Result<Quality, WorkerError> {
         let mut steps = Vec::with_capacity(self.reference.len());
+        session.set_exact_top(usize::MAX);
         for (step, reference) in self.reference.iter().enumerate() {
             let ours = session.decode(self.token(step))?;
             steps.push(logits::step(reference, ours, self.token(step + 1))?);
             progress(step as u64 + 1, self.reference.len() as u64)?;
         }
+        session.set_exact_top(1);
         session.rewind(self.context);
         Ok(logits::summary(&steps))
     }

@@ -90,9 +90,11 @@ fn own_head(model: &Model) -> Result<Option<&Table>> {
     match &model.head {
         Head::Tied => Ok(None),
         Head::Own(table) => Ok(Some(table)),
-        Head::Int8 { .. } => Err(Error::Invalid(
-            "a model with an int8 head cannot be written; load it with a bf16 or f32 head".into(),
-        )),
+        Head::TwoStage(head) => Ok(head.own.as_ref()),
+        Head::Int8 { .. } | Head::Blocks(_) => Err(Error::Invalid(format!(
+            "a model with an {} head cannot be written; load it with a bf16 or f32 head",
+            model.head_format.as_str()
+        ))),
     }
 }
 

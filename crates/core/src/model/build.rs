@@ -2,11 +2,12 @@
 
 use std::sync::Mutex;
 
-use longbit_kernels::Kernels;
+use longbit_kernels::{BlockShape, Kernels, TILE_ROWS};
 use longbit_sys::{Arena, Segment, Team};
 
 use super::config::ModelConfig;
-use super::weights::{Head, HeadFormat, ModelBytes, Table};
+use super::two_stage::{TwoStage, row_bound};
+use super::weights::{BlockMatrix, Head, HeadFormat, ModelBytes, Table};
 use crate::error::{Error, Result};
 
 /// A unit of work that owns the memory it fills.
@@ -67,10 +68,20 @@ impl WeightMemory {
         kernels: &'static Kernels,
         team: &Team,
     ) -> Result<Head> {
+        if let Some(blocks) = format.blocks() {
+            let shape = BlockShape { format: blocks, rows: config.vocab, cols: config.hidden };
+            let two_stage = format == HeadFormat::TwoStage;
+            let source = own.as_ref().unwrap_or(embedding);
+            let (coarse, bounds) = self.block_head(shape, two_stage, source, kernels, team)?;
+            return Ok(match two_stage {
+                true => Head::TwoStage(TwoStage { own, coarse, bounds }),
+                false => Head::Blocks(coarse),
+            });
+        }
         match (format, own) {
             (HeadFormat::Bf16 | HeadFormat::F32, None) => Ok(Head::Tied),
             (HeadFormat::Bf16 | HeadFormat::F32, Some(table)) => Ok(Head::Own(table)),
-            (HeadFormat::Int8, own) => {
+            (_, own) => {
                 let source = own.as_ref().unwrap_or(embedding);
                 let (vocab, hidden) = (config.vocab, config.hidden);
                 let mut codes = self.take(vocab * hidden)?;
@@ -92,5 +103,45 @@ impl WeightMemory {
                 Ok(Head::Int8 { codes, scales })
             }
         }
+    }
+
+    /// The rows of the bf16 table `source` in blocks and, with `bounded`, the bound of each.
+    fn block_head(
+        &mut self,
+        shape: BlockShape,
+        bounded: bool,
+        source: &Table,
+        kernels: &'static Kernels,
+        team: &Team,
+    ) -> Result<(BlockMatrix, Vec<f32>)> {
+        /// Tiles that one job fills.
+        const TILES: usize = 128;
+        let mut data = self.take(shape.bytes())?;
+        let mut bounds = vec![0.0f32; if bounded { shape.rows } else { 0 }];
+        let each_bounds =
+            bounds.chunks_mut(TILES * TILE_ROWS).map(Some).chain(std::iter::repeat_with(|| None));
+        let jobs = data
+            .chunks_mut(TILES * shape.tile_bytes())
+            .zip(each_bounds)
+            .enumerate()
+            .map(|(i, (tiles, bounds))| -> Job<'_> {
+                let rows = i * TILES * TILE_ROWS..shape.rows.min((i + 1) * TILES * TILE_ROWS);
+                Box::new(move || {
+                    let part = BlockShape { rows: rows.len(), ..shape };
+                    let rows: &[u16] = bytemuck::cast_slice(source.bytes(rows));
+                    kernels.pack_blocks(part, rows, tiles);
+                    let Some(bounds) = bounds else { return Ok(()) };
+                    let mut back = vec![0.0f32; shape.cols];
+                    for (r, (row, bound)) in rows.chunks_exact(shape.cols).zip(bounds).enumerate() {
+                        part.read(tiles, r, &mut back);
+                        let (squares, errors) = kernels.square_sums(row, &back);
+                        *bound = row_bound(squares, errors);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        run_all(team, jobs)?;
+        Ok((BlockMatrix { shape, data }, bounds))
     }
 }

@@ -9,6 +9,7 @@ mod presets;
 mod rope;
 mod sparse;
 mod synthetic;
+pub(crate) mod two_stage;
 mod weights;
 
 pub use compact::Compaction;
@@ -17,4 +18,5 @@ pub use linear::{Packing, TernaryLinear};
 pub use presets::{PRESETS, Preset, preset};
 pub use rope::RopeTable;
 pub use sparse::SparseFfn;
-pub use weights::{Head, HeadFormat, Layer, Model, ModelBytes, Table, TableFormat};
+pub use two_stage::TwoStage;
+pub use weights::{BlockMatrix, Head, HeadFormat, Layer, Model, ModelBytes, Table, TableFormat};

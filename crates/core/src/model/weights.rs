@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use longbit_kernels::{Kernels, TernaryShape};
+use longbit_kernels::{BlockFormat, BlockShape, Kernels, TernaryShape};
 use longbit_sys::Segment;
 
 use super::compact::Compaction;
 use super::config::ModelConfig;
 use super::linear::TernaryLinear;
 use super::sparse::SparseFfn;
+use super::two_stage::TwoStage;
 use crate::error::{Error, Result};
 
 /// Number format of a [`Table`].
@@ -85,6 +86,21 @@ impl Table {
     }
 }
 
+/// A matrix at 6 or 4 bits a weight.
+pub struct BlockMatrix {
+    /// Rows, columns and number format.
+    pub shape: BlockShape,
+    /// Packed weights, see [`longbit_kernels::blocks`].
+    pub data: Segment,
+}
+
+impl BlockMatrix {
+    /// Row `row` as the numbers that it stands for, `[cols]`.
+    pub fn read(&self, row: usize, out: &mut [f32]) {
+        self.shape.read(&self.data, row, out);
+    }
+}
+
 /// Number format of the output head. A tied head is the embedding table, which then has this format too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadFormat {
@@ -94,11 +110,24 @@ pub enum HeadFormat {
     F32,
     /// 8 bits a weight with one f32 scale a row, quantised from bf16 at load.
     Int8,
+    /// 6 bits a weight with a scale for 256 columns, quantised from bf16 at load.
+    Q6,
+    /// 4 bits a weight with a scale for 64 columns, quantised from bf16 at load.
+    Q4,
+    /// The likeliest tokens of the bf16 head with its bits, found in a copy at 6 bits; see [`TwoStage`].
+    TwoStage,
 }
 
 impl HeadFormat {
     /// All formats.
-    pub const ALL: [HeadFormat; 3] = [HeadFormat::Bf16, HeadFormat::F32, HeadFormat::Int8];
+    pub const ALL: [HeadFormat; 6] = [
+        HeadFormat::Bf16,
+        HeadFormat::F32,
+        HeadFormat::Int8,
+        HeadFormat::Q6,
+        HeadFormat::Q4,
+        HeadFormat::TwoStage,
+    ];
 
     /// Name, as in experiment files.
     pub fn as_str(self) -> &'static str {
@@ -106,6 +135,9 @@ impl HeadFormat {
             HeadFormat::Bf16 => "bf16",
             HeadFormat::F32 => "f32",
             HeadFormat::Int8 => "int8",
+            HeadFormat::Q6 => "q6",
+            HeadFormat::Q4 => "q4",
+            HeadFormat::TwoStage => "two-stage",
         }
     }
 
@@ -124,20 +156,44 @@ impl HeadFormat {
     /// Format of the tables that the head is made from, and of the embedding.
     pub fn table(self) -> TableFormat {
         match self {
-            HeadFormat::Bf16 | HeadFormat::Int8 => TableFormat::Bf16,
             HeadFormat::F32 => TableFormat::F32,
+            HeadFormat::Bf16 | HeadFormat::Int8 | HeadFormat::Q6 | HeadFormat::Q4 | HeadFormat::TwoStage => {
+                TableFormat::Bf16
+            }
         }
     }
 
-    /// Bytes of a head of `rows x cols`.
+    /// The format of the blocks that the head reads first, if it has any.
+    pub fn blocks(self) -> Option<BlockFormat> {
+        match self {
+            HeadFormat::Q6 | HeadFormat::TwoStage => Some(BlockFormat::Q6),
+            HeadFormat::Q4 => Some(BlockFormat::Q4),
+            HeadFormat::Bf16 | HeadFormat::F32 | HeadFormat::Int8 => None,
+        }
+    }
+
+    /// Whether the head is something else than a table of floats: it is made from one at load.
+    fn is_made(self) -> bool {
+        !matches!(self, HeadFormat::Bf16 | HeadFormat::F32)
+    }
+
+    /// Bytes of a head of `rows x cols` that a step reads. The bf16 rows of a two-stage head come on top where they are
+    /// scored, see [`Session::head_rows_rescored`](crate::Session::head_rows_rescored).
     pub fn bytes(self, rows: usize, cols: usize) -> u64 {
         let (rows, cols) = (rows as u64, cols as u64);
         match self {
             HeadFormat::Bf16 => 2 * rows * cols,
             HeadFormat::F32 => 4 * rows * cols,
             HeadFormat::Int8 => rows * cols + 4 * rows,
+            HeadFormat::Q6 => block_bytes(BlockFormat::Q6, rows, cols),
+            HeadFormat::Q4 => block_bytes(BlockFormat::Q4, rows, cols),
+            HeadFormat::TwoStage => block_bytes(BlockFormat::Q6, rows, cols) + 4 * rows,
         }
     }
+}
+
+fn block_bytes(format: BlockFormat, rows: u64, cols: u64) -> u64 {
+    BlockShape { format, rows: rows as usize, cols: cols as usize }.bytes() as u64
 }
 
 /// The output head.
@@ -153,6 +209,10 @@ pub enum Head {
         /// One a row.
         scales: Vec<f32>,
     },
+    /// Quantised rows in blocks.
+    Blocks(BlockMatrix),
+    /// bf16 rows with a coarse copy.
+    TwoStage(TwoStage),
 }
 
 /// The weights of one transformer layer.
@@ -237,9 +297,9 @@ impl ModelBytes {
         let head_bytes = head.bytes(config.vocab, config.hidden);
         let width = head.table().size() as u64;
         let table = width * config.vocab as u64 * config.hidden as u64;
-        let own_head = !(config.tied_head && head != HeadFormat::Int8);
-        // Quantising a head of its own needs the published one beside it for a while.
-        let source = if !config.tied_head && head == HeadFormat::Int8 { table } else { 0 };
+        let own_head = !config.tied_head || head.is_made();
+        // Quantising a head of its own needs the published one beside it for a while, a two-stage head for good.
+        let source = if !config.tied_head && head.is_made() { table } else { 0 };
         ModelBytes {
             resident: layers
                 + config.layers as u64 * copies

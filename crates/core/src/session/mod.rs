@@ -8,6 +8,8 @@ mod forward;
 mod profile;
 mod scratch;
 mod stage;
+#[cfg(test)]
+mod two_stage_tests;
 
 use std::sync::Arc;
 
@@ -33,6 +35,11 @@ pub struct Traffic {
     pub rows: u64,
     /// Bytes of feed-forward weights that were not read, for they meet zeros; see [`crate::Compaction::skip_zeros`].
     pub skipped_weight_bytes: u64,
+}
+
+fn lower_bounds(top: usize, team: &Team) -> Shared<f32> {
+    let threads = team.threads();
+    Shared::even(threads, top, threads, 0.0).named("lower bounds of logits")
 }
 
 /// Queries, keys and values of one decode step from outside the model: what its projections would have produced, after
@@ -90,6 +97,12 @@ pub struct Session {
     prefill: Option<Scratch>,
     logits: Vec<f32>,
     traffic: Traffic,
+    /// How many of the likeliest tokens a two-stage head finds exactly.
+    exact_top: usize,
+    /// See [`Pass`].
+    lower_bounds: Shared<f32>,
+    /// Rows of a two-stage head that the last pass scored with the bf16 table.
+    rescored: u64,
     /// Passes, tokens and nanoseconds since a profile was started.
     profiled: Option<Profile>,
 }
@@ -110,6 +123,7 @@ impl Session {
         let rope = RopeTable::new(config.rope_theta, config.head_dim, capacity, &team)?;
         let attention = Attention::new(options.method, &cache);
         let decode = Scratch::new(config, team.threads(), 1, capacity);
+        let lower_bounds = lower_bounds(1, &team);
         Ok(Session {
             model,
             team,
@@ -120,6 +134,9 @@ impl Session {
             prefill: None,
             logits: Vec::new(),
             traffic: Traffic::default(),
+            exact_top: 1,
+            lower_bounds,
+            rescored: 0,
             profiled: None,
         })
     }
@@ -192,6 +209,26 @@ impl Session {
         Some(profile)
     }
 
+    /// How many rows of a two-stage head the last pass scored with the bf16 table, for all its tokens together; 0 for any
+    /// other head.
+    pub fn head_rows_rescored(&self) -> u64 {
+        self.rescored
+    }
+
+    /// Makes [`Session::decode`] and [`Session::prefill`] on a two-stage head return the `top` likeliest tokens exactly,
+    /// at the least 1, the default: their places and their logits are those of the bf16 head, bit for bit, and every
+    /// other logit is below them. With as many as the vocabulary (or [`usize::MAX`]) all logits are those of the
+    /// bf16 head. No effect with any other head.
+    pub fn set_exact_top(&mut self, top: usize) {
+        self.exact_top = top.clamp(1, self.model.config.vocab.max(1));
+        self.lower_bounds = lower_bounds(self.lower_bounds_a_thread(), &self.team);
+    }
+
+    /// Lower bounds that a thread tells the others; none where all rows are scored exactly.
+    fn lower_bounds_a_thread(&self) -> usize {
+        if self.exact_top < self.model.config.vocab { self.exact_top } else { 1 }
+    }
+
     /// Builds the attention state anew from the whole cache.
     pub fn refresh(&mut self) {
         self.attention = Attention::new(self.attention.spec().clone(), &self.cache);
@@ -209,6 +246,7 @@ impl Session {
             let capacity = self.cache.shape().capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
             self.decode = Scratch::new(&self.model.config, team.threads(), 1, capacity);
             self.prefill = None;
+            self.lower_bounds = lower_bounds(self.lower_bounds_a_thread(), &team);
         }
         self.team = team;
     }
@@ -278,7 +316,8 @@ impl Session {
         Ok(all)
     }
 
-    /// Appends `token` and returns the logits of the next one, `[vocab]`.
+    /// Appends `token` and returns the logits of the next one, `[vocab]`; on a two-stage head see
+    /// [`Session::set_exact_top`].
     ///
     /// # Errors
     /// An unknown token or a full cache; nothing is changed then.
@@ -383,6 +422,8 @@ impl Session {
             position: self.cache.len(),
             supplied,
             want,
+            exact_top: self.exact_top,
+            lower_bounds: &self.lower_bounds,
             decoding,
             capture,
             tracing,
@@ -393,6 +434,7 @@ impl Session {
         scratch.take_traffic();
         self.team.run(|worker| pass.run(worker));
         pass.logits(&mut self.logits);
+        self.rescored = pass.rescored();
         if let (Some(profile), Some(clock)) = (&mut self.profiled, clock) {
             profile.passes += 1;
             profile.tokens += tokens.len() as u64;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, RwLock};
 
-use longbit_kernels::{ColumnShape, Quantized, TernaryShape};
+use longbit_kernels::{ColumnShape, Planes, Quantized, TILE_ROWS, TernaryShape};
 use longbit_sys::Shared;
 
 use super::Traffic;
@@ -60,6 +60,16 @@ pub(super) struct Private {
     pub(super) tasks: Vec<(usize, Range<usize>)>,
     /// Rows or columns that a sparse product takes.
     pub(super) listed: Vec<u32>,
+    /// What the head multiplies, rounded for rows in blocks.
+    pub(super) planes: Planes,
+    /// Rows of a two-stage head that the pass scored exactly after the coarse ones, and their logits.
+    pub(super) survivors: Vec<u32>,
+    /// One a survivor.
+    pub(super) exact: Vec<f32>,
+    /// Lower bounds of logits.
+    pub(super) lower: Vec<f32>,
+    /// Rows of a two-stage head that the pass scored with the bf16 table.
+    pub(super) rescored: u64,
     /// Laps of a profile.
     pub(super) clock: Clock,
 }
@@ -108,6 +118,12 @@ pub(super) struct Scratch {
     skipped: AtomicU64,
 }
 
+/// Rows of the head that thread `w` owns: whole tiles, for the formats that have them.
+fn vocabulary_share(vocab: usize, w: usize, threads: usize) -> Range<usize> {
+    let tiles = longbit_sys::share(vocab.div_ceil(TILE_ROWS), w, threads);
+    vocab.min(tiles.start * TILE_ROWS)..vocab.min(tiles.end * TILE_ROWS)
+}
+
 /// Largest number of tasks that one KV head's selection makes: two consecutive tasks hold more than a chunk together.
 pub(super) fn max_tasks(capacity: usize) -> usize {
     2 * capacity.div_ceil(CHUNK_TOKENS) + 2
@@ -124,7 +140,7 @@ impl Scratch {
         let slots = if tokens == 1 { heads * max_tasks(capacity) } else { 0 };
         // Prefill reads the matrices whole.
         let sums = if tokens == 1 { ColumnShape { rows: config.hidden, cols: 1 }.padded_rows() } else { 1 };
-        let vocab: Vec<_> = (0..threads).map(|w| longbit_sys::share(config.vocab, w, threads)).collect();
+        let vocab: Vec<_> = (0..threads).map(|w| vocabulary_share(config.vocab, w, threads)).collect();
         let mut bounds = vec![0];
         for share in &vocab {
             bounds.push(bounds[bounds.len() - 1] + share.len() * tokens);

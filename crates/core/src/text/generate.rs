@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::sampler::{Sampler, SamplerOptions};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::model::HeadFormat;
 use crate::session::Session;
 
 /// What to generate.
@@ -145,6 +146,7 @@ pub fn generate<E: From<Error>>(
 ) -> Result<Generation, E> {
     let mut sampler = Sampler::new(options.sampler)?;
     check(session, prompt, options)?;
+    session.set_exact_top(exact_top(session, &options.sampler)?);
     let start = Instant::now();
     let mut done = Generation {
         tokens: Vec::new(),
@@ -200,6 +202,20 @@ pub fn generate<E: From<Error>>(
     // Nothing is left to end.
     let _ = progress(Progress::End { text: &done.text[from..] })?;
     Ok(done)
+}
+
+/// How many of the likeliest tokens the sampler looks at.
+fn exact_top(session: &Session, sampler: &SamplerOptions) -> Result<usize> {
+    match (sampler.temperature > 0.0, sampler.top_k) {
+        (false, _) => Ok(1),
+        (true, 0) if session.model().head_format == HeadFormat::TwoStage => Err(Error::Invalid(
+            "a two-stage head knows the likeliest tokens only, and sampling without --top-k needs all of them; give \
+             --top-k, or load the model with --head bf16"
+                .into(),
+        )),
+        (true, 0) => Ok(usize::MAX),
+        (true, top_k) => Ok(top_k),
+    }
 }
 
 /// What would fail only after part of the prompt was read.

@@ -232,7 +232,10 @@ fn measure<E: From<Error>>(
             None => {
                 let options =
                     SessionOptions { capacity: context, kv: tally.variant.kv, method: method("dense")? };
-                sessions.push(Session::new(model.clone(), team.clone(), options)?);
+                let mut session = Session::new(model.clone(), team.clone(), options)?;
+                // Probabilities need all logits.
+                session.set_exact_top(usize::MAX);
+                sessions.push(session);
                 sessions.len() - 1
             }
         };

@@ -49,6 +49,10 @@ pub(super) struct Pass<'a> {
     pub(super) position: usize,
     pub(super) supplied: Option<&'a Supplied>,
     pub(super) want: Want,
+    /// How many of the likeliest tokens a two-stage head finds exactly.
+    pub(super) exact_top: usize,
+    /// The largest lower bounds of each thread's rows of a two-stage head, `[thread][exact_top]`.
+    pub(super) lower_bounds: &'a Shared<f32>,
     /// A decode step, which the method serves; anything else is prefill, dense and causal, whatever its length.
     pub(super) decoding: bool,
     pub(super) capture: bool,
