@@ -42,16 +42,26 @@ impl ReadProbe {
         self.data.len()
     }
 
-    /// Read bandwidth of the whole team in GB/s (10^9 bytes): the median of 3 passes over the buffer after an untimed one.
+    /// Read bandwidth of the whole team in GB/s (10^9 bytes): the median of 3 passes over the buffer. Before them every way
+    /// to stream that is worth trying takes one pass, and the fastest goes on: whether requests ahead of
+    /// the loads help or hinder differs between processors by tens of per cent.
     pub fn measure(&self, team: &Team) -> f64 {
+        let best = streams().into_iter().min_by_key(|&way| self.passes::<1>(team, way)[0]);
+        let mut took = self.passes::<PASSES>(team, best.unwrap_or(stream));
+        took.sort_unstable();
+        self.bytes() as f64 / took[PASSES / 2] as f64
+    }
+
+    /// Nanoseconds of `N` passes after an untimed part of one.
+    fn passes<const N: usize>(&self, team: &Team, stream: Stream) -> [u64; N] {
         let words: &[u64] = self.data.as_slice_of();
         const WORDS: usize = UNIT / size_of::<u64>();
-        let stream = streams().pop().unwrap_or(stream);
-        let took: [AtomicU64; PASSES] = [const { AtomicU64::new(0) }; PASSES];
+        let took: [AtomicU64; N] = [const { AtomicU64::new(0) }; N];
         team.run(|worker| {
             let units = worker.range(words.len() / WORDS);
             let mine = &words[units.start * WORDS..units.end * WORDS];
-            black_box(stream(mine));
+            // A part is enough to have the pages and the clock of the core at hand.
+            black_box(stream(&mine[..mine.len() / 8]));
             for pass in &took {
                 worker.barrier();
                 let start = Instant::now();
@@ -63,34 +73,35 @@ impl ReadProbe {
                 }
             }
         });
-        let mut took = took.map(AtomicU64::into_inner);
-        took.sort_unstable();
-        self.bytes() as f64 / took[PASSES / 2] as f64
+        took.map(AtomicU64::into_inner)
     }
 }
 
 /// Sums all words (wrapping), with the widest loads that this CPU has: narrow ones leave a third of the bandwidth.
 type Stream = fn(&[u64]) -> u64;
 
-/// Every way to stream that this CPU can run, widest last.
+/// The ways to stream that are worth trying on this CPU: the widest loads, with and without requests ahead.
 fn streams() -> Vec<Stream> {
-    let all = vec![stream as Stream];
     #[cfg(target_arch = "x86_64")]
-    let all = with_x86(all);
-    all
+    if let Some(ways) = with_x86() {
+        return ways;
+    }
+    vec![stream]
 }
 
 #[cfg(target_arch = "x86_64")]
-fn with_x86(mut all: Vec<Stream>) -> Vec<Stream> {
-    if is_x86_feature_detected!("avx2") {
-        // SAFETY: the feature was just detected.
-        all.push(|words| unsafe { stream_avx2(words) });
-    }
+fn with_x86() -> Option<Vec<Stream>> {
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: the feature was just detected.
-        all.push(|words| unsafe { stream_avx512(words) });
+        return Some(vec![|words| unsafe { stream_avx512::<0>(words) }, |words| unsafe {
+            stream_avx512::<AHEAD>(words)
+        }]);
     }
-    all
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was just detected.
+        return Some(vec![|words| unsafe { stream_avx2(words) }]);
+    }
+    None
 }
 
 /// The portable stream: independent accumulators, so that only the loads take time.
@@ -118,24 +129,28 @@ fn stream_avx2(words: &[u64]) -> u64 {
     stream(words)
 }
 
-/// 512-bit loads, written out because the compiler prefers 256-bit ones, with a prefetch over page borders: the probe is
-/// a ceiling, so it must not be slower than the best kernel.
+/// How far ahead lines are requested: hardware prefetchers stop at page borders.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// 512-bit loads, written out because the compiler prefers 256-bit ones, with a request `AHEAD` bytes on for each if that
+/// is not 0: the probe is a ceiling, so it must not be slower than the best kernel.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn stream_avx512(words: &[u64]) -> u64 {
+fn stream_avx512<const AHEAD: usize>(words: &[u64]) -> u64 {
     use std::arch::x86_64::{
         _MM_HINT_T0, _mm_prefetch, _mm512_add_epi64, _mm512_loadu_si512, _mm512_setzero_si512,
         _mm512_storeu_si512,
     };
-    /// Bytes ahead: the hardware prefetcher stops at page borders.
-    const AHEAD: usize = 4096;
     const VECTORS: usize = 8;
     let mut sums = [_mm512_setzero_si512(); VECTORS];
     let mut chunks = words.chunks_exact(VECTORS * 8);
     for chunk in &mut chunks {
         for (sum, vector) in sums.iter_mut().zip(chunk.chunks_exact(8)) {
-            // A hint that never faults, whatever the address.
-            _mm_prefetch::<_MM_HINT_T0>(vector.as_ptr().cast::<i8>().wrapping_add(AHEAD));
+            if AHEAD > 0 {
+                // A hint that never faults, whatever the address.
+                _mm_prefetch::<_MM_HINT_T0>(vector.as_ptr().cast::<i8>().wrapping_add(AHEAD));
+            }
             // SAFETY: `vector` holds 8 words, the 64 bytes of an unaligned load.
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(vector.as_ptr().cast()) });
         }
@@ -156,7 +171,8 @@ mod tests {
     fn the_stream_reads_every_word_once() {
         for len in [0usize, 1, 31, 32, 33, 63, 64, 65, 1000] {
             let words: Vec<u64> = (0..len as u64).map(|i| i * i + 1).collect();
-            for (way, stream) in streams().into_iter().enumerate() {
+            let all = std::iter::once(stream as Stream).chain(streams());
+            for (way, stream) in all.enumerate() {
                 assert_eq!(stream(&words), words.iter().sum::<u64>(), "{len} words, way {way}");
             }
         }
