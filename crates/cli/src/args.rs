@@ -104,6 +104,14 @@ Exit code 6 when Ctrl-C ended it.")]
     /// Score a text with several KV dtypes and attention methods, on the same tokens.
     #[command(after_help = PROTOCOL)]
     Perplexity(PerplexityArgs),
+    /// Show where the time of a decode step and of a prefill goes, operation by operation, beside the read bandwidth.
+    #[command(after_help = "\
+Examples:
+  longbit profile --model preset:bitnet-2b-4t --context 8192
+  longbit profile --model path/to/checkpoint --prefill 0 --threads 1 --out profiles/one-thread
+
+Times are means over threads and steps: the rows add up to the step. Bytes are those of weights, cached rows and head.")]
+    Profile(crate::profile::ProfileArgs),
     /// Write a model as GGUF or as packed safetensors.
     #[command(after_help = "\
 Examples:

@@ -9,6 +9,7 @@ mod inspect;
 mod logits;
 mod model_args;
 mod perplexity;
+mod profile;
 mod status;
 
 use std::io::{IsTerminal, Write};
@@ -199,6 +200,7 @@ fn dispatch<W: Write>(cli: Cli, matches: &clap::ArgMatches, out: &mut Patient<W>
         Command::Logits(a) => logits::run(&a, out)?,
         Command::Generate(a) => generate::run(&a, out)?,
         Command::Perplexity(a) => perplexity::run(&a, out)?,
+        Command::Profile(a) => profile::run(&a, color, out)?,
         Command::Convert(a) => convert::run(&a, out)?,
         Command::Inspect(a) => inspect::run(&a, out)?,
     })

@@ -9,7 +9,8 @@ use longbit::formats::I2sLayout;
 use longbit::kv::kv_dtype;
 use longbit::text::{TextModel, TextOptions};
 use longbit::{Activation, Checkpoint, Footprint, HeadFormat, Model, OpenOptions, footprint};
-use longbit_sys::{Team, allowed_cpus, open_memory};
+use longbit_lab::plan::oversubscribed;
+use longbit_sys::{Team, available_threads, open_memory};
 
 use crate::Failure;
 use crate::status::say;
@@ -64,10 +65,10 @@ fn activation(name: &str) -> Result<Activation, String> {
 /// Which model, and how it is loaded.
 #[derive(Args)]
 pub(crate) struct ModelArgs {
-    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file.
+    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file (`profile` also takes preset:NAME).
     #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: PathBuf,
-    /// Threads [default: all CPUs allowed].
+    /// Threads [default: all CPUs allowed]. More than those are possible and slow.
     #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
     pub(crate) threads: Option<usize>,
     /// Number format of the head: bf16, f32, int8, q6, q4, or two-stage, which finds the likeliest tokens of the bf16 head
@@ -105,7 +106,7 @@ pub(crate) struct Opened {
 impl ModelArgs {
     pub(crate) fn open(&self) -> Result<Opened, Failure> {
         let head = HeadFormat::parse(&self.head)?;
-        let threads = self.threads.unwrap_or_else(|| allowed_cpus().map_or(1, |cpus| cpus.len()));
+        let threads = threads(self.threads);
         let options = self.file.options(&self.model)?;
         Ok(Opened { checkpoint: Checkpoint::open(&self.model, &options)?, head, threads })
     }
@@ -152,7 +153,7 @@ impl Opened {
     }
 
     pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
-        let team = Arc::new(Team::new(self.threads, true).map_err(longbit::Error::from)?);
+        let team = Arc::new(Team::with_threads(self.threads, true).map_err(longbit::Error::from)?);
         let model = self.checkpoint.load(self.head, &team)?;
         if model.rounded > 0 {
             say(&format!(
@@ -162,6 +163,16 @@ impl Opened {
         }
         Ok((Arc::new(model), team))
     }
+}
+
+/// The threads that a flag asks for, or as many as can run at once. Says what more than those cost.
+pub(crate) fn threads(asked: Option<usize>) -> usize {
+    let available = available_threads();
+    let threads = asked.unwrap_or(available);
+    if let Some(cost) = oversubscribed(threads, available) {
+        say(&format!("warning: {cost}; use --threads {available}"));
+    }
+    threads
 }
 
 /// Refuses a model of `weights` predicted bytes that cannot fit memory.

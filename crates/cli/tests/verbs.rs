@@ -6,7 +6,7 @@ mod common;
 
 use common::*;
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 14] = [
     "run",
     "plan",
     "verify",
@@ -18,6 +18,7 @@ const VERBS: [&str; 13] = [
     "logits",
     "generate",
     "perplexity",
+    "profile",
     "convert",
     "inspect",
 ];

@@ -32,6 +32,8 @@ pub struct Side {
     pub context_tokens: u64,
     /// Threads.
     pub threads: u64,
+    /// Tokens that a timed pass takes together.
+    pub batch: u64,
     /// KV dtype.
     pub kv_dtype: String,
     /// Method, with the parameters that differ within the result.
@@ -79,7 +81,8 @@ pub fn sides(records: &[Record]) -> Vec<Side> {
             r.measured()
                 && r.method == DENSE
                 && r.kv_dtype == kv
-                && (r.context_tokens, r.threads) == (like.context_tokens, like.threads)
+                && (r.context_tokens, r.threads, r.batch_tokens())
+                    == (like.context_tokens, like.threads, like.batch_tokens())
                 && (&r.workload, &r.model, &r.head) == (&like.workload, &like.model, &like.head)
         })
     };
@@ -95,6 +98,7 @@ pub fn sides(records: &[Record]) -> Vec<Side> {
                 cell_id: r.cell_id.clone(),
                 context_tokens: r.context_tokens,
                 threads: r.threads,
+                batch: r.batch_tokens(),
                 kv_dtype: r.kv_dtype.clone(),
                 method: labels.method(r),
                 decode_tok_s: r.decode_tok_s,
@@ -113,7 +117,7 @@ pub fn sides(records: &[Record]) -> Vec<Side> {
             }
         })
         .collect();
-    sides.sort_by_key(|s| (s.context_tokens, s.threads));
+    sides.sort_by_key(|s| (s.context_tokens, s.threads, s.batch));
     sides
 }
 
@@ -122,10 +126,12 @@ fn rows(sides: &[Side], reference: &str) -> Rows {
     let number = |v: Option<f64>| v.map_or(String::new(), digits);
     // With one KV dtype both ratios are the same column.
     let several = sides.iter().any(|s| s.kv_dtype != reference);
+    let batches = sides.iter().any(|s| s.batch != 1);
     let against = format!("vs dense {reference}");
     let head = [
         "context",
         "threads",
+        "batch",
         "KV",
         "method",
         "tok/s",
@@ -146,6 +152,7 @@ fn rows(sides: &[Side], reference: &str) -> Rows {
         vec![
             context(s.context_tokens),
             s.threads.to_string(),
+            if batches { s.batch.to_string() } else { String::new() },
             s.kv_dtype.clone(),
             s.method.clone(),
             number(s.decode_tok_s),
@@ -164,7 +171,7 @@ fn rows(sides: &[Side], reference: &str) -> Rows {
         ]
     };
     let head = head.map(str::to_owned).to_vec();
-    Rows { head, body: sides.iter().map(row).collect(), left: vec![2, 3] }.without_empty_columns()
+    Rows { head, body: sides.iter().map(row).collect(), left: vec![3, 4] }.without_empty_columns()
 }
 
 /// Prints the comparison to `out`. Exit code 6 when the result has unfinished or failed cells, otherwise 0.

@@ -16,6 +16,7 @@ pub mod error;
 pub mod exit;
 pub mod machine;
 pub mod plan;
+pub mod profile;
 pub mod record;
 pub mod report;
 pub mod run;

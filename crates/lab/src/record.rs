@@ -196,6 +196,7 @@ columns! {
     nll_nats: Option<f64>, "nats", "Negative log-likelihood of the token that really follows, mean over the compared steps; its exponential is the perplexity.";
     nll_reference_nats: Option<f64>, "nats", "The same of the reference.";
     quality_steps: Option<u64>, "count", "Decode steps compared.";
+    batch: Option<u64>, "tokens", "Tokens that a timed pass takes together: 1 is a decode step, more are a prefill of as many at the context. The tpot columns are times of a pass; empty in files of before it was recorded, where it is 1.";
 }
 
 /// The last column that every file has; what follows was added later and may be empty.
@@ -210,6 +211,16 @@ impl Record {
     /// The method's parameters; empty when the column does not hold an object of texts.
     pub fn params(&self) -> std::collections::BTreeMap<String, String> {
         serde_json::from_str(&self.method_params).unwrap_or_default()
+    }
+
+    /// Tokens that a timed pass takes together.
+    pub fn batch_tokens(&self) -> u64 {
+        self.batch.unwrap_or(1)
+    }
+
+    /// Whether one matrix is timed, without cache and attention.
+    pub fn one_matrix(&self) -> bool {
+        self.method == crate::plan::NO_METHOD
     }
 
     /// Whether the numbers of this row may be shown and compared: measured in full, whatever its errors are.
@@ -342,7 +353,9 @@ mod tests {
         assert_eq!(cut(header), old.join(","));
         let read = round_trip(&format!("{}\n{}\n", cut(header), cut(row))).unwrap();
         assert_eq!((read[0].quality_steps, read[0].profile.as_str()), (None, records[0].profile.as_str()));
-        assert_eq!(Record { quality_steps: records[0].quality_steps, ..read[0].clone() }, records[0]);
+        assert_eq!((read[0].batch, read[0].batch_tokens()), (None, 1));
+        let (quality_steps, batch) = (records[0].quality_steps, records[0].batch);
+        assert_eq!(Record { quality_steps, batch, ..read[0].clone() }, records[0]);
         let error = round_trip(&text.replacen("threads", "thread", 1)).unwrap_err().to_string();
         assert!(error.contains("`threads` is missing"), "{error}");
         let error = round_trip(&text.replacen(",ok,", ",fine,", 1)).unwrap_err().to_string();

@@ -133,6 +133,8 @@ pub enum Fill {
     Synthetic,
     /// By running the prompt through the model.
     Prefill,
+    /// Not at all: it is empty, or there is none.
+    None,
 }
 
 /// Measured read bandwidth.
@@ -237,7 +239,7 @@ pub struct Sample {
     pub slot: u32,
     /// Start, RFC 3339 UTC.
     pub t0: String,
-    /// Wall time of each token.
+    /// Wall time of each token; of a batch, of each pass.
     pub tok_ns: Vec<u64>,
     /// User time of the process during the repetition; this and what follows is none where the system does not say.
     #[serde(default)]

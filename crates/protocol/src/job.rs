@@ -106,6 +106,10 @@ pub struct CellJob {
     pub threads: usize,
     /// Method with its parameters, e.g. `window:sinks=4,window=1024`.
     pub method: String,
+    /// Tokens that a timed pass takes together. 1 is a decode step; more are a prefill of as many tokens at the context, dense
+    /// and causal, after which the cache is rewound, and their quality is not measured.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub batch: usize,
     /// Repetitions that an earlier run already recorded; the engine goes on with this one.
     #[serde(default)]
     pub first_rep: u32,
@@ -114,13 +118,21 @@ pub struct CellJob {
     pub quality_done: bool,
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(batch: &usize) -> bool {
+    *batch == 1
+}
+
 /// How a cell is measured. Fixed before the first sample.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Measure {
     /// Repetitions a cell, interleaved over the cohort.
     pub reps: u32,
-    /// Timed tokens a repetition; afterwards the cache is rewound to `context`.
+    /// Timed tokens a repetition; afterwards the cache is rewound to `context`. Passes of a batch are as many as hold them.
     pub gen_tokens: u32,
     /// Untimed tokens before them.
     pub warmup_tokens: u32,
@@ -131,6 +143,14 @@ pub struct Measure {
     pub pin: bool,
     /// Buffer of the read-bandwidth probe that accompanies each round.
     pub probe_bytes: u64,
+}
+
+impl Measure {
+    /// Untimed and timed passes of a repetition that take `batch` tokens each.
+    pub fn passes(&self, batch: usize) -> (usize, usize) {
+        let of = |tokens: u32| (tokens as usize).div_ceil(batch.max(1));
+        (of(self.warmup_tokens), of(self.gen_tokens))
+    }
 }
 
 /// Caps on an engine process.
@@ -158,6 +178,9 @@ pub struct EstimateRequest {
     pub method: String,
     /// Threads.
     pub threads: usize,
+    /// See [`CellJob::batch`].
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub batch: usize,
     /// How the cache will be filled.
     #[serde(default)]
     pub fill: Fill,
@@ -190,6 +213,9 @@ pub struct Estimate {
     /// reference where the two differ; 0 where a generator fills the cache.
     #[serde(default)]
     pub prefill_macs: u64,
+    /// Multiply-adds of one pass of a batch; 0 for a decode step.
+    #[serde(default)]
+    pub pass_macs: u64,
     /// Positions that the model was trained for; 0 where that is not known.
     #[serde(default)]
     pub trained_positions: usize,

@@ -2,7 +2,8 @@
 //! an unknown field is refused instead of half understood.
 
 use longbit_protocol::{
-    Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, TextFile, Traffic,
+    CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, TextFile,
+    Traffic,
 };
 
 fn job() -> Job {
@@ -93,4 +94,24 @@ fn quality_of_before_logits_were_compared_is_read() {
     let quality: Quality = serde_json::from_str(old).unwrap();
     assert_eq!((quality.rel_l2_max, quality.cosine_min), (Some(0.3), Some(0.8)));
     assert_eq!((quality.kl_nats, quality.kl_nats_max, quality.nll_nats), (None, None, None));
+}
+
+#[test]
+fn a_batch_of_one_is_not_written_and_not_needed() {
+    let cell = CellJob { id: "c".into(), batch: 1, ..serde_json::from_str(CELL).unwrap() };
+    assert!(!serde_json::to_string(&cell).unwrap().contains("batch"));
+    let cell = CellJob { batch: 32, ..cell };
+    let text = serde_json::to_string(&cell).unwrap();
+    assert!(text.contains("\"batch\":32"));
+    assert_eq!(serde_json::from_str::<CellJob>(&text).unwrap(), cell);
+    assert_eq!(serde_json::from_str::<CellJob>(CELL).unwrap().batch, 1);
+}
+
+const CELL: &str = r#"{"id":"c","threads":2,"method":"dense"}"#;
+
+#[test]
+fn a_repetition_has_as_many_passes_as_hold_its_tokens() {
+    let measure = job().measure;
+    let passes = [1, 2, 32, 50, 384].map(|batch| measure.passes(batch));
+    assert_eq!(passes, [(2, 50), (1, 25), (1, 2), (1, 1), (1, 1)]);
 }

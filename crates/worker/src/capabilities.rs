@@ -23,7 +23,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
         engine: "longbit".into(),
         version: env!("CARGO_PKG_VERSION").into(),
         isa: longbit::isa()?.into(),
-        presets: PRESETS.iter().map(preset).collect(),
+        presets: PRESETS.iter().map(preset).chain([one_matrix()]).collect(),
         kv_dtypes: KV_DTYPES
             .iter()
             .map(|d| KvDtypeInfo {
@@ -73,7 +73,15 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                     })
                     .collect(),
                 reads_text: false,
+                one_matrix: false,
             })
+            .chain([WorkloadInfo {
+                name: crate::matrix::NAME.into(),
+                summary: "the product of one matrix (preset matrix:ROWSxCOLUMNS) with the activations of a batch of tokens".into(),
+                params: Vec::new(),
+                reads_text: false,
+                one_matrix: true,
+            }])
             .chain([WorkloadInfo {
                 name: text::NAME.into(),
                 summary: "a text file (workload.file) through the checkpoint: real prefill, teacher-forced steps, quality from \
@@ -81,6 +89,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                     .into(),
                 params: Vec::new(),
                 reads_text: true,
+                one_matrix: false,
             }])
             .collect(),
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
@@ -109,6 +118,16 @@ fn named<T>(
     match parse(name) {
         None if !name.is_empty() => Err(Error::Unknown { kind, name: name.into(), known: known.join(", ") }),
         found => Ok(found),
+    }
+}
+
+/// Stands for all matrices: the name says the shape.
+fn one_matrix() -> PresetInfo {
+    PresetInfo {
+        name: format!("{}ROWSxCOLUMNS", longbit::matrix::PREFIX),
+        summary: "one ternary matrix, for the workload matrix: e.g. matrix:4096x4096".into(),
+        parameters: 0,
+        shape: Vec::new(),
     }
 }
 

@@ -5,12 +5,14 @@ use std::path::Path;
 use longbit::attention::method;
 use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
+use longbit::matrix::{is_name, shape_of};
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
 use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, Session, footprint, preset};
 use longbit_protocol::{Estimate, EstimateRequest, Fill, ModelSpec};
 use longbit_sys::FileMap;
 
 use crate::capabilities::open_options;
+use crate::matrix;
 use crate::text::REFERENCE_KV;
 
 /// What the process takes beside its data: code, stacks, allocator.
@@ -31,11 +33,15 @@ pub(crate) fn estimate(request: &EstimateRequest) -> Estimate {
 }
 
 fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
+    if is_name(&request.model.preset) {
+        return matrix_bytes(request);
+    }
+    batch_limits(request)?;
     let config = shape(&request.model)?;
     let head = HeadFormat::parse(&request.model.head)?;
     let of = |kv: &str| {
         let method = method(&request.method)?;
-        let (context, headroom) = (request.context, request.headroom);
+        let (context, headroom) = (request.context, request.headroom.max(request.batch));
         Ok::<_, Error>(footprint(&config, head, kv_dtype(kv)?, &method, context, headroom, request.threads))
     };
     let f = of(&request.kv_dtype)?;
@@ -48,11 +54,19 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
         kv_bytes_per_token: f.kv_per_token,
         fill_bytes: 0,
         prefill_macs: 0,
+        pass_macs: 0,
         trained_positions: config.trained_positions,
         error: None,
     };
+    if request.batch > 1 {
+        // Each of its tokens attends to the context and to half of the batch.
+        let tokens = request.batch as u64;
+        let seen = (config.layers * config.q_rows()) as u64 * 2 * request.context as u64;
+        estimate.pass_macs = prefill_macs(&config, tokens).saturating_add(seen.saturating_mul(tokens));
+        estimate.scratch_bytes = estimate.scratch_bytes.saturating_add(pass_bytes(&config, request.batch));
+    }
     let more = match request.fill {
-        Fill::Synthetic => {
+        Fill::Synthetic | Fill::None => {
             limits(request)?;
             estimate.fill_bytes = f.cache;
             // Each decoded step's queries, keys and values are made beforehand.
@@ -75,13 +89,57 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     Ok(estimate)
 }
 
+/// One matrix and the activations of a batch.
+fn matrix_bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
+    let shape = shape_of(&request.model.preset)?;
+    if request.method != matrix::NOTHING || request.kv_dtype != matrix::NOTHING || request.context != 0 {
+        return Err(Error::Invalid(format!(
+            "{} is one matrix, which has no cache: it needs workload.name = {:?}",
+            request.model.preset,
+            matrix::NAME
+        )));
+    }
+    let tokens = request.batch as u64;
+    let numbers = (8 * shape.padded_cols() + 8 * shape.rows) as u64;
+    let bytes = shape.bytes() as u64;
+    Ok(Estimate {
+        weight_bytes: bytes,
+        scratch_bytes: numbers.saturating_mul(tokens).saturating_add(PROCESS_BYTES),
+        weight_bytes_per_token: bytes,
+        pass_macs: (shape.rows as u64 * shape.cols as u64).saturating_mul(tokens),
+        ..Estimate::default()
+    })
+}
+
+/// What a batch can be.
+fn batch_limits(request: &EstimateRequest) -> Result<(), Error> {
+    if request.method == matrix::NOTHING {
+        return Err(Error::Invalid(format!(
+            "the workload {:?} times one matrix; give model.preset = \"matrix:4096x4096\" or another workload",
+            matrix::NAME
+        )));
+    }
+    if request.batch > 1 && method(&request.method)?.canonical() != "dense" {
+        return Err(Error::Invalid(format!(
+            "a batch of {} tokens is a prefill, which is dense: the method {} has no effect on it",
+            request.batch, request.method
+        )));
+    }
+    Ok(())
+}
+
 /// What a generator can make.
 fn limits(request: &EstimateRequest) -> Result<(), Error> {
     if request.context < MIN_CONTEXT {
-        return Err(Error::Invalid(format!(
-            "a context of {} is too short; at least {MIN_CONTEXT}",
-            request.context
-        )));
+        // Nothing is generated then.
+        return match request.quality_steps {
+            0 => Ok(()),
+            _ => Err(Error::Invalid(format!(
+                "a context of {} is too short for generated inputs, which quality is measured on; at least {MIN_CONTEXT}, or \
+                 measure.quality_steps = 0",
+                request.context
+            ))),
+        };
     }
     if request.headroom > MAX_STEPS {
         return Err(Error::Invalid(format!(
@@ -100,10 +158,15 @@ fn prefill_macs(config: &ModelConfig, tokens: u64) -> u64 {
     (config.layers as u64).saturating_mul(linear.saturating_add(attention)).saturating_mul(tokens)
 }
 
-/// Buffers of a prefill chunk: logits, the rows of every stage, and their copies on the way from one to the next.
+/// Buffers of a prefill chunk.
 fn prefill_bytes(config: &ModelConfig) -> u64 {
+    pass_bytes(config, Session::DEFAULT_CHUNK)
+}
+
+/// Buffers of a pass over `tokens`: logits, the rows of every stage, and their copies on the way from one to the next.
+fn pass_bytes(config: &ModelConfig, tokens: usize) -> u64 {
     let rows = 4 * config.q_rows() + 2 * config.kv_rows() + 6 * config.hidden + 4 * config.intermediate;
-    (4 * Session::DEFAULT_CHUNK * (config.vocab + rows)) as u64
+    (4 * (config.vocab + rows)) as u64 * tokens as u64
 }
 
 /// The text, a piece of it on its way to tokens, and the tokenizer.
@@ -150,6 +213,7 @@ mod tests {
             kv_dtype: "bf16".into(),
             method: "dense".into(),
             threads: 1,
+            batch: 1,
             fill: Fill::Synthetic,
             quality_steps: 0,
             text_bytes: 0,
@@ -159,6 +223,45 @@ mod tests {
         let good = estimate(&EstimateRequest { model: known, ..request });
         assert_eq!((good.error, good.kv_bytes_per_token), (None, 76_800 * 2048));
     }
+
+    #[test]
+    fn batches_and_matrices_have_their_own_bytes_and_limits() {
+        let step = EstimateRequest {
+            model: ModelSpec { preset: "bitnet-2b-4t".into(), head: "bf16".into(), ..ModelSpec::default() },
+            context: 0,
+            headroom: 10,
+            kv_dtype: "bf16".into(),
+            method: "dense".into(),
+            threads: 1,
+            batch: 1,
+            fill: Fill::Synthetic,
+            quality_steps: 0,
+            text_bytes: 0,
+        };
+        let batch = EstimateRequest { batch: 512, ..step.clone() };
+        let (one, many) = (estimate(&step), estimate(&batch));
+        assert_eq!((one.error, many.error, one.pass_macs), (None, None, 0));
+        assert_eq!(many.pass_macs, 512 * 30 * (69_468_160 + 2560 * 512));
+        assert_eq!((one.cache_bytes, many.cache_bytes), (76_800 * 256, 76_800 * 512));
+        // Logits of every token are the largest part.
+        assert!(many.scratch_bytes - one.scratch_bytes > 4 * 512 * 128_256);
+        let error = |request: EstimateRequest| estimate(&request).error.unwrap_or_default();
+        let window = EstimateRequest { method: "window".into(), ..batch };
+        assert!(error(window).contains("the method window has no effect"));
+        let short = EstimateRequest { quality_steps: 4, ..step.clone() };
+        assert!(error(short).contains("at least 16, or measure.quality_steps = 0"));
+
+        let model = ModelSpec { preset: "matrix:4096x4096".into(), ..step.model.clone() };
+        let nothing = EstimateRequest { model, kv_dtype: "-".into(), method: "-".into(), batch: 64, ..step };
+        let found = estimate(&nothing);
+        assert_eq!((found.error, found.weight_bytes, found.cache_bytes), (None, 4 << 20, 0));
+        assert_eq!(found.pass_macs, 64 << 24);
+        let cached = EstimateRequest { kv_dtype: "bf16".into(), ..nothing.clone() };
+        assert!(error(cached).contains("workload.name = \"matrix\""));
+        let model = ModelSpec { preset: "tiny".into(), ..nothing.model.clone() };
+        assert!(error(EstimateRequest { model, ..nothing }).contains("matrix:4096x4096"));
+    }
+
     #[test]
     fn a_prompt_costs_its_multiplications_and_the_reference_its_own() {
         let request = EstimateRequest {
@@ -168,6 +271,7 @@ mod tests {
             kv_dtype: "bf16".into(),
             method: "dense".into(),
             threads: 1,
+            batch: 1,
             fill: Fill::Prefill,
             quality_steps: 8,
             text_bytes: 0,
@@ -205,6 +309,7 @@ mod tests {
             kv_dtype: "bf16".into(),
             method: "dense".into(),
             threads: 1,
+            batch: 1,
             fill: Fill::Prefill,
             quality_steps: 0,
             text_bytes: 0,

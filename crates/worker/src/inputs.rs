@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::workload::{HeadShape, Workload, WorkloadSpec};
+use longbit::workload::{HeadShape, MIN_CONTEXT, Workload, WorkloadSpec};
 use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
-use longbit_protocol::{Fill, Job, Quality};
+use longbit_protocol::{Fill, Job, Quality, Traffic};
 use longbit_sys::Team;
 
 use crate::capabilities::open_options;
@@ -18,7 +18,8 @@ use crate::estimate;
 use crate::fill::{self, Filled};
 use crate::measure::phase;
 use crate::text::{self, REFERENCE_KV, TextRun};
-use crate::{Events, WorkerError, quality};
+use crate::timing::Passes;
+use crate::{Events, WorkerError, profile, quality};
 
 /// A model with the tokens that it is to run, where it is to run any.
 pub(crate) struct Built {
@@ -34,6 +35,9 @@ pub(crate) enum Inputs {
     Generated(Box<Filled>),
     /// Tokens of a text.
     Text(TextRun),
+    /// The model's own queries, keys and values, of tokens that mean nothing: after an empty cache, or a short one that
+    /// such tokens filled.
+    Own(Fill, String),
 }
 
 /// A session at the context of the job, with dense attention.
@@ -97,6 +101,7 @@ fn generate<W: Write>(
     events: &mut Events<W>,
 ) -> Result<Prepared, WorkerError> {
     let measure = &job.measure;
+    let largest = job.cells.iter().map(|c| c.batch).max().unwrap_or(1);
     let steps = measure.warmup_tokens.saturating_add(measure.gen_tokens).max(measure.quality_steps) as usize;
     let config = &model.config;
     let shape = HeadShape {
@@ -108,10 +113,19 @@ fn generate<W: Write>(
     };
     let spec = WorkloadSpec::parse(&job.workload)?;
     let options = SessionOptions {
-        capacity: job.context.saturating_add(steps),
+        capacity: job.context.saturating_add(steps.max(largest)),
         kv: kv_dtype(&job.kv_dtype)?,
         method: method("dense")?,
     };
+    if job.context < MIN_CONTEXT {
+        let mut session = Session::new(model, team, options)?;
+        let clock = Instant::now();
+        profile::fill_to(&mut session, job.context, &mut |_: &str, _, _| Ok(()))?;
+        let fill_ns = clock.elapsed().as_nanos() as u64;
+        let fill = if job.context == 0 { Fill::None } else { Fill::Prefill };
+        let sha256 = fill::rows_sha256(&session);
+        return Ok(Prepared { session, inputs: Inputs::Own(fill, sha256), fill_ns });
+    }
     let workload = Workload::new(&spec, &shape, job.context, steps, job.seed)?;
     let mut session = Session::new(model, team, options)?;
     let clock = Instant::now();
@@ -159,8 +173,19 @@ fn decode_text<W: Write>(
 }
 
 impl Inputs {
+    /// The passes of a cell of `batch` tokens from `context` on.
+    pub(crate) fn passes<'a>(&'a self, session: &'a mut Session, context: usize, batch: usize) -> Steps<'a> {
+        let vocab = session.model().config.vocab;
+        let token = |i: usize| match self {
+            Inputs::Text(text) => text.token(i),
+            _ => quality::token(i, vocab),
+        };
+        let batch = if batch > 1 { (0..batch).map(token).collect() } else { Vec::new() };
+        Steps { inputs: self, session, context, batch }
+    }
+
     /// Decodes step `step` of a repetition; the logits stay in the session.
-    pub(crate) fn decode(&self, session: &mut Session, step: usize) -> Result<(), WorkerError> {
+    fn decode(&self, session: &mut Session, step: usize) -> Result<(), WorkerError> {
         match self {
             Inputs::Generated(filled) => {
                 let token = quality::token(step, session.model().config.vocab);
@@ -168,6 +193,9 @@ impl Inputs {
             }
             Inputs::Text(text) => {
                 session.decode(text.token(step))?;
+            }
+            Inputs::Own(..) => {
+                session.decode(quality::token(step, session.model().config.vocab))?;
             }
         }
         Ok(())
@@ -184,6 +212,9 @@ impl Inputs {
         match self {
             Inputs::Generated(filled) => quality::measure(session, filled, steps),
             Inputs::Text(text) => text.compare(session, progress),
+            Inputs::Own(..) => Err(WorkerError::Request(format!(
+                "nothing is compared at a context of less than {MIN_CONTEXT} tokens; set measure.quality_steps = 0"
+            ))),
         }
     }
 
@@ -192,6 +223,7 @@ impl Inputs {
         match self {
             Inputs::Generated(_) => Fill::Synthetic,
             Inputs::Text(_) => Fill::Prefill,
+            Inputs::Own(fill, _) => *fill,
         }
     }
 
@@ -200,6 +232,7 @@ impl Inputs {
         match self {
             Inputs::Generated(filled) => &filled.sha256,
             Inputs::Text(text) => &text.sha256,
+            Inputs::Own(_, sha256) => sha256,
         }
     }
 
@@ -211,7 +244,43 @@ impl Inputs {
                 ("text.bytes".to_owned(), text.file_bytes as f64),
                 ("text.tokens".to_owned(), text.len() as f64),
             ]),
+            Inputs::Own(..) => BTreeMap::new(),
         }
+    }
+}
+
+/// The passes of one cell.
+pub(crate) struct Steps<'a> {
+    inputs: &'a Inputs,
+    session: &'a mut Session,
+    context: usize,
+    /// Tokens of a pass that takes several; empty for decode steps.
+    batch: Vec<u32>,
+}
+
+impl Passes for Steps<'_> {
+    fn pass(&mut self, step: usize) -> Result<(), WorkerError> {
+        if self.batch.is_empty() {
+            return self.inputs.decode(self.session, step);
+        }
+        // Every pass has the same work: that at the context.
+        self.session.rewind(self.context);
+        self.session.prefill_at_once(&self.batch)?;
+        Ok(())
+    }
+
+    fn traffic(&self) -> Traffic {
+        if !self.batch.is_empty() {
+            // Prefill does not count what it reads.
+            return Traffic::default();
+        }
+        let read = self.session.traffic();
+        Traffic { kv_bytes: read.kv_bytes, index_bytes: read.index_bytes, rows: read.rows }
+    }
+
+    fn rewind(&mut self) -> u64 {
+        self.session.rewind(self.context);
+        self.session.attention().state_bytes()
     }
 }
 

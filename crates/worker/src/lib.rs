@@ -5,6 +5,8 @@
 //! - `fill`: a generator fills the cache, while exact attention is computed on the same rows in f32; `quality`: attention
 //!   outputs against exact ones.
 //! - `text`: the tokens of a real text fill the cache; `logits`: next-token distributions against those of a reference.
+//! - `matrix`: a job that times the product of one matrix.
+//! - [`profile`]: where the time of a step goes.
 //! - `measure`: a job from the first event to the last; `timing`: one repetition.
 
 #![forbid(unsafe_code)]
@@ -14,7 +16,9 @@ mod estimate;
 mod fill;
 mod inputs;
 mod logits;
+mod matrix;
 mod measure;
+pub mod profile;
 mod quality;
 mod text;
 mod timing;
@@ -121,7 +125,7 @@ fn answer<W: Write>(request: Request, events: &mut Events<W>) -> Result<(), Work
         Request::Probe { threads, bytes } => {
             let probe = ReadProbe::new(bytes as usize)?;
             for threads in threads {
-                let gb_s = probe.measure(&Team::new(threads, true)?);
+                let gb_s = probe.measure(&Team::with_threads(threads, true)?);
                 events.send(&Event::Probe(Probe { threads, gb_s, round: 0 }))?;
             }
             Ok(())

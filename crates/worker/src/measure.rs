@@ -13,7 +13,7 @@ use longbit_protocol::{CellJob, Event, Job, Outcome, PROTOCOL, Probe, Quality, R
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
 use crate::inputs::{self, Inputs, Prepared};
-use crate::{Events, WorkerError, capabilities, panic_text, timing};
+use crate::{Events, WorkerError, capabilities, matrix, panic_text, timing};
 
 /// A cell that is still being measured.
 struct Cell<'a> {
@@ -30,14 +30,11 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
             job.protocol
         )));
     }
-    if let Some(bytes) = job.limits.address_space_bytes {
-        match longbit_sys::set_address_space_limit(bytes) {
-            // Where there is no such limit the runner's prediction is the only guard.
-            Ok(()) | Err(SysError::Unsupported { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+    limit_memory(job)?;
+    if matrix::is_job(job) {
+        return matrix::run(job, events);
     }
-    let mut teams = Teams { pin: job.measure.pin, made: BTreeMap::new() };
+    let mut teams = Teams::new(job.measure.pin);
     let widest = job.cells.iter().map(|c| c.threads).max().unwrap_or(1);
     let builders = teams.get(widest)?;
 
@@ -81,18 +78,32 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
     events.send(&Event::End)
 }
 
+/// Sets the cap of the job on this process.
+fn limit_memory(job: &Job) -> Result<(), WorkerError> {
+    let Some(bytes) = job.limits.address_space_bytes else { return Ok(()) };
+    match longbit_sys::set_address_space_limit(bytes) {
+        // Where there is no such limit the runner's prediction is the only guard.
+        Ok(()) | Err(SysError::Unsupported { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// One team for each thread count.
-struct Teams {
+pub(crate) struct Teams {
     pin: bool,
     made: BTreeMap<usize, Arc<Team>>,
 }
 
 impl Teams {
-    fn get(&mut self, threads: usize) -> Result<Arc<Team>, WorkerError> {
+    pub(crate) fn new(pin: bool) -> Self {
+        Teams { pin, made: BTreeMap::new() }
+    }
+
+    pub(crate) fn get(&mut self, threads: usize) -> Result<Arc<Team>, WorkerError> {
         if let Some(team) = self.made.get(&threads) {
             return Ok(team.clone());
         }
-        let team = Arc::new(Team::new(threads, self.pin)?);
+        let team = Arc::new(Team::with_threads(threads, self.pin)?);
         self.made.insert(threads, team.clone());
         Ok(team)
     }
@@ -112,7 +123,7 @@ fn compare_all<W: Write>(
     let mut known: BTreeMap<String, Quality> = BTreeMap::new();
     let mut kept = Vec::new();
     for mut cell in cells.drain(..) {
-        if !cell.job.quality_done {
+        if !cell.job.quality_done && cell.job.batch == 1 {
             let name = cell.attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default();
             let measured = match known.get(&name) {
                 Some(quality) => Ok(quality.clone()),
@@ -165,7 +176,12 @@ fn time_all<W: Write>(
         let mut lost = Vec::new();
         for (slot, &i) in order.iter().enumerate() {
             let cell = &mut cells[i];
-            match with_cell(session, cell, |session| timing::repetition(session, inputs, &job.measure)) {
+            let batch = cell.job.batch;
+            let timed = with_cell(session, cell, |session| {
+                let mut passes = inputs.passes(session, job.context, batch);
+                timing::repetition(&mut passes, batch, &job.measure)
+            });
+            match timed {
                 Ok(mut sample) => {
                     (sample.cell, sample.rep) = (cell.job.id.clone(), rep);
                     (sample.round, sample.slot) = (rep, slot as u32);
@@ -207,7 +223,7 @@ fn with_cell<T>(
 }
 
 /// Fisher-Yates with SplitMix64: the order of a round is part of the plan, not of the platform.
-fn shuffle(order: &mut [usize], seed: u64) {
+pub(crate) fn shuffle(order: &mut [usize], seed: u64) {
     let mut state = seed;
     for i in (1..order.len()).rev() {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -222,7 +238,7 @@ pub(crate) fn phase(what: &str, done: u64, total: u64) -> Event {
     Event::Phase { what: what.into(), done, total }
 }
 
-fn failed(cell: &CellJob, error: &WorkerError) -> Event {
+pub(crate) fn failed(cell: &CellJob, error: &WorkerError) -> Event {
     let status = match error.status() {
         Status::Oom => Status::Oom,
         _ => Status::Error,

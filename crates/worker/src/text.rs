@@ -43,9 +43,10 @@ pub(crate) struct TextRun {
     pub(crate) file_bytes: u64,
 }
 
-/// Tokens that a job takes from its text: the context, the decoded ones, and the one that follows the last compared step.
-pub(crate) fn tokens_needed(context: usize, measure: &Measure) -> usize {
-    let timed = measure.warmup_tokens.saturating_add(measure.gen_tokens) as usize;
+/// Tokens that a job takes from its text: the context, the decoded ones or the largest batch, and the one that follows the
+/// last compared step.
+pub(crate) fn tokens_needed(context: usize, measure: &Measure, batch: usize) -> usize {
+    let timed = (measure.warmup_tokens.saturating_add(measure.gen_tokens) as usize).max(batch);
     let compared = match measure.quality_steps {
         0 => 0,
         steps => steps as usize + 1,
@@ -53,10 +54,15 @@ pub(crate) fn tokens_needed(context: usize, measure: &Measure) -> usize {
     context.saturating_add(timed.max(compared))
 }
 
+/// Tokens of the largest batch of a job.
+fn largest_batch(job: &Job) -> usize {
+    job.cells.iter().map(|c| c.batch).max().unwrap_or(1)
+}
+
 /// Reads the text of a job and makes its tokens with the checkpoint's tokenizer.
 pub(crate) fn read(job: &Job, file: &TextFile, checkpoint: &Checkpoint) -> Result<TextRun, WorkerError> {
     let text = read_file(file)?;
-    let needed = tokens_needed(job.context, &job.measure);
+    let needed = tokens_needed(job.context, &job.measure, largest_batch(job));
     let tokens = encode(checkpoint, &text, needed)?;
     if tokens.len() < needed {
         return Err(WorkerError::Request(format!(
@@ -135,7 +141,9 @@ impl TextRun {
     ) -> Result<Session, WorkerError> {
         let timed = job.measure.warmup_tokens.saturating_add(job.measure.gen_tokens);
         let options = SessionOptions {
-            capacity: job.context.saturating_add(timed.max(job.measure.quality_steps) as usize),
+            capacity: job
+                .context
+                .saturating_add((timed.max(job.measure.quality_steps) as usize).max(largest_batch(job))),
             kv: kv_dtype(kv)?,
             method: method("dense")?,
         };

@@ -2,39 +2,52 @@
 
 use std::time::Instant;
 
-use longbit::Session;
 use longbit_protocol::{Measure, Sample, Traffic};
 use longbit_sys::{HostFacts, ProcessFacts, psi_pct, steal_pct};
 
 use crate::WorkerError;
-use crate::inputs::Inputs;
 
-/// Decodes the warm-up and the timed tokens from the filled context, then rewinds to it. The clock is read around each
-/// token; everything that the token needs from the workload was made before.
+/// What a repetition times.
+pub(crate) trait Passes {
+    /// Runs pass `step` of a repetition.
+    fn pass(&mut self, step: usize) -> Result<(), WorkerError>;
+
+    /// What the attention of the last pass read.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+
+    /// Back to where the repetition began; bytes of state beside the cache there.
+    fn rewind(&mut self) -> u64 {
+        0
+    }
+}
+
+/// Runs the warm-up and the timed passes of `batch` tokens, then rewinds. The clock is read around each pass; everything
+/// that it needs from the workload was made before.
 pub(crate) fn repetition(
-    session: &mut Session,
-    inputs: &Inputs,
+    passes: &mut dyn Passes,
+    batch: usize,
     measure: &Measure,
 ) -> Result<Sample, WorkerError> {
-    let context = session.len();
-    let (warmup, timed) = (measure.warmup_tokens as usize, measure.gen_tokens as usize);
+    let (warmup, timed) = measure.passes(batch);
     for step in 0..warmup {
-        inputs.decode(session, step)?;
+        passes.pass(step)?;
     }
     let mut sample = Sample { t0: utc_now(), tok_ns: Vec::with_capacity(timed), ..Sample::default() };
     let (process, host, start) = (ProcessFacts::counters(), HostFacts::now(), Instant::now());
     for step in warmup..warmup + timed {
         let before = Instant::now();
-        inputs.decode(session, step)?;
+        passes.pass(step)?;
         sample.tok_ns.push(before.elapsed().as_nanos() as u64);
-        let traffic = session.traffic();
+        let traffic = passes.traffic();
         sample.traffic.kv_bytes += traffic.kv_bytes;
         sample.traffic.index_bytes += traffic.index_bytes;
         sample.traffic.rows += traffic.rows;
     }
     let wall = start.elapsed();
     let (process_after, host_after) = (ProcessFacts::counters(), HostFacts::now());
-    session.rewind(context);
+    let index_bytes = passes.rewind();
     let spent = |f: fn(&ProcessFacts) -> Option<u64>| {
         f(&process_after).zip(f(&process)).map(|(b, a)| b.saturating_sub(a))
     };
@@ -50,7 +63,7 @@ pub(crate) fn repetition(
         throttled_us: host_after.throttled_us.zip(host.throttled_us).map(|(b, a)| b.saturating_sub(a)),
         psi_cpu_pct: psi_pct(&host, &host_after, wall),
         khz: host_after.khz(),
-        index_bytes: session.attention().state_bytes(),
+        index_bytes,
         traffic: Traffic { ..sample.traffic },
         ..sample
     })

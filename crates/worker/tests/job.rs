@@ -1,7 +1,7 @@
 //! A whole job on the tiny model: what an engine promises about its events.
 
 use longbit_protocol::{
-    CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Ready, Request, Sample, Status,
+    CellJob, Event, Fill, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Ready, Request, Sample, Status,
 };
 
 fn job(kv: &str, methods: &[&str], measure: Measure) -> Job {
@@ -9,6 +9,7 @@ fn job(kv: &str, methods: &[&str], measure: Measure) -> Job {
         id: format!("cell{i}"),
         threads: 1,
         method: method.to_string(),
+        batch: 1,
         first_rep: 0,
         quality_done: false,
     });
@@ -149,4 +150,77 @@ fn a_job_that_cannot_start_is_fatal_and_says_why() {
         assert_eq!(*got, status, "{error}");
         assert!(error.contains(says), "{error}");
     }
+}
+
+#[test]
+fn a_batch_is_a_pass_of_several_tokens_from_the_same_context() {
+    let mut several = job("bf16", &["dense", "dense", "dense"], measure(2));
+    several.cells[1].batch = 3;
+    several.cells[2].batch = 40;
+    let (code, events) = run(several);
+    assert_eq!((code, events.last()), (0, Some(&Event::End)), "{events:?}");
+    let samples = samples(&events);
+    // Five timed tokens are two passes of three, or one of forty.
+    for (cell, passes) in [("cell0", 5), ("cell1", 2), ("cell2", 1)] {
+        let found: Vec<usize> = samples.iter().filter(|s| s.cell == cell).map(|s| s.tok_ns.len()).collect();
+        assert_eq!(found, [passes; 2], "{cell}");
+    }
+    // Decode steps between batches read what they always read: the cache was rewound.
+    let rows: Vec<u64> = samples.iter().filter(|s| s.cell == "cell0").map(|s| s.traffic.rows).collect();
+    assert_eq!(rows, [(0..5).map(|i| 8 * (1000 + 3 + i)).sum::<u64>(); 2]);
+    let compared: Vec<&str> = events
+        .iter()
+        .filter_map(|e| if let Event::Quality(q) = e { Some(q.cell.as_str()) } else { None })
+        .collect();
+    assert_eq!(compared, ["cell0"]);
+}
+
+#[test]
+fn contexts_too_short_to_generate_are_empty_or_run_through_the_model() {
+    for (context, fill) in [(0, Fill::None), (5, Fill::Prefill)] {
+        let mut short =
+            Job { context, ..job("bf16", &["dense", "dense"], Measure { quality_steps: 0, ..measure(1) }) };
+        short.cells[1].batch = 64;
+        let (code, events) = run(short);
+        assert_eq!((code, events.last()), (0, Some(&Event::End)), "{events:?}");
+        assert_eq!(ready(&events).fill, fill);
+        let rows = samples(&events).iter().find(|s| s.cell == "cell0").unwrap().traffic.rows;
+        assert_eq!(rows, (0..5).map(|i| 8 * (context as u64 + 3 + i)).sum::<u64>());
+    }
+    let (_, events) = run(Job { context: 0, ..job("bf16", &["dense"], measure(1)) });
+    let failed = events.iter().find_map(|e| if let Event::Failed(o) = e { Some(o) } else { None }).unwrap();
+    assert!(failed.error.contains("measure.quality_steps = 0"), "{}", failed.error);
+}
+
+#[test]
+fn one_matrix_is_timed_without_a_cache() {
+    let mut matrix = Job {
+        context: 0,
+        kv_dtype: "-".into(),
+        workload: "matrix".into(),
+        ..job("-", &["-", "-"], measure(2))
+    };
+    matrix.model.preset = "matrix:300x520".into();
+    matrix.cells[1].batch = 4;
+    matrix.cells[1].threads = longbit_sys::available_threads().min(2);
+    let (code, events) = run(matrix.clone());
+    assert_eq!((code, events.last()), (0, Some(&Event::End)), "{events:?}");
+    let ready = ready(&events);
+    // 75 tiles of 4 rows, 3 blocks of 256 columns at 2 bits.
+    assert_eq!(
+        (ready.fill, ready.weight_bytes_per_token, ready.kv_bytes_stored),
+        (Fill::None, 75 * 3 * 256, 0)
+    );
+    let passes: Vec<_> = samples(&events).iter().map(|s| (s.cell.clone(), s.rep, s.tok_ns.len())).collect();
+    for wanted in [("cell0", 0, 5), ("cell0", 1, 5), ("cell1", 0, 2), ("cell1", 1, 2)] {
+        assert!(passes.contains(&(wanted.0.to_owned(), wanted.1, wanted.2)), "{passes:?}");
+    }
+    let fatal = |job: Job| match run(job).1.pop() {
+        Some(Event::Fatal { error, .. }) => error,
+        other => panic!("{other:?}"),
+    };
+    let of_model = Job { workload: "mix".into(), ..matrix.clone() };
+    assert!(fatal(of_model).contains("matrix:4096x4096"));
+    matrix.model.preset = "tiny".into();
+    assert!(fatal(matrix).contains("matrix:4096x4096"));
 }

@@ -43,6 +43,7 @@ fn job(kv: &str, cells: &[(&str, usize)]) -> Job {
         id: format!("cell{i}"),
         threads: *threads,
         method: method.to_string(),
+        batch: 1,
         first_rep: 0,
         quality_done: false,
     });

@@ -213,8 +213,12 @@ pub struct Side {
 
 /// Configuration of a record in words.
 pub fn describe(r: &Record) -> String {
+    let batch = match r.batch_tokens() {
+        1 => String::new(),
+        tokens => format!(" batch={tokens}"),
+    };
     format!(
-        "context={} threads={} kv={} method={}",
+        "context={} threads={} kv={} method={}{batch}",
         r.context_tokens,
         r.threads,
         r.kv_dtype,

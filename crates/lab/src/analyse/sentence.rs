@@ -14,7 +14,17 @@ use crate::record::Record;
 pub fn sentence(records: &[Record]) -> String {
     let measured: Vec<&Record> =
         records.iter().filter(|r| r.measured() && r.decode_tok_s.is_some()).collect();
-    let mut text = if measured.is_empty() { nothing_timed(records) } else { statement(records, &measured) };
+    let decoded: Vec<&Record> =
+        measured.iter().filter(|r| r.batch_tokens() == 1 && !r.one_matrix()).copied().collect();
+    let mut text = match (measured.is_empty(), decoded.is_empty()) {
+        (true, _) => nothing_timed(records),
+        (false, true) => String::new(),
+        (false, false) => statement(records, &decoded),
+    };
+    for more in [matrices(&measured), batches(&measured)].into_iter().flatten() {
+        text.push_str(if text.is_empty() { "" } else { " " });
+        text.push_str(&more);
+    }
     if let Some(gaps) = gaps(records).filter(|_| !measured.is_empty()) {
         text.push(' ');
         text.push_str(&gaps);
@@ -51,6 +61,49 @@ fn nothing_timed(records: &[Record]) -> String {
             None => "No cell was measured.".to_owned(),
         },
     }
+}
+
+/// What one matrix takes, at the largest number of threads.
+fn matrices(measured: &[&Record]) -> Option<String> {
+    let threads = measured.iter().filter(|r| r.one_matrix()).map(|r| r.threads).max()?;
+    let mut cells: Vec<&&Record> =
+        measured.iter().filter(|r| r.one_matrix() && r.threads == threads).collect();
+    cells.sort_by_key(|r| r.batch_tokens());
+    let times: Vec<String> = cells
+        .iter()
+        .filter_map(|r| {
+            let ms = digits(r.tpot_p50_ns? as f64 / 1e6);
+            Some(match r.batch_tokens() {
+                1 => format!("{ms} ms for one token"),
+                batch => format!("{ms} ms for {batch}"),
+            })
+        })
+        .collect();
+    let plural = if threads == 1 { "" } else { "s" };
+    let model = &cells.first()?.model;
+    Some(format!("The product of {model} with {threads} thread{plural} takes {}.", times.join(", ")))
+}
+
+/// What taking many tokens together brings, at the largest batch, context and number of threads.
+fn batches(measured: &[&Record]) -> Option<String> {
+    let passes = || measured.iter().filter(|r| !r.one_matrix());
+    let many = passes()
+        .filter(|r| r.batch_tokens() > 1)
+        .max_by_key(|r| (r.threads, r.context_tokens, r.batch_tokens()))?;
+    let one = passes().find(|r| {
+        r.batch_tokens() == 1
+            && (r.threads, r.context_tokens) == (many.threads, many.context_tokens)
+            && (&r.kv_dtype, &r.method) == (&many.kv_dtype, &many.method)
+    });
+    let gain = one.map_or(String::new(), |one| {
+        format!(", {} times that of one token at a time", digits(speed(many) / speed(one)))
+    });
+    Some(format!(
+        "A pass over {} tokens at {} tokens of context gives {} tok/s{gain}.",
+        many.batch_tokens(),
+        context(many.context_tokens),
+        digits(speed(many)),
+    ))
 }
 
 fn speed(r: &Record) -> f64 {
@@ -202,6 +255,28 @@ mod tests {
         let text = of(lone);
         assert!(text.starts_with("At 96k tokens window keeps "), "{text}");
     }
+
+    #[test]
+    fn batches_and_matrices_have_sentences_of_their_own() {
+        let mut records = testing::records();
+        records.truncate(3);
+        for (r, batch) in records.iter_mut().zip([1, 32, 384]) {
+            r.batch = Some(batch);
+            r.decode_tok_s = Some(10.0 * batch as f64);
+            (r.tpot_p50_ns, r.context_tokens, r.method) = (Some(batch * 1_000_000), 64, "dense".into());
+        }
+        let text = sentence(&records);
+        assert!(text.starts_with("At 64 tokens dense attention decodes 10.0 tok/s"), "{text}");
+        let batch = "A pass over 384 tokens at 64 tokens of context gives 3840 tok/s, 384 times that of one token at a time.";
+        assert!(text.ends_with(batch), "{text}");
+        for r in &mut records {
+            (r.method, r.model) = ("-".into(), "matrix:8x8".into());
+        }
+        let text = sentence(&records);
+        let times = "takes 1.00 ms for one token, 32.0 ms for 32, 384 ms for 384.";
+        assert!(text.starts_with("The product of matrix:8x8 with ") && text.ends_with(times), "{text}");
+    }
+
     #[test]
     fn a_text_speaks_of_divergence() {
         let text = of(Sweep { kv_dtypes: vec!["bf16"], text: true, ..Sweep::default() });

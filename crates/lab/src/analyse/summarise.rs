@@ -110,7 +110,7 @@ fn verdict(plan: &Plan, cell: &PlannedCell, log: &CellLog<'_>) -> (Status, Optio
             Some(format!("incomplete: {found} of {reps} repetitions, although the cell was closed")),
         ),
         Some(End::Done(_)) => {
-            let tokens = plan.measure.gen_tokens as usize;
+            let tokens = plan.measure.passes(cell.batch).1;
             let short = log.samples.iter().find(|(_, (s, _))| s.tok_ns.len() != tokens);
             if let Some((rep, (sample, _))) = short {
                 let n = sample.tok_ns.len();
@@ -119,7 +119,12 @@ fn verdict(plan: &Plan, cell: &PlannedCell, log: &CellLog<'_>) -> (Status, Optio
                     Some(format!("repetition {rep} has {n} timed tokens, expected {tokens}")),
                 );
             }
-            match plan.verify.as_ref().and_then(|v| verify_violation(v, &cell.method, log.quality)) {
+            match plan
+                .verify
+                .as_ref()
+                .filter(|_| cell.compares(&plan.measure))
+                .and_then(|v| verify_violation(v, &cell.method, log.quality))
+            {
                 Some(why) => (Status::VerifyFailed, Some(why)),
                 None => (Status::Ok, None),
             }
@@ -139,8 +144,9 @@ fn summarise_cell(
     let mut record = identity(plan, machine, cell, status, error);
     let samples: Vec<&Sample> = log.samples.values().map(|(s, _)| *s).collect();
     record.reps = samples.len() as u64;
-    record.tokens_timed = samples.iter().map(|s| s.tok_ns.len() as u64).sum();
-    record.tokens_warmup = record.reps * u64::from(plan.measure.warmup_tokens);
+    let batch = cell.batch as u64;
+    record.tokens_timed = samples.iter().map(|s| s.tok_ns.len() as u64).sum::<u64>() * batch;
+    record.tokens_warmup = record.reps * plan.measure.passes(cell.batch).0 as u64 * batch;
 
     // The worker that gave the first repetition, or the last one that served the cohort.
     let origin = log.samples.values().next().map(|(_, at)| *at);
@@ -157,7 +163,10 @@ fn summarise_cell(
     }
     if record.measured() && !samples.is_empty() {
         add_times(&mut record, plan, &samples);
-        add_traffic(&mut record, &samples);
+        // What a prefill reads is not counted.
+        if cell.batch == 1 {
+            add_traffic(&mut record, &samples);
+        }
         add_process(&mut record, &samples);
         let probes = origin.map(|o| o.0).or(cohort).and_then(|c| index.probes.get(&(c, cell.threads)));
         add_bandwidth(&mut record, probes.map_or(&[], Vec::as_slice));
@@ -259,6 +268,7 @@ fn identity(
         nll_nats: None,
         nll_reference_nats: None,
         quality_steps: None,
+        batch: Some(cell.batch as u64),
     }
 }
 
@@ -279,6 +289,7 @@ fn add_ready(record: &mut Record, ready: &Ready) {
     let fill = match ready.fill {
         Fill::Synthetic => "synthetic",
         Fill::Prefill => "prefill",
+        Fill::None => "none",
     };
     record.fill = text(fill);
     record.fill_ns = Some(ready.fill_ns);
@@ -310,7 +321,7 @@ fn add_times(record: &mut Record, plan: &Plan, samples: &[&Sample]) {
     let sorted = stats::sorted(&times);
     let total: u64 = samples.iter().flat_map(|s| &s.tok_ns).sum();
     let medians: Vec<f64> = samples.iter().filter_map(|s| repetition_median(&s.tok_ns)).collect();
-    record.decode_tok_s = (total > 0).then(|| times.len() as f64 / (total as f64 / 1e9));
+    record.decode_tok_s = (total > 0).then(|| record.tokens_timed as f64 / (total as f64 / 1e9));
     record.tpot_p50_ns = stats::median_of_sorted(&sorted).map(ns);
     record.tpot_p90_ns = stats::quantile_of_sorted(&sorted, 0.9).map(ns);
     if times.len() >= plan.min_samples_p99 as usize {

@@ -101,6 +101,7 @@ impl Sweep {
                             model: model.clone(),
                             context,
                             threads,
+                            batch: 1,
                             kv_dtype: kv.to_string(),
                             method: method.to_string(),
                             method_params: params,

@@ -90,7 +90,7 @@ const SAMPLE: [[&str; 3]; 19] = [
     ["round", "-", "round of the cohort"],
     ["slot", "-", "place in the round"],
     ["t0", "RFC 3339", "start, UTC"],
-    ["tok_ns", "ns", "wall time of each timed token"],
+    ["tok_ns", "ns", "wall time of each timed token; of a batch, of each pass"],
     ["user_ns", "ns", "user time of the process during the repetition"],
     ["sys_ns", "ns", "system time"],
     ["nvcsw", "count", "voluntary context switches"],
@@ -149,7 +149,7 @@ const CELL: [[&str; 2]; 10] = [
         "model",
         "preset or path (as the experiment file writes it), head, seed; sha256, i2s and activation where given",
     ],
-    ["context, threads, kv_dtype", "the point of the sweep"],
+    ["context, threads, batch, kv_dtype", "the point of the sweep"],
     ["method, method_params", "attention method with all its parameters"],
     ["workload, seed", "where queries, keys and values come from"],
     ["text", "path (as the experiment file writes it) and sha256 of the text that is decoded; or null"],
@@ -158,7 +158,7 @@ const CELL: [[&str; 2]; 10] = [
         "rss_bytes, kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",
     ],
     ["skip", "why the cell is not run, with the number; or null"],
-    ["(order)", "context, KV dtype, method, threads"],
+    ["(order)", "context, KV dtype, method, threads, batch"],
 ];
 
 const MACHINE: [[&str; 2]; 13] = [

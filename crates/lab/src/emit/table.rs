@@ -20,9 +20,13 @@ pub struct Rows {
 /// The measured cells: speed, latency, error and traffic. Columns that no cell fills are left out.
 pub fn measured(records: &[Record]) -> Rows {
     let labels = Labels::new(records);
+    let batches = records.iter().any(|r| r.batch_tokens() != 1);
+    // Without a cache there is nothing to say of it.
+    let cached = records.iter().any(|r| !r.one_matrix());
     let head = [
         "context",
         "threads",
+        "batch",
         "KV",
         "method",
         "tok/s",
@@ -54,12 +58,14 @@ pub fn measured(records: &[Record]) -> Rows {
         };
         // The fastest median is the highest speed.
         let interval = r.tpot_p50_hi95_ns.zip(r.tpot_p50_lo95_ns).map(|(slow, fast)| {
-            format!("{}–{}", digits(1e9 / slow.max(1) as f64), digits(1e9 / fast.max(1) as f64))
+            let rate = |ns: u64| digits(r.batch_tokens() as f64 * 1e9 / ns.max(1) as f64);
+            format!("{}–{}", rate(slow), rate(fast))
         });
         vec![
-            context(r.context_tokens),
+            if cached { context(r.context_tokens) } else { String::new() },
             r.threads.to_string(),
-            r.kv_dtype.clone(),
+            if batches { r.batch_tokens().to_string() } else { String::new() },
+            if cached { r.kv_dtype.clone() } else { String::new() },
             format!("{}{mark}", labels.method(r)),
             number(r.decode_tok_s),
             interval.unwrap_or_default(),
@@ -79,24 +85,27 @@ pub fn measured(records: &[Record]) -> Rows {
             share(r.roofline_fraction),
         ]
     });
-    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![2, 3] }
+    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![3, 4] }
         .without_empty_columns()
 }
 
 /// The cells without numbers, with the reason.
 pub fn gaps(records: &[Record]) -> Rows {
+    let batches = records.iter().any(|r| r.batch_tokens() != 1);
     let rows = records.iter().filter(|r| !r.measured()).map(|r| {
         vec![
             context(r.context_tokens),
             r.threads.to_string(),
+            if batches { r.batch_tokens().to_string() } else { String::new() },
             r.kv_dtype.clone(),
             r.method_string(),
             r.status.as_str().to_owned(),
             r.error.clone().unwrap_or_default().replace('\n', " "),
         ]
     });
-    let head = ["context", "threads", "KV", "method", "status", "reason"];
-    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![2, 3, 4, 5] }
+    let head = ["context", "threads", "batch", "KV", "method", "status", "reason"];
+    Rows { head: head.map(str::to_owned).to_vec(), body: rows.collect(), left: vec![3, 4, 5, 6] }
+        .without_empty_columns()
 }
 
 impl Rows {

@@ -58,12 +58,15 @@ pub fn capabilities() -> Capabilities {
         engine: "mock".into(),
         version: "1".into(),
         isa: "scalar".into(),
-        presets: vec![PresetInfo {
-            name: "tiny".into(),
-            summary: "A toy.".into(),
-            parameters: 1_000_000,
-            shape: vec![("hidden".into(), 64)],
-        }],
+        presets: vec![
+            PresetInfo {
+                name: "tiny".into(),
+                summary: "A toy.".into(),
+                parameters: 1_000_000,
+                shape: vec![("hidden".into(), 64)],
+            },
+            PresetInfo { name: "matrix:ROWSxCOLUMNS".into(), ..PresetInfo::default() },
+        ],
         kv_dtypes: ["f32", "bf16", "int8"]
             .into_iter()
             .zip([32.0, 16.0, 8.25])
@@ -101,9 +104,20 @@ pub fn capabilities() -> Capabilities {
                         default: "0.5".into(),
                     },
                 ],
-                reads_text: false,
+                ..WorkloadInfo::default()
             },
-            WorkloadInfo { name: "text".into(), summary: "A text.".into(), params: vec![], reads_text: true },
+            WorkloadInfo {
+                name: "text".into(),
+                summary: "A text.".into(),
+                reads_text: true,
+                ..WorkloadInfo::default()
+            },
+            WorkloadInfo {
+                name: "matrix".into(),
+                summary: "A matrix.".into(),
+                one_matrix: true,
+                ..WorkloadInfo::default()
+            },
         ],
         heads: vec!["bf16".into(), "int8".into()],
         i2s: vec!["x86".into(), "arm".into()],
@@ -140,6 +154,7 @@ impl Engine for MockEngine {
             kv_bytes_per_token: 1_000 * e.context as u64,
             fill_bytes: 1_000_000 * e.context as u64,
             prefill_macs: if e.fill == Fill::Prefill { 1_000_000_000 * e.context as u64 } else { 0 },
+            pass_macs: if e.batch > 1 { 1_000_000_000 * e.batch as u64 } else { 0 },
             trained_positions: 1000,
             error: e.method.contains("sinks=999").then(|| "sinks exceed the context".to_owned()),
         };
@@ -186,7 +201,8 @@ impl MockEngine {
                     continue;
                 }
                 let fault = self.fault(&cell.method);
-                let (mut tokens, mut ns) = (job.measure.gen_tokens, 1_000_000 + u64::from(round));
+                let (mut tokens, mut ns) =
+                    (job.measure.passes(cell.batch).1, 1_000_000 * cell.batch as u64 + u64::from(round));
                 match fault {
                     Some(Fault::Fails(rep)) if rep == round => {
                         let outcome = Outcome {
@@ -210,14 +226,19 @@ impl MockEngine {
                     round,
                     slot: slot as u32,
                     t0: "2026-01-31T12:00:00Z".into(),
-                    tok_ns: vec![ns; tokens as usize],
+                    tok_ns: vec![ns; tokens],
                     traffic: Traffic { kv_bytes: 1000, index_bytes: 0, rows: 10 },
                     ..Sample::default()
                 }))));
             }
         }
         for cell in &job.cells {
-            if cell.quality_done || job.measure.quality_steps == 0 || gone.contains(&cell.id.as_str()) {
+            if cell.quality_done
+                || cell.batch > 1
+                || cell.method == "-"
+                || job.measure.quality_steps == 0
+                || gone.contains(&cell.id.as_str())
+            {
                 continue;
             }
             let cosine = match self.fault(&cell.method) {

@@ -5,9 +5,13 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::{PlannedCell, Predicted};
+use crate::analyse::label::distinct;
 use crate::spec::named::{self, suggest};
 use crate::spec::{Exclude, Experiment, hex};
 use crate::{LabError, Result};
+
+/// Cells with more threads a CPU than this are not measured: they would only wait for each other.
+const MAX_THREADS_A_CPU: usize = 4;
 
 /// Which cells of an experiment are wanted, from flags.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -46,6 +50,9 @@ struct Canonical<'a> {
     /// All of the hash of which the workload shows a part. Where the text lies does not matter.
     #[serde(skip_serializing_if = "Option::is_none")]
     text_sha256: Option<&'a str>,
+    /// Left out for decode steps, which were there first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<usize>,
 }
 
 /// 16 hexadecimal digits of the JSON of `value`.
@@ -74,56 +81,46 @@ pub fn cell_id(cell: &PlannedCell, measure: &Measure) -> Result<String> {
         quality_steps: measure.quality_steps,
         pin: measure.pin,
         text_sha256: cell.text.as_ref().map(|t| t.sha256.as_str()),
+        batch: Some(cell.batch).filter(|&b| b != 1),
     })
 }
 
-/// The cells of an experiment on a machine that allows `cpus`, in the order context, KV dtype, method, threads.
-/// Excluded cells and those with more threads than CPUs carry the reason in `skip`; nothing is predicted yet.
+/// The cells of an experiment on a machine that allows `cpus`, in the order context, KV dtype, method, threads,
+/// batch.
+/// Excluded cells and those with [`MAX_THREADS_A_CPU`] times more threads than CPUs carry the reason in `skip`; nothing is
+/// predicted yet.
 ///
 /// # Errors
 /// As [`cell_id`].
 pub fn expand(experiment: &Experiment, cpus: usize) -> Result<Vec<PlannedCell>> {
     let e = experiment;
-    let mut threads: Vec<usize> = Vec::new();
-    for t in e.threads.iter().map(|t| t.resolve(cpus)) {
-        if !threads.contains(&t) {
-            threads.push(t);
-        }
-    }
+    let threads = distinct(e.threads.iter().flat_map(|t| t.resolve(cpus)));
     let mut cells = Vec::new();
     for &context in &e.contexts {
         for kv_dtype in &e.kv_dtypes {
             for method in &e.methods {
                 for &threads in &threads {
-                    let mut cell = PlannedCell {
-                        id: String::new(),
-                        name: format!(
-                            "{}/context={context}/threads={threads}/kv={kv_dtype}/method={}",
-                            e.meta.full_name(),
-                            method.text()
-                        ),
-                        model: e.model.clone(),
-                        context,
-                        threads,
-                        kv_dtype: kv_dtype.clone(),
-                        method: method.name.clone(),
-                        method_params: method.params.clone(),
-                        workload: e.workload.clone(),
-                        text: e.text.as_ref().map(|t| t.file.clone()),
-                        seed: e.seed,
-                        predicted: Predicted::default(),
-                        skip: None,
-                    };
-                    cell.id = cell_id(&cell, &e.measure)?;
-                    cell.skip =
-                        e.excludes.iter().find(|x| excludes(x, &cell, cpus)).map(|x| match &x.reason {
-                            r if r.is_empty() => "excluded by the experiment".to_owned(),
-                            r => format!("excluded: {r}"),
-                        });
-                    if threads > cpus && cell.skip.is_none() {
-                        cell.skip = Some(format!("needs {threads} CPUs, {cpus} are allowed"));
+                    for &batch in &e.batches {
+                        let mut cell = PlannedCell {
+                            id: String::new(),
+                            name: name(e, context, threads, kv_dtype, &method.text(), batch),
+                            model: e.model.clone(),
+                            context,
+                            threads,
+                            batch,
+                            kv_dtype: kv_dtype.clone(),
+                            method: method.name.clone(),
+                            method_params: method.params.clone(),
+                            workload: e.workload.clone(),
+                            text: e.text.as_ref().map(|t| t.file.clone()),
+                            seed: e.seed,
+                            predicted: Predicted::default(),
+                            skip: None,
+                        };
+                        cell.id = cell_id(&cell, &e.measure)?;
+                        cell.skip = skip(e, &cell, cpus);
+                        cells.push(cell);
                     }
-                    cells.push(cell);
                 }
             }
         }
@@ -131,10 +128,35 @@ pub fn expand(experiment: &Experiment, cpus: usize) -> Result<Vec<PlannedCell>> 
     Ok(cells)
 }
 
+/// For people and filters.
+fn name(e: &Experiment, context: usize, threads: usize, kv: &str, method: &str, batch: usize) -> String {
+    let mut name =
+        format!("{}/context={context}/threads={threads}/kv={kv}/method={method}", e.meta.full_name());
+    if batch != 1 {
+        name.push_str(&format!("/batch={batch}"));
+    }
+    name
+}
+
+/// Why a cell is not run, as far as the experiment and the CPUs tell.
+fn skip(e: &Experiment, cell: &PlannedCell, cpus: usize) -> Option<String> {
+    if let Some(exclude) = e.excludes.iter().find(|x| excludes(x, cell, cpus)) {
+        return Some(match &exclude.reason {
+            r if r.is_empty() => "excluded by the experiment".to_owned(),
+            r => format!("excluded: {r}"),
+        });
+    }
+    (cell.threads > cpus.saturating_mul(MAX_THREADS_A_CPU)).then(|| {
+        format!("{} threads on {cpus} CPUs: at most {MAX_THREADS_A_CPU} a CPU are measured", cell.threads)
+    })
+}
+
 fn excludes(exclude: &Exclude, cell: &PlannedCell, cpus: usize) -> bool {
     let full = cell.method_string();
-    (exclude.contexts.is_empty() || exclude.contexts.contains(&cell.context))
-        && (exclude.threads.is_empty() || exclude.threads.iter().any(|t| t.resolve(cpus) == cell.threads))
+    (exclude.batches.is_empty() || exclude.batches.contains(&cell.batch))
+        && (exclude.contexts.is_empty() || exclude.contexts.contains(&cell.context))
+        && (exclude.threads.is_empty()
+            || exclude.threads.iter().any(|t| t.resolve(cpus).contains(&cell.threads)))
         && (exclude.kv_dtypes.is_empty() || exclude.kv_dtypes.contains(&cell.kv_dtype))
         && (exclude.methods.is_empty() || exclude.methods.iter().any(|m| *m == cell.method || *m == full))
 }
@@ -157,10 +179,11 @@ pub fn select(
         let of: fn(&PlannedCell) -> Vec<String> = match axis {
             "context" => |c| vec![c.context.to_string()],
             "threads" => |c| vec![c.threads.to_string()],
+            "batch" => |c| vec![c.batch.to_string()],
             "kv_dtype" | "kv" => |c| vec![c.kv_dtype.clone()],
             "method" => |c| vec![c.method.clone(), c.method_string()],
             other => {
-                let help = suggest(other, &["context", "threads", "kv_dtype", "method"]);
+                let help = suggest(other, &["context", "threads", "batch", "kv_dtype", "method"]);
                 return Err(LabError::invalid(format!("unknown axis {other:?}"), at, help));
             }
         };

@@ -24,6 +24,9 @@ const FILL_BYTES_S: f64 = 0.3e9;
 /// Rate at which a thread runs a prompt through the model, multiply-adds a second; as rough.
 const PREFILL_MACS_S: f64 = 2e10;
 
+/// How many times longer a step takes with more threads than CPUs, roughly: barriers wait for time slices.
+const OVERSUBSCRIBED: f64 = 4.0;
+
 /// What the flags change about a plan.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PlanOptions {
@@ -105,7 +108,12 @@ pub fn outline(
         ));
     }
     let prefill_limit = e.text.as_ref().map(|t| t.prefill_limit);
-    let cells = select(expand(e, machine.cpus_allowed)?, &options.selection, capabilities)?;
+    let mut cells = select(expand(e, machine.cpus_allowed)?, &options.selection, capabilities)?;
+    if measure.reps == 0 {
+        for cell in cells.iter_mut().filter(|c| !c.compares(&measure)) {
+            cell.skip.get_or_insert_with(|| "its output is not compared, and nothing is timed".to_owned());
+        }
+    }
     let plan_hash = short_hash(&Decides {
         experiment: e.meta.full_name(),
         cells: cells.iter().map(|c| c.id.as_str()).collect(),
@@ -175,8 +183,9 @@ pub fn predict(
         kv_dtype: c.kv_dtype.clone(),
         method: c.method_string(),
         threads: c.threads,
+        batch: c.batch,
         fill: if c.text.is_some() { Fill::Prefill } else { Fill::Synthetic },
-        quality_steps: measure.quality_steps,
+        quality_steps: if c.compares(&measure) { measure.quality_steps } else { 0 },
         text_bytes: c.text.as_ref().map_or(0, bytes),
     };
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
@@ -256,22 +265,28 @@ pub fn predict(
         for &i in &cohort {
             let share = shared / cohort.len() as f64;
             plan.cells[i].predicted.seconds =
-                share + seconds(&estimates[i], &measure, plan.cells[i].threads, probes);
+                share + seconds(&estimates[i], &measure, &plan.cells[i], probes);
         }
     }
     Ok(())
 }
 
 /// Seconds of timed and untimed tokens, of the comparison with the reference, and of the probes.
-fn seconds(e: &Estimate, measure: &Measure, threads: usize, probes: &[Probe]) -> f64 {
+fn seconds(e: &Estimate, measure: &Measure, cell: &PlannedCell, probes: &[Probe]) -> f64 {
+    let threads = cell.threads;
     let rate = 1e9 * bandwidth(probes, threads);
-    let token = (e.weight_bytes_per_token + e.kv_bytes_per_token) as f64 / rate;
+    let fits = probes.iter().map(|p| p.threads).max().is_none_or(|most| threads <= most);
+    let slower = if fits { 1.0 } else { OVERSUBSCRIBED };
+    let token = slower * (e.weight_bytes_per_token + e.kv_bytes_per_token) as f64 / rate;
     // The reference of a text decodes the same token; that of generated inputs reads the whole cache in f32, at most four
     // bytes for each byte stored.
     let reference = if e.prefill_macs > 0 { token } else { 4.0 * e.cache_bytes as f64 / rate };
     let compared = token + reference;
-    f64::from(measure.reps) * (f64::from(measure.gen_tokens + measure.warmup_tokens) * token)
-        + f64::from(measure.quality_steps) * compared
+    let (warmup, timed) = measure.passes(cell.batch);
+    let pass = token.max(slower * e.pass_macs as f64 / (PREFILL_MACS_S * threads as f64));
+    let quality_steps = if cell.compares(measure) { measure.quality_steps } else { 0 };
+    f64::from(measure.reps) * (warmup + timed) as f64 * pass
+        + f64::from(quality_steps) * compared
         + f64::from(measure.reps) * measure.probe_bytes as f64 / rate
 }
 

@@ -73,6 +73,13 @@ impl Plan {
         (self.measure.gen_tokens + self.measure.warmup_tokens).max(self.measure.quality_steps) as usize
     }
 
+    /// A sentence on the cells that have more threads than the `cpus` of this machine; none without such cells.
+    pub fn beyond_cpus(&self, cpus: usize) -> Option<String> {
+        let run = self.cells.iter().filter(|c| c.skip.is_none());
+        let cost = oversubscribed(run.map(|c| c.threads).max()?, cpus)?;
+        Some(format!("{cost}; --set threads={cpus} leaves such cells out"))
+    }
+
     /// A sentence on the cells whose text goes beyond the positions that the model was trained for; none without such cells.
     /// Generated inputs have statistics of their own at every position.
     pub fn beyond_training(&self) -> Option<String> {
@@ -209,6 +216,9 @@ pub struct PlannedCell {
     pub context: usize,
     /// Threads of the decode team.
     pub threads: usize,
+    /// Tokens that a timed pass takes together; 1 in plans of before it was stored.
+    #[serde(default = "one")]
+    pub batch: usize,
     /// KV dtype.
     pub kv_dtype: String,
     /// Attention method, bare name.
@@ -226,6 +236,10 @@ pub struct PlannedCell {
     pub predicted: Predicted,
     /// Set when the cell is not run: the reason, with the number.
     pub skip: Option<String>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Predicted cost of a cell.
@@ -250,10 +264,29 @@ pub struct Predicted {
 }
 
 impl PlannedCell {
+    /// Whether its output is compared: that of decode steps is, that of a batch or of one matrix is not.
+    pub fn compares(&self, measure: &Measure) -> bool {
+        measure.quality_steps > 0 && self.batch == 1 && self.method != NO_METHOD
+    }
+
     /// Method with its parameters as the engine takes it, e.g. `window:sinks=4,window=1024`.
     pub fn method_string(&self) -> String {
         method_string(&self.method, &self.method_params)
     }
+}
+
+/// What stands in place of a method and of a KV dtype where there is neither cache nor attention.
+pub const NO_METHOD: &str = "-";
+
+/// What more threads than CPUs cost, in words; none where all can run at once.
+pub fn oversubscribed(threads: usize, cpus: usize) -> Option<String> {
+    (threads > cpus).then(|| {
+        format!(
+            "{threads} threads on {cpus} CPU{}: each barrier waits for a time slice, and decoding is usually several times \
+             slower",
+            if cpus == 1 { "" } else { "s" }
+        )
+    })
 }
 
 /// `name:key=value,key=value`, or the bare name without parameters.

@@ -19,7 +19,7 @@ fn machine() -> Machine {
     Machine { cpus_allowed: 2, memory_available_bytes: 10_000_000_000, ..Machine::default() }
 }
 
-const AXES: &str = "context = [1024, 2048]\nthreads = [1, \"all\", 4]\nkv_dtype = [\"bf16\", \"int8\"]\nmethod = [\"dense\", \"window\"]";
+const AXES: &str = "context = [1024, 2048]\nthreads = [1, \"all\", 9]\nkv_dtype = [\"bf16\", \"int8\"]\nmethod = [\"dense\", \"window\"]";
 
 fn plan(axes: &str, rest: &str, options: &PlanOptions) -> Plan {
     let engine = MockEngine::default();
@@ -37,7 +37,7 @@ fn axes_multiply_in_a_stable_order() {
     assert_eq!(plan.cells[0].name, "main/x/context=1024/threads=1/kv=bf16/method=dense");
     assert_eq!(plan.cells[4].name, "main/x/context=1024/threads=2/kv=bf16/method=window:sinks=4,window=1024");
     let skipped: Vec<&str> = plan.cells.iter().filter_map(|c| c.skip.as_deref()).collect();
-    assert_eq!(skipped, ["needs 4 CPUs, 2 are allowed"; 8]);
+    assert_eq!(skipped, ["9 threads on 2 CPUs: at most 4 a CPU are measured"; 8]);
     assert_eq!(
         plan.cohorts,
         [vec![0, 1, 3, 4], vec![6, 7, 9, 10], vec![12, 13, 15, 16], vec![18, 19, 21, 22]]
@@ -233,4 +233,44 @@ fn cells_beyond_the_trained_positions_are_counted_to_the_token() {
     plan.cells[4].predicted.trained_positions = 1;
     plan.cells[4].text = None;
     assert_eq!(plan.beyond_training(), None, "a generator fills any position");
+}
+
+#[test]
+fn more_threads_than_cpus_are_measured_and_said() {
+    let axes = "context = 1024\nthreads = [\"1..all\", \"all+1\"]\nkv_dtype = \"bf16\"\nmethod = \"dense\"";
+    let plan = plan(axes, "[measure]\nprobe = \"1MiB\"", &PlanOptions::default());
+    let threads: Vec<usize> = plan.cells.iter().map(|c| c.threads).collect();
+    assert_eq!(threads, [1, 2, 3]);
+    assert!(plan.cells.iter().all(|c| c.skip.is_none()), "{:?}", plan.cells);
+    let warning = plan.beyond_cpus(2).unwrap();
+    assert!(warning.starts_with("3 threads on 2 CPUs: each barrier waits for a time slice"), "{warning}");
+    assert!(warning.ends_with("--set threads=2 leaves such cells out"), "{warning}");
+    assert_eq!(plan.beyond_cpus(3), None);
+    assert!(plan.cells[2].predicted.seconds > plan.cells[1].predicted.seconds, "the wait is predicted");
+}
+
+#[test]
+fn batches_are_cells_of_their_own_and_leave_identities_alone() {
+    let axes = "context = [0, 1024]\nthreads = 1\nkv_dtype = \"bf16\"\nmethod = \"dense\"";
+    let rest = "[measure]\nquality_steps = 2\nprobe = \"1MiB\"";
+    let plain = plan(axes, rest, &PlanOptions::default());
+    let with = plan(&format!("{axes}\nbatch = [1, 32, 384]"), rest, &PlanOptions::default());
+    let ids = |plan: &Plan, batch| -> Vec<String> {
+        plan.cells.iter().filter(|c| c.batch == batch).map(|c| c.id.clone()).collect()
+    };
+    assert_eq!(ids(&plain, 1), ids(&with, 1));
+    assert_eq!(with.cells.len(), 6);
+    assert_eq!(with.cells[1].name, "main/x/context=0/threads=1/kv=bf16/method=dense/batch=32");
+    assert_eq!(with.cohorts, [vec![0, 1, 2], vec![3, 4, 5]], "one cache serves all batches");
+    assert!(with.cells[0].compares(&with.measure) && !with.cells[1].compares(&with.measure));
+    assert!(with.cells[2].predicted.seconds > with.cells[1].predicted.seconds);
+    let narrowed = Selection { set: vec!["batch=32".into()], ..Selection::default() };
+    let batches = format!("{axes}\nbatch = [1, 32, 384]");
+    let one = plan(&batches, rest, &PlanOptions { selection: narrowed, ..PlanOptions::default() });
+    assert!(one.cells.len() == 2 && one.cells.iter().all(|c| c.batch == 32));
+    let excluded = format!("{rest}\n[[exclude]]\nbatch = [384]");
+    assert_eq!(plan(&batches, &excluded, &PlanOptions::default()).cohorts[0].len(), 2);
+    // Where nothing is timed only decode steps are left.
+    let untimed = plan(&batches, rest, &PlanOptions { reps: Some(0), ..PlanOptions::default() });
+    assert_eq!(untimed.cells.iter().filter(|c| c.skip.is_none()).count(), 2);
 }

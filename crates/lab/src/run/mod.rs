@@ -174,6 +174,7 @@ pub(crate) fn measure(
         found @ (Found::Nothing | Found::Old(_)) => {
             let mut threads: BTreeSet<usize> = plan.cells.iter().map(|c| c.threads).collect();
             threads.extend([1, here.cpus_allowed]);
+            // A team beyond the CPUs reads no faster than one that fits.
             threads.retain(|&t| t <= here.cpus_allowed);
             let threads: Vec<usize> = threads.into_iter().collect();
             let probes = machine::probe(&mut here, engine, &threads)?;
@@ -187,7 +188,7 @@ pub(crate) fn measure(
     };
     // What is said on the way is advice: a reader that is gone does not end a measurement.
     if !options.quiet {
-        for warning in &here.warnings {
+        for warning in here.warnings.iter().chain(&plan.beyond_cpus(here.cpus_allowed)) {
             let _ = writeln!(err, "warning: {warning}");
         }
         if plan.git_dirty == Some(true) {

@@ -63,7 +63,7 @@ impl<'a> Progress<'a> {
     pub(super) fn sample(&mut self, cell: &PlannedCell, sample: &Sample, seconds: f64) {
         self.advance(seconds);
         let total: u64 = sample.tok_ns.iter().sum();
-        self.last_tok_s = (total > 0).then(|| sample.tok_ns.len() as f64 * 1e9 / total as f64);
+        self.last_tok_s = (total > 0).then(|| (sample.tok_ns.len() * cell.batch) as f64 * 1e9 / total as f64);
         if let Some(bar) = &self.bar {
             let speed = self.last_tok_s.map(|s| format!("  {s:.2} tok/s")).unwrap_or_default();
             bar.set_message(format!("{}  {}{speed}", self.eta(), short(cell)));
@@ -121,5 +121,6 @@ impl<'a> Progress<'a> {
 
 /// Context, threads, KV dtype and method of a cell.
 pub(super) fn short(cell: &PlannedCell) -> String {
-    format!("{} x{} {} {}", cell.context, cell.threads, cell.kv_dtype, cell.method_string())
+    let batch = if cell.batch == 1 { String::new() } else { format!(" batch {}", cell.batch) };
+    format!("{} x{} {} {}{batch}", cell.context, cell.threads, cell.kv_dtype, cell.method_string())
 }

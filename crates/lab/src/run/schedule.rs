@@ -159,13 +159,13 @@ impl<'a> Scheduler<'a> {
         self.plan.cohorts[cohort].iter().copied().filter(|&i| self.state(i).end.is_none()).collect()
     }
 
-    fn wants_quality(&self) -> bool {
-        self.plan.measure.quality_steps > 0
+    fn wants_quality(&self, i: usize) -> bool {
+        self.plan.cells[i].compares(&self.plan.measure)
     }
 
     /// Predicted seconds of one part of a cell: a repetition or the quality record.
     fn part_seconds(&self, i: usize) -> f64 {
-        let parts = self.plan.measure.reps + u32::from(self.wants_quality());
+        let parts = self.plan.measure.reps + u32::from(self.wants_quality(i));
         self.plan.cells[i].predicted.seconds / f64::from(parts.max(1))
     }
 
@@ -234,7 +234,7 @@ impl<'a> Scheduler<'a> {
             return Ok(());
         }
         let (have, reps) = (state.reps.len(), self.plan.measure.reps);
-        let quality = if self.wants_quality() && !state.quality { ", and no quality record" } else { "" };
+        let quality = if self.wants_quality(i) && !state.quality { ", and no quality record" } else { "" };
         self.fail(i, Status::Error, &format!("the engine ended after {have} of {reps} repetitions{quality}"))
     }
 
@@ -386,6 +386,7 @@ impl<'a> Scheduler<'a> {
                     CellJob {
                         id: cell.id.clone(),
                         threads: cell.threads,
+                        batch: cell.batch,
                         method: cell.method_string(),
                         first_rep: state.next_rep().min(self.plan.measure.reps),
                         quality_done: state.quality,
@@ -417,9 +418,10 @@ impl<'a> Scheduler<'a> {
             return Ok(Ok(()));
         }
         // Fewer tokens than asked for is a failure that looks like a fast success.
-        let (have, want) = (sample.tok_ns.len(), self.plan.measure.gen_tokens as usize);
+        let (have, want) = (sample.tok_ns.len(), self.plan.measure.passes(self.plan.cells[i].batch).1);
         if have != want {
-            let error = format!("repetition {} timed {have} of {want} tokens", sample.rep);
+            let of = if self.plan.cells[i].batch == 1 { "tokens" } else { "passes" };
+            let error = format!("repetition {} timed {have} of {want} {of}", sample.rep);
             return self.fail(i, Status::Error, &error).map(Ok);
         }
         let seconds = self.part_seconds(i);
@@ -452,7 +454,7 @@ impl<'a> Scheduler<'a> {
     fn close(&mut self, i: usize) -> Result<()> {
         let state = self.state(i);
         let reps = self.plan.measure.reps;
-        if state.end.is_none() && state.next_rep() >= reps && (state.quality || !self.wants_quality()) {
+        if state.end.is_none() && state.next_rep() >= reps && (state.quality || !self.wants_quality(i)) {
             let cell = self.plan.cells[i].id.clone();
             self.store.append(&Line::Done { cell: cell.clone(), reps })?;
             self.states.entry(cell).or_default().end = Some(Status::Ok);

@@ -494,3 +494,48 @@ fn run_prints_the_table_and_writes_what_it_names() {
             && !lab.dir.path().join("both/main-bad").exists()
     );
 }
+
+#[test]
+fn batches_are_measured_in_passes_and_not_compared() {
+    let axes = "context = 1024\nthreads = 1\nbatch = [1, 2, 32]\nkv_dtype = \"bf16\"\nmethod = \"dense\"";
+    let measure = MEASURE.replace("gen_tokens = 2", "gen_tokens = 4\nwarmup_tokens = 3");
+    let lab = Lab::new(axes, &format!("{measure}\n[verify]\ncosine_min = 0.5"));
+    let engine = MockEngine::default();
+    assert_eq!(lab.run(&engine), Exit::Ok);
+    let quality: Vec<bool> = lab.states().iter().map(|(_, s)| s.quality).collect();
+    assert_eq!(quality, [true, false, false]);
+    assert!(lab.states().iter().all(|(_, s)| s.end == Some(Status::Ok)));
+    let records = emit::write_all(&lab.out()).unwrap().records;
+    let figures = |r: &crate::record::Record| (r.batch_tokens(), r.tokens_timed, r.tokens_warmup);
+    let found: Vec<_> = records.iter().map(figures).collect();
+    // Three repetitions of 4 passes of 1, of 2 passes of 2, of 1 pass of 32; warm-ups likewise.
+    assert_eq!(found, [(1, 12, 9), (2, 12, 12), (32, 96, 96)]);
+    assert!(records.iter().all(|r| r.status == Status::Ok), "nothing is verified that is not compared");
+    // A pass takes 1 ms a token.
+    assert!(records.iter().all(|r| (r.decode_tok_s.unwrap() - 1000.0).abs() < 1.0), "{records:?}");
+    assert!(records[2].kv_bytes_read_per_token.is_none() && records[2].achieved_gb_s.is_none());
+    let summary = std::fs::read_to_string(lab.out().join("summary.md")).unwrap();
+    assert!(summary.contains("| batch |") && summary.contains("](plots/batch.svg)"), "{summary}");
+    assert!(summary.contains("A pass over 32 tokens at 1k tokens of context gives "), "{summary}");
+}
+
+#[test]
+fn a_matrix_is_measured_without_a_cache() {
+    let text = "schema = 1\n[experiment]\nname = \"x\"\nquestion = \"q\"\n[model]\npreset = \"matrix:8x8\"\n[workload]\nname = \"matrix\"\n[axes]\nthreads = [1, 2]\nbatch = [1, 64]\n[measure]\nreps = 2\ngen_tokens = 64\nprobe = \"1MiB\"";
+    let mut lab = Lab::new(AXES, MEASURE);
+    std::fs::write(&lab.options.files[0], text).unwrap();
+    lab.experiment = spec::load(&lab.options.files[0], &capabilities()).unwrap();
+    let engine = MockEngine::default();
+    assert_eq!(lab.run(&engine), Exit::Ok);
+    assert_eq!(engine.jobs.borrow().len(), 1, "one worker serves all threads and batches");
+    assert!(engine.asked.borrow().iter().all(|e| e.quality_steps == 0 && e.method == "-" && e.context == 0));
+    let written = emit::write_all(&lab.out()).unwrap();
+    assert!(written.records.iter().all(|r| r.kv_dtype == "-" && r.method == "-" && r.rel_l2_p50.is_none()));
+    assert!(
+        written.sentence.starts_with("The product of matrix:8x8 with 2 threads takes "),
+        "{}",
+        written.sentence
+    );
+    let summary = std::fs::read_to_string(lab.out().join("summary.md")).unwrap();
+    assert!(summary.contains("plots/matrix-threads.svg") && !summary.contains("| context |"), "{summary}");
+}

@@ -39,6 +39,8 @@ pub struct Experiment {
     pub contexts: Vec<usize>,
     /// Axis `threads`.
     pub threads: Vec<Threads>,
+    /// Axis `batch`: tokens that a timed pass takes together.
+    pub batches: Vec<usize>,
     /// Axis `kv_dtype`.
     pub kv_dtypes: Vec<String>,
     /// Axis `method`, parameters multiplied out.
@@ -75,18 +77,24 @@ pub struct TextPlan {
 /// A point of the axis `threads`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// As many as the process may use CPUs.
-    All,
+    /// As many as the process may use CPUs, and this many more: `"all"`, `"all+1"`.
+    All(usize),
+    /// 1, 2, 4, … and as many as the process may use CPUs: `"1..all"`.
+    Doubling,
     /// This many.
     Count(usize),
 }
 
 impl Threads {
-    /// The number on a machine that allows `cpus`.
-    pub fn resolve(self, cpus: usize) -> usize {
+    /// The numbers on a machine that allows `cpus`.
+    pub fn resolve(self, cpus: usize) -> Vec<usize> {
+        let cpus = cpus.max(1);
         match self {
-            Threads::All => cpus.max(1),
-            Threads::Count(n) => n,
+            Threads::All(more) => vec![cpus.saturating_add(more)],
+            Threads::Doubling => {
+                (0..usize::BITS).map(|i| 1 << i).take_while(|&n| n < cpus).chain([cpus]).collect()
+            }
+            Threads::Count(n) => vec![n],
         }
     }
 }
@@ -108,6 +116,8 @@ pub struct Exclude {
     pub contexts: Vec<usize>,
     /// Thread counts.
     pub threads: Vec<Threads>,
+    /// Batches.
+    pub batches: Vec<usize>,
     /// KV dtypes.
     pub kv_dtypes: Vec<String>,
     /// Methods: bare names (all parameters), or with all parameters.

@@ -7,16 +7,22 @@ use longbit_protocol::{Capabilities, ParamInfo};
 use toml::de::{DeTable, DeValue};
 
 use super::named::{self, Named, suggest};
+use super::sources::Inputs;
 use super::walk::{At, Section, Source, integer, items, scalar};
 use super::{Exclude, Experiment, MemoryLimit, OnExceed, Threads, units};
 use crate::Complaint;
-use crate::plan::{ExperimentMeta, SCHEMA};
+use crate::plan::{ExperimentMeta, NO_METHOD, SCHEMA};
 
 /// Largest context and thread count that are taken for meant.
 pub(super) const MAX_CONTEXT: u64 = 1 << 24;
 const MAX_THREADS: u64 = 4096;
+/// Largest batch that is taken for meant.
+const MAX_BATCH: u64 = 1 << 16;
 /// Largest product of the parameter lists of one `[[method]]`.
 const MAX_VARIANTS: usize = 10_000;
+
+/// The axes `context`, `kv_dtype` and `method`.
+type Cached = (Option<Vec<usize>>, Option<Vec<String>>, Option<Vec<Named>>);
 
 pub(super) type Listed<'a> = Vec<(&'a str, &'a [ParamInfo])>;
 
@@ -69,15 +75,21 @@ impl<'a> Reader<'a> {
         let measure = root.section("measure");
         let seed = self.seed(&workload, &measure);
         let axes = root.section("axes");
-        let contexts = self.contexts(&axes);
         let threads = self.threads(&axes);
-        let kv_dtypes = self.kv_dtypes(&axes);
-        let methods = self.methods(&axes, &root.sections("method"));
+        let batches = self.batches(&axes);
+        let tables = root.sections("method");
+        let (contexts, kv_dtypes, methods) = match inputs.as_ref().is_some_and(|i| i.one_matrix) {
+            true => self.nothing_cached(&axes, &tables),
+            false => (self.contexts(&axes), self.kv_dtypes(&axes), self.methods(&axes, &tables)),
+        };
         axes.end();
         workload.end();
         let excludes = root.sections("exclude");
         let excludes = match (&contexts, &kv_dtypes, &methods) {
-            (Some(c), Some(k), Some(m)) => excludes.iter().map(|e| self.exclude(e, c, k, m)).collect(),
+            (Some(c), Some(k), Some(m)) => {
+                let b = batches.as_deref().unwrap_or_default();
+                excludes.iter().map(|e| self.exclude(e, c, b, k, m)).collect()
+            }
             _ => Vec::new(),
         };
         let (measured, min_samples_p99, max_drift_pct) = self.measure(&measure);
@@ -91,11 +103,11 @@ impl<'a> Reader<'a> {
             &root.section("verify"),
             methods.as_deref().unwrap_or_default(),
             measured.quality_steps,
-            inputs.as_ref().map(|i| i.1.is_some()),
+            inputs.as_ref().map(|i| i.text.is_some()),
         );
         let gate = self.gate(&root.section("gate"));
         root.end();
-        let (workload, text) = inputs?;
+        let Inputs { workload, text, .. } = inputs?;
         Some(Experiment {
             meta: meta?,
             dir: self.dir.clone(),
@@ -105,6 +117,7 @@ impl<'a> Reader<'a> {
             seed,
             contexts: contexts?,
             threads: threads?,
+            batches: batches?,
             kv_dtypes: kv_dtypes?,
             methods: methods?,
             excludes,
@@ -211,14 +224,42 @@ impl<'a> Reader<'a> {
     }
 
     fn contexts(&self, axes: &Section<'a>) -> Option<Vec<usize>> {
-        self.axis(axes, "context", |at| match integer(at.value).filter(|v| (1..=MAX_CONTEXT).contains(v)) {
+        self.axis(axes, "context", |at| match integer(at.value).filter(|v| *v <= MAX_CONTEXT) {
             Some(value) => usize::try_from(value).ok(),
-            None => axes.wrong_type(&at, &format!("a whole number of tokens from 1 to {MAX_CONTEXT}")),
+            None => axes.wrong_type(&at, &format!("a whole number of tokens from 0 to {MAX_CONTEXT}")),
         })
     }
 
     fn threads(&self, axes: &Section<'a>) -> Option<Vec<Threads>> {
         self.axis(axes, "threads", |at| thread_count(axes, &at))
+    }
+
+    /// The axis `batch`; decode steps alone where it is not given.
+    fn batches(&self, axes: &Section<'a>) -> Option<Vec<usize>> {
+        if !axes.has("batch") {
+            return Some(vec![1]);
+        }
+        self.axis(axes, "batch", |at| match integer(at.value).filter(|v| (1..=MAX_BATCH).contains(v)) {
+            Some(value) => usize::try_from(value).ok(),
+            None => axes.wrong_type(&at, &format!("a whole number of tokens from 1 to {MAX_BATCH}")),
+        })
+    }
+
+    /// Axes of a workload that has neither cache nor attention: they have one point each, which says so.
+    fn nothing_cached(&self, axes: &Section<'a>, tables: &[Section<'a>]) -> Cached {
+        for key in ["context", "kv_dtype", "method"].into_iter().filter(|key| axes.has(key)) {
+            let what = format!("{key} means nothing where one matrix is timed");
+            self.source.complain(&axes.place_of(key), what, "remove it");
+        }
+        for table in tables {
+            self.source.complain(
+                &table.place,
+                "a method means nothing where one matrix is timed",
+                "remove it",
+            );
+        }
+        let nothing = Named { name: NO_METHOD.to_owned(), params: BTreeMap::new() };
+        (Some(vec![0]), Some(vec![NO_METHOD.to_owned()]), Some(vec![nothing]))
     }
 
     fn kv_dtypes(&self, axes: &Section<'a>) -> Option<Vec<String>> {
@@ -336,6 +377,7 @@ impl<'a> Reader<'a> {
         &self,
         section: &Section<'a>,
         contexts: &[usize],
+        batches: &[usize],
         kv: &[String],
         methods: &[Named],
     ) -> Exclude {
@@ -355,6 +397,12 @@ impl<'a> Reader<'a> {
         }
         for at in section.items("threads").unwrap_or_default() {
             exclude.threads.extend(thread_count(section, &at));
+        }
+        for at in section.items("batch").unwrap_or_default() {
+            match integer(at.value).and_then(|v| usize::try_from(v).ok()).filter(|v| batches.contains(v)) {
+                Some(value) => exclude.batches.push(value),
+                None => absent(&at, &scalar(at.value).unwrap_or_default(), "batch"),
+            }
         }
         for at in section.items("kv_dtype").unwrap_or_default() {
             match at.value.as_str().filter(|v| kv.iter().any(|k| k == v)) {
@@ -377,7 +425,7 @@ impl<'a> Reader<'a> {
                 false => absent(&at, &text, "method"),
             }
         }
-        if !["context", "threads", "kv_dtype", "method"].iter().any(|key| section.has(key)) {
+        if !["context", "threads", "batch", "kv_dtype", "method"].iter().any(|key| section.has(key)) {
             self.source.complain(
                 &section.place,
                 "this [[exclude]] names no axis",
@@ -391,11 +439,22 @@ impl<'a> Reader<'a> {
 }
 
 fn thread_count<'a>(section: &Section<'a>, at: &At<&'a DeValue<'a>>) -> Option<Threads> {
-    if at.value.as_str() == Some("all") {
-        return Some(Threads::All);
+    match at.value.as_str() {
+        Some("all") => return Some(Threads::All(0)),
+        Some("1..all") => return Some(Threads::Doubling),
+        Some(text) => {
+            let more = text.strip_prefix("all+").and_then(|n| n.parse::<u16>().ok());
+            if let Some(more) = more.filter(|n| u64::from(*n) <= MAX_THREADS) {
+                return Some(Threads::All(more.into()));
+            }
+        }
+        None => {}
     }
     match integer(at.value).filter(|v| (1..=MAX_THREADS).contains(v)).and_then(|v| usize::try_from(v).ok()) {
         Some(count) => Some(Threads::Count(count)),
-        None => section.wrong_type(at, &format!("\"all\" or a whole number from 1 to {MAX_THREADS}")),
+        None => section.wrong_type(
+            at,
+            &format!("\"all\", \"all+1\", \"1..all\" or a whole number from 1 to {MAX_THREADS}"),
+        ),
     }
 }

@@ -13,6 +13,16 @@ use super::{TextPlan, hex, resolve};
 /// machines that this is for.
 const PREFILL_LIMIT: usize = 8192;
 
+/// What cells run on.
+pub(super) struct Inputs {
+    /// The workload with all its parameters.
+    pub(super) workload: String,
+    /// The text that it reads, if it reads one.
+    pub(super) text: Option<TextPlan>,
+    /// It times one matrix.
+    pub(super) one_matrix: bool,
+}
+
 impl<'a> Reader<'a> {
     pub(super) fn model(&self, section: &Section<'a>) -> Option<ModelSpec> {
         let preset = section.str("preset");
@@ -46,7 +56,12 @@ impl<'a> Reader<'a> {
         }
         if let Some(at) = &preset {
             let names: Vec<&str> = self.caps.presets.iter().map(|p| p.name.as_str()).collect();
-            if !names.contains(&at.value.as_str()) {
+            // `matrix:ROWSxCOLUMNS` stands for all names that begin so; the engine checks the rest.
+            let known = |n: &&str| {
+                *n == at.value
+                    || n.split_once(':').is_some_and(|(n, _)| at.value.starts_with(&format!("{n}:")))
+            };
+            if !names.iter().any(known) {
                 self.source.complain(
                     &at.place,
                     format!("unknown preset {:?}", at.value),
@@ -109,12 +124,8 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// The workload, and the text that it reads, if it reads one.
-    pub(super) fn workload(
-        &self,
-        section: &Section<'a>,
-        model: &Section<'a>,
-    ) -> Option<(String, Option<TextPlan>)> {
+    /// The section `[workload]`.
+    pub(super) fn workload(&self, section: &Section<'a>, model: &Section<'a>) -> Option<Inputs> {
         let at = self.required(section, "name", section.str("name"))?;
         let listed: Listed<'_> =
             self.caps.workloads.iter().map(|w| (w.name.as_str(), w.params.as_slice())).collect();
@@ -135,7 +146,8 @@ impl<'a> Reader<'a> {
                     "remove it, or take a workload that reads one",
                 );
             }
-            return Some((workload.text(), None));
+            let one_matrix = self.caps.workloads.iter().any(|w| w.name == workload.name && w.one_matrix);
+            return Some(Inputs { workload: workload.text(), text: None, one_matrix });
         }
         let limit = section.int("prefill_limit", 1, MAX_CONTEXT);
         let file = self.required(section, "file", section.str("file"));
@@ -150,7 +162,7 @@ impl<'a> Reader<'a> {
         // Enough digits to tell texts apart in a table; the identity of a cell takes all.
         let name = format!("{}:sha256={}", workload.text(), &file.sha256[..12]);
         let prefill_limit = limit.map_or(PREFILL_LIMIT, |at| usize::try_from(at.value).unwrap_or(usize::MAX));
-        Some((name, Some(TextPlan { file, prefill_limit })))
+        Some(Inputs { workload: name, text: Some(TextPlan { file, prefill_limit }), one_matrix: false })
     }
 
     /// A text file that is there, with the hash of its bytes.

@@ -69,7 +69,7 @@ fn a_good_file() {
         ["dense", "window:sinks=4,window=256", "window:sinks=4,window=2048", "window:sinks=4,window=8"]
     );
     assert_eq!(e.contexts, [1024, 2048]);
-    assert_eq!(e.threads, [Threads::Count(1), Threads::All]);
+    assert_eq!(e.threads, [Threads::Count(1), Threads::All(0)]);
     assert_eq!((e.measure.reps, e.measure.gen_tokens, e.measure.probe_bytes), (3, 64, 64 << 20));
     assert_eq!((e.max_drift_pct, e.cell_timeout_s, e.seed), (3.0, 120.0, 1));
     assert_eq!((e.max_rss, e.on_exceed), (MemoryLimit::Bytes(8 << 30), OnExceed::Refuse));
@@ -101,8 +101,8 @@ fn complaints_name_file_line_key_and_the_nearest_name() {
         ),
         (
             "context = [1024, 2_048]",
-            "context = [0, 2_048]",
-            "context must be a whole number of tokens from 1 to 16777216, not 0\n   at: experiments/x.toml:14 (axes.context)",
+            "context = [-1, 2_048]",
+            "context must be a whole number of tokens from 0 to 16777216, not -1\n   at: experiments/x.toml:14 (axes.context)",
         ),
         (
             "window = [256, 2048]",
@@ -284,5 +284,32 @@ fn what_a_text_needs_is_asked_for_with_its_place() {
         let error = with_text(model, workload, verify).1.expect_err(want);
         assert_eq!(error.exit(), crate::Exit::Usage);
         assert!(error.to_string().contains(want), "{want}\n--- got\n{error}");
+    }
+}
+
+#[test]
+fn thread_counts_follow_the_machine() {
+    let of = |text: &str| check(&GOOD.replacen("[1, \"all\"]", text, 1)).map(|e| e.threads);
+    let threads = of("[\"1..all\", \"all\", \"all+2\", 7]").unwrap();
+    assert_eq!(threads, [Threads::Doubling, Threads::All(0), Threads::All(2), Threads::Count(7)]);
+    let resolved = |t: Threads| [1, 2, 6, 8].map(|cpus| t.resolve(cpus));
+    assert_eq!(resolved(Threads::Doubling), [vec![1], vec![1, 2], vec![1, 2, 4, 6], vec![1, 2, 4, 8]]);
+    assert_eq!(resolved(Threads::All(2)), [vec![3], vec![4], vec![8], vec![10]]);
+    for wrong in ["[\"all+\"]", "[\"all+5000\"]", "[\"most\"]", "[0]"] {
+        assert!(of(wrong).unwrap_err().to_string().contains("\"1..all\""), "{wrong}");
+    }
+}
+
+#[test]
+fn one_matrix_has_no_axes_of_a_cache() {
+    let file = "schema = 1\n[experiment]\nname = \"m\"\nquestion = \"?\"\n[model]\npreset = \"matrix:8x8\"\n[workload]\nname = \"matrix\"\n[axes]\nthreads = 1\nbatch = [1, 64]\n";
+    let e = check(file).unwrap();
+    assert_eq!((e.contexts, e.batches, e.kv_dtypes), (vec![0], vec![1, 64], vec!["-".to_owned()]));
+    assert_eq!((e.methods.len(), e.methods[0].text().as_str()), (1, "-"));
+    let text = check(&format!("{file}kv_dtype = \"bf16\"\n")).unwrap_err().to_string();
+    assert!(text.contains("kv_dtype means nothing where one matrix is timed"), "{text}");
+    for (wrong, says) in [("batch = 0", "from 1 to 65536"), ("batch = []", "the axis batch is empty")] {
+        let text = check(&file.replace("batch = [1, 64]", wrong)).unwrap_err().to_string();
+        assert!(text.contains(says), "{text}");
     }
 }

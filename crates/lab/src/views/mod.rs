@@ -157,7 +157,7 @@ pub fn plan(engine: &dyn Engine, options: &PlanView, out: &mut dyn Write) -> Res
         return Ok(Exit::Ok);
     }
     for plan in &plans {
-        plan_table(plan, out)?;
+        plan_table(plan, here.cpus_allowed, out)?;
     }
     if plans.len() > 1 {
         let seconds: f64 = plans.iter().flat_map(|p| &p.cells).map(|c| c.predicted.seconds).sum();
@@ -167,7 +167,7 @@ pub fn plan(engine: &dyn Engine, options: &PlanView, out: &mut dyn Write) -> Res
     Ok(Exit::Ok)
 }
 
-fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
+fn plan_table(plan: &Plan, cpus: usize, out: &mut dyn Write) -> Result<()> {
     writeln!(
         out,
         "{} (plan {})\n{}\n",
@@ -181,7 +181,10 @@ fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
         let shown = |text: String, known: bool| if known { text } else { String::new() };
         let mut row = vec![
             c.context.to_string(),
-            c.threads.to_string(),
+            match c.batch {
+                1 => c.threads.to_string(),
+                batch => format!("{}, batch {batch}", c.threads),
+            },
             c.kv_dtype.clone(),
             c.method_string(),
             shown(show_seconds(p.seconds), c.skip.is_none()),
@@ -207,7 +210,8 @@ fn plan_table(plan: &Plan, out: &mut dyn Write) -> Result<()> {
              one KV dtype and context share it; contexts above {limit} tokens (workload.prefill_limit) are skipped\n"
         )?;
     }
-    if let Some(note) = plan.beyond_training() {
+    let slow = plan.beyond_cpus(cpus).map(|cost| format!("warning: {cost}"));
+    for note in plan.beyond_training().into_iter().chain(slow) {
         writeln!(out, "{note}\n")?;
     }
     let measured: Vec<_> = plan.cells.iter().filter(|c| c.skip.is_none()).collect();
@@ -336,7 +340,7 @@ mod tests {
         let (_dir, path) = file("");
         let view = PlanView { files: vec![path], machine: here(), ..PlanView::default() };
         let (_, text) = shown(|out| plan(&MockEngine::default(), &view, out));
-        assert!(text.contains("needs 64 CPUs, 2 are allowed") && text.contains("Which?"), "{text}");
+        assert!(text.contains("64 threads on 2 CPUs: at most 4 a CPU") && text.contains("Which?"), "{text}");
         assert!(text.contains("2 cells in 1 cohorts, 2 skipped; about "), "{text}");
         let names = PlanView { list: true, ..view.clone() };
         let (_, text) = shown(|out| plan(&MockEngine::default(), &names, out));

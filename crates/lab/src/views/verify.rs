@@ -42,7 +42,7 @@ pub fn verify(
     for experiment in &experiments {
         let mut options = RunOptions { machine: Some(here.clone()), ..options.clone() };
         options.plan.reps = Some(0);
-        let counts = experiment.threads.iter().map(|t| t.resolve(here.cpus_allowed));
+        let counts = experiment.threads.iter().flat_map(|t| t.resolve(here.cpus_allowed));
         if let Some(threads) = counts.filter(|&t| t <= here.cpus_allowed).max()
             && !options.plan.selection.set.iter().any(|s| s.trim_start().starts_with("threads"))
         {

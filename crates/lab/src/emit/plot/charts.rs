@@ -2,6 +2,7 @@
 
 use longbit_protocol::is_not_finite;
 
+use super::batches;
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
 use crate::analyse::label::{DENSE, Labels, context, distinct};
 use crate::analyse::loss::Loss;
@@ -25,11 +26,21 @@ pub fn figures(records: &[Record], lines: &[Line]) -> Vec<Figure> {
     if measured.is_empty() {
         return Vec::new();
     }
-    let look = Look::new(records, &measured);
-    let mut figures = vec![speed(&look), latency(&look)];
-    figures.extend(threads(&look));
-    figures.extend(error_against_speed(&look));
-    figures.push(percentiles(&look, lines));
+    // An axis of contexts that double has no place for an empty cache.
+    let decoded: Vec<&Record> = measured
+        .iter()
+        .filter(|r| r.batch_tokens() == 1 && !r.one_matrix() && r.context_tokens > 0)
+        .copied()
+        .collect();
+    let mut figures = Vec::new();
+    if !decoded.is_empty() {
+        let look = Look::new(records, &decoded);
+        figures.extend([speed(&look), latency(&look)]);
+        figures.extend(threads(&look));
+        figures.extend(error_against_speed(&look));
+        figures.push(percentiles(&look, lines));
+    }
+    figures.extend(batches::figures(&measured));
     figures.retain(|f| !f.is_empty());
     figures
 }
@@ -172,11 +183,11 @@ fn spread(panels: &mut [Panel], single: bool) {
     }
 }
 
-fn thread_count(n: u64) -> String {
+pub(super) fn thread_count(n: u64) -> String {
     format!("{n} {}", if n == 1 { "thread" } else { "threads" })
 }
 
-fn columns(panels: usize) -> usize {
+pub(super) fn columns(panels: usize) -> usize {
     match panels {
         0 | 1 => 1,
         2 | 4 => 2,

@@ -3,14 +3,14 @@
 use super::backend::{Align, Canvas, text_width};
 use super::figure::{Axis, Figure, Marker, Panel, Rgb, Style};
 
-const INK: Rgb = (20, 20, 20);
-const FAINT: Rgb = (95, 95, 95);
-const GRID: Rgb = (226, 226, 226);
+pub(super) const INK: Rgb = (20, 20, 20);
+pub(super) const FAINT: Rgb = (95, 95, 95);
+pub(super) const GRID: Rgb = (226, 226, 226);
 const WHITE: Rgb = (255, 255, 255);
-const TITLE: f64 = 19.0;
-const SUBTITLE: f64 = 13.0;
-const AXIS: f64 = 14.0;
-const TICK: f64 = 12.5;
+pub(super) const TITLE: f64 = 19.0;
+pub(super) const SUBTITLE: f64 = 13.0;
+pub(super) const AXIS: f64 = 14.0;
+pub(super) const TICK: f64 = 12.5;
 const GAP: f64 = 22.0;
 
 /// Sizes that follow from a figure.
@@ -282,7 +282,7 @@ fn marker(at: (f64, f64), style: Style, canvas: &mut dyn Canvas) {
 }
 
 /// Breaks a text at spaces so that no line is wider than `width`.
-fn wrap(text: &str, size: f64, width: f64) -> Vec<String> {
+pub(super) fn wrap(text: &str, size: f64, width: f64) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
         let joined = lines.last().map(|line| format!("{line} {word}"));

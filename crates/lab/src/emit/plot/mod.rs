@@ -7,6 +7,8 @@ use crate::run::store::Line;
 use crate::{LabError, Result};
 
 mod backend;
+pub mod bars;
+mod batches;
 mod charts;
 pub mod figure;
 mod layout;
