@@ -46,6 +46,8 @@ macro_rules! for_each_float_op {
             scale_add(acc: &mut [f32], f: f32, other: &[f32], g: f32) -> () = elementwise::scale_add;
             f32_to_bf16(x: &[f32], out: &mut [u16]) -> () = convert::f32_to_bf16;
             bf16_to_f32(x: &[u16], out: &mut [f32]) -> () = convert::bf16_to_f32;
+            weave_bf16(x: &[f32], d: usize, out: &mut [u16]) -> () = convert::weave_bf16;
+            unweave_bf16(x: &[u16], d: usize, out: &mut [f32]) -> () = convert::unweave_bf16;
             quantize_activations(x: &[f32], codes: &mut [i8]) -> crate::Quantized
                 = quantize::quantize_activations;
             quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()

@@ -1,14 +1,14 @@
 //! The shared kernel: exact attention of a query group over a chunk of tokens, in any KV dtype.
 //!
-//! Spans are cut at multiples of [`CHUNK_TOKENS`]. A chunk is the unit of work and gives one partial; partials merge in
-//! token order. Neither depends on the number of threads or on how a prompt was cut, so neither do the bits.
+//! Spans are cut at multiples of [`CHUNK_TOKENS`]. A chunk is the unit of work, one softmax, and gives one partial;
+//! partials merge in token order. Neither depends on the number of threads or on how a prompt was cut, so neither do the bits.
 
 use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
 use super::partial::stride;
-use crate::kv::{KvHead, PAGE_TOKENS};
+use crate::kv::KvHead;
 
 /// Tokens of a unit of work: large enough that its partial costs nothing beside its rows, small enough that five KV
 /// heads at 2k tokens keep many threads busy.
@@ -29,44 +29,70 @@ pub(crate) fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize
     })
 }
 
-/// Attends `queries` (`[group][head_dim]`, scaled) to the tokens of `pieces`, in order, and writes the partials of the
-/// group. `next` is what will be attended afterwards, if it is of the same head: its keys are requested in time.
-/// `scratch` grows as needed and keeps nothing.
-pub(crate) fn attend_chunk(
+/// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
+/// `partials`. `weights` becomes `[run][group][tokens]` for [`gather_chunk`]. `upcoming` are rows that are read next.
+///
+/// # Panics
+/// When `weights` is shorter than the group times the tokens.
+pub(crate) fn score_chunk(
     kernels: &Kernels,
     queries: &[f32],
     kv: &KvHead,
     pieces: &[Range<usize>],
-    next: Option<&Range<usize>>,
-    scratch: &mut Vec<f32>,
+    upcoming: &[u8],
+    weights: &mut [f32],
     partials: &mut [f32],
 ) {
     let d = kv.head_dim();
     let group = queries.len() / d;
-    scratch.resize(group * (PAGE_TOKENS + d), 0.0);
-    let (weights, accumulators) = scratch.split_at_mut(group * PAGE_TOKENS);
-    accumulators.fill(0.0);
     super::partial::clear(partials, d);
-    let after = next.cloned().map(KvHead::runs).and_then(|mut runs| runs.next());
-    let mut runs = pieces.iter().cloned().flat_map(KvHead::runs).peekable();
-    while let Some(run) = runs.next() {
-        let n = run.len();
-        let weights = &mut weights[..group * n];
-        kv.scores(queries, &run, weights);
-        for (h, logits) in weights.chunks_exact_mut(n).enumerate() {
-            let partial = &mut partials[h * stride(d)..];
-            let max = partial[0].max(kernels.max(logits));
-            let rescale = Kernels::exp(partial[0] - max);
-            let sum = kernels.exp_sum(logits, max);
-            partial[1] = partial[1].mul_add(rescale, sum);
-            if rescale != 1.0 {
-                kernels.scale(&mut accumulators[h * d..(h + 1) * d], rescale);
-            }
-            partial[0] = max;
+    let runs = || pieces.iter().cloned().flat_map(KvHead::runs);
+    let mut ahead = runs().skip(1);
+    let mut rest = &mut *weights;
+    for run in runs() {
+        let (logits, others) = rest.split_at_mut(group * run.len());
+        rest = others;
+        let upcoming = ahead.next().map_or(upcoming, |next| kv.key_rows(&next));
+        kv.scores(queries, &run, logits, upcoming);
+        for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(run.len())) {
+            partial[0] = partial[0].max(kernels.max(logits));
         }
-        kv.accumulate(weights, &run, runs.peek().or(after.as_ref()), accumulators);
     }
-    for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(accumulators.chunks_exact(d)) {
+    let mut rest = weights;
+    for run in runs() {
+        let (logits, others) = rest.split_at_mut(group * run.len());
+        rest = others;
+        for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact_mut(run.len()))
+        {
+            partial[1] += kernels.exp_sum(logits, partial[0]);
+        }
+    }
+}
+
+/// Adds the values of `pieces`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `scratch` grows
+/// as needed and keeps nothing. `upcoming` are rows that are read next.
+pub(crate) fn gather_chunk(
+    kv: &KvHead,
+    pieces: &[Range<usize>],
+    upcoming: &[u8],
+    weights: &[f32],
+    scratch: &mut Vec<f32>,
+    partials: &mut [f32],
+) {
+    let d = kv.head_dim();
+    let group = partials.len() / stride(d);
+    scratch.clear();
+    scratch.resize(group * d, 0.0);
+    let runs = || pieces.iter().cloned().flat_map(KvHead::runs);
+    let mut ahead = runs().skip(1);
+    let mut rest = weights;
+    for run in runs() {
+        let (weights, others) = rest.split_at(group * run.len());
+        rest = others;
+        let upcoming = ahead.next().map_or(upcoming, |next| kv.value_rows(&next));
+        kv.accumulate(weights, &run, scratch, upcoming);
+    }
+    for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(scratch.chunks_exact(d)) {
         partial[2..].copy_from_slice(acc);
     }
 }

@@ -19,18 +19,29 @@ pub fn clear(partials: &mut [f32], head_dim: usize) {
     }
 }
 
-/// Merges `other` into `into`, head by head.
-pub fn merge(kernels: &Kernels, into: &mut [f32], other: &[f32], head_dim: usize) {
-    let heads = into.chunks_exact_mut(stride(head_dim)).zip(other.chunks_exact(stride(head_dim)));
-    for (a, b) in heads {
-        if b[0] == f32::NEG_INFINITY {
-            continue;
+/// Merges `others`, partials of the same group one after another, into `into`, head by head and in order. `factors` grows
+/// as needed and keeps nothing.
+///
+/// The factors of all steps come first: they depend on the largest logits alone, so that all exponentials of a head are
+/// taken in one go.
+pub fn merge(kernels: &Kernels, into: &mut [f32], others: &[f32], head_dim: usize, factors: &mut Vec<f32>) {
+    let (width, stride) = (into.len(), stride(head_dim));
+    for (h, a) in into.chunks_exact_mut(stride).enumerate() {
+        let parts = || others.chunks_exact(width).map(|other| &other[h * stride..(h + 1) * stride]);
+        let parts = || parts().filter(|b| b[0] != f32::NEG_INFINITY);
+        factors.clear();
+        let mut max = a[0];
+        for b in parts() {
+            let next = max.max(b[0]);
+            factors.extend([max - next, b[0] - next]);
+            max = next;
         }
-        let max = a[0].max(b[0]);
-        let (scale_a, scale_b) = (Kernels::exp(a[0] - max), Kernels::exp(b[0] - max));
+        kernels.exp_sum(factors, 0.0);
         a[0] = max;
-        a[1] = b[1].mul_add(scale_b, a[1] * scale_a);
-        kernels.scale_add(&mut a[2..], scale_a, &b[2..], scale_b);
+        for (b, factors) in parts().zip(factors.chunks_exact(2)) {
+            a[1] = b[1].mul_add(factors[1], a[1] * factors[0]);
+            kernels.scale_add(&mut a[2..], factors[0], &b[2..], factors[1]);
+        }
     }
 }
 
@@ -86,12 +97,32 @@ mod tests {
                 clear(&mut merged, 3);
                 for part in [a, b] {
                     if !part.is_empty() {
-                        merge(kernels, &mut merged, &partial(part), 3);
+                        merge(kernels, &mut merged, &partial(part), 3, &mut Vec::new());
                     }
                 }
                 close(&merged, &whole);
             }
         }
+    }
+
+    /// Several at once are the same bits as one after another, with an empty one among them.
+    #[test]
+    fn merging_at_once_is_merging_in_turn() {
+        let kernels = Kernels::best();
+        let mut empty = vec![0.0; 5];
+        clear(&mut empty, 3);
+        let parts = [partial(&TOKENS[..2]), empty.clone(), partial(&TOKENS[2..3]), partial(&TOKENS[3..])];
+        // A group of two heads, the second with the same tokens in another order.
+        let groups: Vec<Vec<f32>> = (0..4).map(|i| [&parts[i][..], &parts[3 - i][..]].concat()).collect();
+        let mut start = [empty.clone(), empty].concat();
+        let mut at_once = start.clone();
+        merge(kernels, &mut at_once, &groups.concat(), 3, &mut vec![5.0]);
+        for group in &groups {
+            merge(kernels, &mut start, group, 3, &mut Vec::new());
+        }
+        assert_eq!(at_once, start);
+        close(&at_once[..5], &partial(&TOKENS));
+        close(&at_once[5..], &partial(&TOKENS));
     }
 
     #[test]
@@ -101,13 +132,13 @@ mod tests {
         clear(&mut empty, 3);
         let mut a = partial(&TOKENS);
         let before = a.clone();
-        merge(kernels, &mut a, &empty, 3);
+        merge(kernels, &mut a, &empty, 3, &mut Vec::new());
         assert_eq!(a, before);
         let mut out = vec![1.0; 3];
         finish(kernels, &empty, 3, &mut out);
         assert_eq!(out, [0.0; 3]);
         let mut from_empty = empty.clone();
-        merge(kernels, &mut from_empty, &a, 3);
+        merge(kernels, &mut from_empty, &a, 3, &mut Vec::new());
         assert_eq!(from_empty, a);
     }
 }

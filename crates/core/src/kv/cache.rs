@@ -151,25 +151,16 @@ impl KvHead {
         self.rows(&self.values, run)
     }
 
-    /// Dot products of `queries` `[group][head_dim]` with the keys of `run` (one page): `out` is `[group][run]`. The
-    /// values of the same run are requested from memory meanwhile.
-    pub fn scores(&self, queries: &[f32], run: &Range<usize>, out: &mut [f32]) {
-        let (keys, values) = (self.key_rows(run), self.value_rows(run));
-        self.dtype.scores(self.kernels, queries, keys, self.head_dim, out, values);
+    /// Dot products of `queries` `[group][head_dim]` with the keys of `run` (one page): `out` is `[group][run]`. The rows
+    /// of `upcoming`, which are read next, are requested from memory in time.
+    pub fn scores(&self, queries: &[f32], run: &Range<usize>, out: &mut [f32], upcoming: &[u8]) {
+        self.dtype.scores(self.kernels, queries, self.key_rows(run), self.head_dim, out, upcoming);
     }
 
-    /// Adds the values of `run` (one page) weighted by `weights` `[group][run]` to `acc` `[group][head_dim]`. The keys
-    /// of `next` (one page), if any, are requested from memory meanwhile.
-    pub fn accumulate(
-        &self,
-        weights: &[f32],
-        run: &Range<usize>,
-        next: Option<&Range<usize>>,
-        acc: &mut [f32],
-    ) {
-        let values = self.value_rows(run);
-        let upcoming = next.map_or(&values[..0], |next| self.key_rows(next));
-        self.dtype.accumulate(self.kernels, weights, values, self.head_dim, acc, upcoming);
+    /// Adds the values of `run` (one page) weighted by `weights` `[group][run]` to `acc` `[group][head_dim]`. The rows of
+    /// `upcoming`, which are read next, are requested from memory in time.
+    pub fn accumulate(&self, weights: &[f32], run: &Range<usize>, acc: &mut [f32], upcoming: &[u8]) {
+        self.dtype.accumulate(self.kernels, weights, self.value_rows(run), self.head_dim, acc, upcoming);
     }
 }
 

@@ -36,7 +36,7 @@ impl KvDtype for F32 {
         out: &mut [f32],
         upcoming: &[u8],
     ) {
-        let upcoming = bytemuck::cast_slice(upcoming);
+        let upcoming = bytemuck::try_cast_slice(upcoming).unwrap_or_default();
         kernels.scores_f32(queries, bytemuck::cast_slice(rows), head_dim, out, upcoming);
     }
 
@@ -49,7 +49,7 @@ impl KvDtype for F32 {
         acc: &mut [f32],
         upcoming: &[u8],
     ) {
-        let upcoming = bytemuck::cast_slice(upcoming);
+        let upcoming = bytemuck::try_cast_slice(upcoming).unwrap_or_default();
         kernels.accumulate_f32(weights, bytemuck::cast_slice(rows), head_dim, acc, upcoming);
     }
 }

@@ -50,8 +50,12 @@ pub(super) struct Private {
     pub(super) gate: Vec<f32>,
     /// Up rows before the activation.
     pub(super) up: Vec<f32>,
-    /// Attention weights and accumulators.
+    /// Attention weights.
+    pub(super) weights: Vec<f32>,
+    /// Attention accumulators.
     pub(super) attend: Vec<f32>,
+    /// Factors of merged partials.
+    pub(super) factors: Vec<f32>,
     /// Partials of a prefill block.
     pub(super) partials: Vec<f32>,
     /// Tokens of all tasks of a step.

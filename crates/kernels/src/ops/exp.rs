@@ -8,7 +8,7 @@
 //! exactly 1 at 0; `+inf` from about 88.38 upwards; NaN stays NaN.
 
 use crate::Kernels;
-use crate::vector::{F32x16, S16, load, load_tail, store, store_tail};
+use crate::vector::{F32x16, load, load_tail, store, store_tail};
 
 /// Below this (the logarithm of the smallest normal number) the exponential is exactly zero.
 pub(crate) const EXP_ZERO_BELOW: f32 = -87.336_54;
@@ -78,10 +78,8 @@ pub(crate) fn silu_mul<V: F32x16>(gate: &[f32], up: &[f32], out: &mut [f32]) {
 impl Kernels {
     /// The exponential with the bits that [`Kernels::exp_sum`] gives: relative error below 2e-7 on [-87, 0], exactly 0
     /// below -87.33654 (also for `-inf`), exactly 1 at 0, `+inf` from about 88.38 upwards.
-    pub fn exp(x: f32) -> f32 {
-        let mut one = [0.0];
-        store_tail(exp_lanes(S16::splat(x)), &mut one);
-        one[0]
+    pub fn exp(&self, x: f32) -> f32 {
+        self.exp_sum(&mut [x], 0.0)
     }
 
     /// Replaces each `x` by `exp(x - shift)` and returns the sum of the results in 16 lanes (plain additions, then the

@@ -1,27 +1,8 @@
 //! The language-model head: a tall matrix in f32, bfloat16 or int8 times one vector, bound by memory.
 
-use super::attention::{PLAIN, Upcoming, score_rows};
+use super::rows::rows_times;
 use crate::Kernels;
-use crate::vector::{Element, F32x16};
-
-/// Several rows run together: one row alone would wait for its own chain of additions.
-#[inline(always)]
-fn rows_times<V: F32x16, E: Element>(rows: &[E], x: &[f32], out: &mut [f32]) {
-    let (n, k) = (out.len(), x.len());
-    assert!(rows.len() >= n * k);
-    // SAFETY: rows holds n * k elements, x holds k, and out holds n.
-    unsafe {
-        score_rows::<V, E, 1, 4, PLAIN>(
-            x.as_ptr(),
-            rows.as_ptr(),
-            n,
-            k,
-            out.as_mut_ptr(),
-            n,
-            Upcoming::of(&[], k),
-        )
-    }
-}
+use crate::vector::F32x16;
 
 #[inline(always)]
 pub(crate) fn head_bf16<V: F32x16>(rows: &[u16], x: &[f32], out: &mut [f32]) {

@@ -13,3 +13,4 @@ pub(crate) mod head;
 pub(crate) mod norm;
 pub(crate) mod quantize;
 pub(crate) mod reduce;
+pub(crate) mod rows;

@@ -165,7 +165,21 @@ pub fn scores_f32(queries: &[f32], rows: &[f32], d: usize, out: &mut [f32]) {
     }
 }
 
-/// [`scores_f32`] for bfloat16 rows.
+/// Bfloat16 rows `[n][d]`, woven: in each whole group of 32 the halves alternate.
+pub fn weave(rows: &[u16], d: usize) -> Vec<u16> {
+    let mut out = rows.to_vec();
+    for (row, out) in rows.chunks(d).zip(out.chunks_mut(d)) {
+        for (group, out) in row.chunks_exact(32).zip(out.chunks_exact_mut(32)) {
+            for i in 0..16 {
+                out[2 * i] = group[i];
+                out[2 * i + 1] = group[16 + i];
+            }
+        }
+    }
+    out
+}
+
+/// [`scores_f32`] for bfloat16 rows (not woven).
 pub fn scores_bf16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32]) {
     scores_f32(queries, &widen(rows), d, out);
 }
@@ -182,7 +196,7 @@ pub fn accumulate_f32(weights: &[f32], rows: &[f32], d: usize, acc: &mut [f32]) 
     }
 }
 
-/// [`accumulate_f32`] for bfloat16 rows.
+/// [`accumulate_f32`] for bfloat16 rows (not woven).
 pub fn accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32]) {
     accumulate_f32(weights, &widen(rows), d, acc);
 }

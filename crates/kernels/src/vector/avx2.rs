@@ -149,6 +149,21 @@ impl F32x16 for A16 {
     }
 
     #[inline(always)]
+    unsafe fn load_woven(p: *const u16) -> [A16; 2] {
+        // SAFETY: AVX2 is present; the caller gives 32 readable elements.
+        unsafe {
+            let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(16).cast()));
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let low = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
+            let high = (_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+            [
+                A16(_mm256_castsi256_ps(low.0), _mm256_castsi256_ps(low.1)),
+                A16(_mm256_castsi256_ps(high.0), _mm256_castsi256_ps(high.1)),
+            ]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> A16 {
         // SAFETY: AVX2 is present; the caller gives 16 readable elements.
         unsafe {

@@ -85,6 +85,13 @@ pub(crate) trait F32x16: Copy {
     /// `p` is readable for 16 elements.
     unsafe fn load_bf16(p: *const u16) -> Self;
 
+    /// Widens two vectors of woven bfloat16: 16 words of 32 bits, the first vector in the lower halves, the second in the
+    /// upper ones. Both come in the natural order.
+    ///
+    /// # Safety
+    /// `p` is readable for 32 elements.
+    unsafe fn load_woven(p: *const u16) -> [Self; 2];
+
     /// From the natural order of the lanes to the row order of [`F32x16::load_bf16`], or back.
     #[inline(always)]
     fn reorder(self) -> Self {
@@ -95,12 +102,6 @@ pub(crate) trait F32x16: Copy {
     #[inline(always)]
     fn sum4_reordered(v: [Self; 4]) -> [f32; 4] {
         Self::sum4(v)
-    }
-
-    /// [`F32x16::sum16`] of vectors in row order.
-    #[inline(always)]
-    fn sum16_reordered(v: [Self; 16]) -> [f32; 16] {
-        Self::sum16(v)
     }
 
     /// Requests the cache line at an address, which need not be valid, into the second-level cache: what is requested here
@@ -123,6 +124,16 @@ pub(crate) trait Element: Copy + Default {
     /// # Safety
     /// `p` is readable for 16 elements.
     unsafe fn load<V: F32x16>(p: *const Self) -> V;
+
+    /// Two vectors in the natural order.
+    ///
+    /// # Safety
+    /// `p` is readable for 32 elements.
+    #[inline(always)]
+    unsafe fn load_two<V: F32x16>(p: *const Self) -> [V; 2] {
+        // SAFETY: passed on to the caller.
+        unsafe { [Self::load(p), Self::load(p.add(LANES))] }
+    }
 
     /// The first `n < 16` elements, and `+0.0` for the others.
     ///
@@ -148,12 +159,6 @@ pub(crate) trait Element: Copy + Default {
     #[inline(always)]
     fn sum4<V: F32x16>(v: [V; 4]) -> [f32; 4] {
         V::sum4(v)
-    }
-
-    /// [`Element::sum4`] for sixteen vectors.
-    #[inline(always)]
-    fn sum16<V: F32x16>(v: [V; 16]) -> [f32; 16] {
-        V::sum16(v)
     }
 }
 
@@ -181,11 +186,6 @@ impl Element for u16 {
     fn sum4<V: F32x16>(v: [V; 4]) -> [f32; 4] {
         V::sum4_reordered(v)
     }
-
-    #[inline(always)]
-    fn sum16<V: F32x16>(v: [V; 16]) -> [f32; 16] {
-        V::sum16_reordered(v)
-    }
 }
 
 impl Element for i8 {
@@ -193,6 +193,34 @@ impl Element for i8 {
     unsafe fn load<V: F32x16>(p: *const i8) -> V {
         // SAFETY: passed on to the caller.
         unsafe { V::load_i8(p) }
+    }
+}
+
+/// An element of a row of woven bfloat16 (see [`crate::Kernels::weave_bf16`]): pairs of vectors are widened by a shift and
+/// a mask; what is left of a row lies in the natural order.
+#[repr(transparent)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Woven(u16);
+
+impl Woven {
+    #[inline(always)]
+    pub(crate) fn of(rows: &[u16]) -> &[Woven] {
+        // SAFETY: a transparent wrapper has the layout of what it wraps.
+        unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len()) }
+    }
+}
+
+impl Element for Woven {
+    #[inline(always)]
+    unsafe fn load<V: F32x16>(p: *const Woven) -> V {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load_bf16(p.cast()).reorder() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_two<V: F32x16>(p: *const Woven) -> [V; 2] {
+        // SAFETY: passed on to the caller.
+        unsafe { V::load_woven(p.cast()) }
     }
 }
 

@@ -155,6 +155,31 @@ impl F32x16 for N16 {
     }
 
     #[inline(always)]
+    unsafe fn load_woven(p: *const u16) -> [N16; 2] {
+        // SAFETY: NEON is present; the caller gives 32 readable elements.
+        unsafe {
+            let mask = vdupq_n_u32(0xffff_0000);
+            let a = vreinterpretq_u32_u16(vld1q_u16(p));
+            let b = vreinterpretq_u32_u16(vld1q_u16(p.add(8)));
+            let c = vreinterpretq_u32_u16(vld1q_u16(p.add(16)));
+            let d = vreinterpretq_u32_u16(vld1q_u16(p.add(24)));
+            let low = N16(
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(a)),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(b)),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(c)),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(d)),
+            );
+            let high = N16(
+                vreinterpretq_f32_u32(vandq_u32(a, mask)),
+                vreinterpretq_f32_u32(vandq_u32(b, mask)),
+                vreinterpretq_f32_u32(vandq_u32(c, mask)),
+                vreinterpretq_f32_u32(vandq_u32(d, mask)),
+            );
+            [low, high]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> N16 {
         // SAFETY: NEON is present; the caller gives 16 readable elements.
         unsafe {

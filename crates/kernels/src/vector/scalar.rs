@@ -106,6 +106,16 @@ impl F32x16 for S16 {
     }
 
     #[inline(always)]
+    unsafe fn load_woven(p: *const u16) -> [S16; 2] {
+        // SAFETY: the caller gives 32 readable elements.
+        let x = unsafe { p.cast::<[u16; 2 * LANES]>().read_unaligned() };
+        [
+            lanewise!(i, f32::from_bits(u32::from(x[2 * i]) << 16)),
+            lanewise!(i, f32::from_bits(u32::from(x[2 * i + 1]) << 16)),
+        ]
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> S16 {
         // SAFETY: the caller gives 16 readable elements.
         let x = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };

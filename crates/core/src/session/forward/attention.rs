@@ -8,7 +8,34 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::{CHUNK_TOKENS, GroupQuery, Selection, attend_chunk, chunks, partial};
+use crate::attention::{CHUNK_TOKENS, GroupQuery, Selection, chunks, gather_chunk, partial, score_chunk};
+use crate::kv::KvHead;
+
+/// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
+/// memory waits. It changes no bits.
+const TOGETHER: usize = 4;
+
+/// The tasks of a thread: as many tokens for each as whole tasks allow.
+fn share_by_tokens(
+    tasks: &[(usize, Range<usize>)],
+    pieces: &[Range<usize>],
+    worker: &Worker<'_>,
+) -> Range<usize> {
+    let tokens = |task: &(usize, Range<usize>)| -> usize {
+        pieces[task.1.clone()].iter().map(|piece| piece.len()).sum()
+    };
+    let total: usize = tasks.iter().map(tokens).sum();
+    let (mut before, mut range) = (0, 0..0);
+    for task in tasks {
+        let tokens = tokens(task);
+        // A task belongs to the thread in whose share of all tokens its middle lies.
+        let owner = (2 * before + tokens) * worker.count() / (2 * total).max(1);
+        range.start += usize::from(owner < worker.index());
+        range.end += usize::from(owner <= worker.index());
+        before += tokens;
+    }
+    range
+}
 
 impl Pass<'_> {
     /// Rotates and appends the keys and values of one KV head, rotates its queries, and lets the method decide.
@@ -91,22 +118,48 @@ impl Pass<'_> {
         let (s, kernels, d) = (self.scratch, self.kernels(), self.model.config.head_dim);
         let (mut pieces, mut tasks) = (std::mem::take(&mut p.pieces), std::mem::take(&mut p.tasks));
         self.list_tasks(&mut pieces, &mut tasks);
-        for slot in worker.range(tasks.len()) {
-            let (kv_head, range) = tasks[slot].clone();
+        let mine = share_by_tokens(&tasks, &pieces, worker);
+        let group = self.model.config.group();
+        p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
+        let mut slot = mine.start;
+        while slot < mine.end {
+            let kv_head = tasks[slot].0;
+            let last = mine.end.min(slot + TOGETHER);
+            let last = last.min(slot + tasks[slot..].partition_point(|task| task.0 == kv_head));
             let queries = s.queries.read();
-            let width = self.model.config.group() * d;
-            let queries = &queries[kv_head * width..(kv_head + 1) * width];
+            let queries = &queries[kv_head * group * d..(kv_head + 1) * group * d];
             let kv = self.cache.head(l, kv_head);
-            let next = match tasks.get(slot + 1) {
-                Some((head, range)) if *head == kv_head => pieces.get(range.start),
-                _ => None,
+            let of = |slot: usize| &pieces[tasks[slot].1.clone()];
+            // What a thread reads first of a task of the same head.
+            let first = |slot: usize| {
+                let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
+                task.and_then(|task| KvHead::runs(pieces[task.1.start].clone()).next())
             };
-            let mut out = s.partials.write(slot);
-            attend_chunk(kernels, queries, &kv, &pieces[range], next, &mut p.attend, &mut out);
+            for i in slot..last {
+                let next = if i + 1 < last { first(i + 1) } else { None };
+                let upcoming = match (next, first(slot)) {
+                    (Some(next), _) => kv.key_rows(&next),
+                    (None, Some(back)) => kv.value_rows(&back),
+                    (None, None) => &[],
+                };
+                let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
+                score_chunk(kernels, queries, &kv, of(i), upcoming, weights, &mut s.partials.write(i));
+            }
+            for i in slot..last {
+                let upcoming = match first(i + 1) {
+                    Some(next) if i + 1 < last => kv.value_rows(&next),
+                    Some(next) => kv.key_rows(&next),
+                    None => &[],
+                };
+                let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
+                gather_chunk(&kv, of(i), upcoming, weights, &mut p.attend, &mut s.partials.write(i));
+            }
+            slot = last;
         }
         p.clock.lap(Op::Attention, || {
-            let mine = tasks[worker.range(tasks.len())].iter();
-            mine.flat_map(|(_, range)| &pieces[range.clone()])
+            let mine = &tasks[mine];
+            mine.iter()
+                .flat_map(|(_, range)| &pieces[range.clone()])
                 .map(|piece| 2 * piece.len() * self.cache.head(l, 0).row_bytes())
                 .sum()
         });
@@ -116,17 +169,13 @@ impl Pass<'_> {
         for kv_head in worker.range(self.model.config.kv_heads) {
             partial::clear(&mut p.partials, d);
             let partials = s.partials.read();
-            for slot in (0..tasks.len()).filter(|&t| tasks[t].0 == kv_head) {
-                partial::merge(
-                    kernels,
-                    &mut p.partials,
-                    &partials[slot * slot_len..(slot + 1) * slot_len],
-                    d,
-                );
-            }
+            // The tasks of a head follow one another.
+            let first = tasks.partition_point(|task| task.0 < kv_head) * slot_len;
+            let last = tasks.partition_point(|task| task.0 <= kv_head) * slot_len;
+            partial::merge(kernels, &mut p.partials, &partials[first..last], d, &mut p.factors);
             let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
             if !selection.tail.is_empty() {
-                partial::merge(kernels, &mut p.partials, &selection.tail, d);
+                partial::merge(kernels, &mut p.partials, &selection.tail, d, &mut p.factors);
             }
             let mut out = s.attn.write(kv_head);
             partial::finish(kernels, &p.partials, d, &mut out);
@@ -145,13 +194,15 @@ impl Pass<'_> {
         let width = config.group() * d;
         let slot = config.group() * partial::stride(d);
         let blocks = n.div_ceil(BLOCK_TOKENS);
-        for task in worker.range(config.kv_heads * blocks) {
-            let (kv_head, block) = (task / blocks, task % blocks);
+        // Later blocks see more tokens: dealt out one by one, the latest first, every thread gets the same work.
+        for task in (worker.index()..config.kv_heads * blocks).step_by(worker.count()) {
+            let (kv_head, block) = (task % config.kv_heads, blocks - 1 - task / config.kv_heads);
             let mine = block * BLOCK_TOKENS..n.min((block + 1) * BLOCK_TOKENS);
             let kv = self.cache.head(l, kv_head);
             let queries = s.queries.read();
             let queries = &queries[kv_head * s.tokens() * width..];
             p.partials.resize((BLOCK_TOKENS + 1) * slot, 0.0);
+            p.weights.resize(CHUNK_TOKENS * config.group(), 0.0);
             let (part, running) = p.partials.split_at_mut(slot);
             partial::clear(running, d);
             let seen = 0..self.position + mine.end;
@@ -162,8 +213,11 @@ impl Pass<'_> {
                         continue;
                     }
                     let query = &queries[j * width..(j + 1) * width];
-                    attend_chunk(kernels, query, &kv, &[visible], None, &mut p.attend, part);
-                    partial::merge(kernels, &mut running[i * slot..(i + 1) * slot], part, d);
+                    let visible = [visible];
+                    score_chunk(kernels, query, &kv, &visible, &[], &mut p.weights, part);
+                    gather_chunk(&kv, &visible, &[], &p.weights, &mut p.attend, part);
+                    let running = &mut running[i * slot..(i + 1) * slot];
+                    partial::merge(kernels, running, part, d, &mut p.factors);
                 }
             }
             let mut out = s.attn.write(kv_head * s.blocks + block);
