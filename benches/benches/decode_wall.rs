@@ -3,13 +3,13 @@
 //!
 //! Not a criterion bench, for the reason that `memory_wall` gives. `cargo bench -p longbit-benches --bench decode_wall --
 //! [--context 64] [--kv bf16] [--threads 1,2] [--rounds 6] [--steps 16] CONFIGURATION…`, where a configuration is a head
-//! format with what the weights are made of, such as `bf16`, `q6` or `two-stage+1.6bit+skip`. All configurations are in
+//! format with the packing of the weights, such as `bf16`, `q6` or `two-stage+1.6bit+skip`. All configurations are in
 //! memory together and take turns with the probe, so that their ratios hold when the machine drifts.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use longbit::{Compaction, HeadFormat, Model, Packing, Session};
+use longbit::{Compaction, Head, HeadFormat, Model, Session};
 use longbit_benches::{filled_session, probe, smoke, team, thread_counts, whole_model};
 
 struct Options {
@@ -48,28 +48,19 @@ fn options() -> Options {
         }
     }
     if options.configurations.is_empty() {
-        options.configurations = ["bf16", "int8", "bf16+1.6bit", "bf16+skip"].map(String::from).into();
+        options.configurations =
+            ["bf16", "q6", "two-stage", "two-stage+1.6bit+skip"].map(String::from).into();
     }
     options
 }
 
 fn build(configuration: &str) -> Arc<Model> {
-    let mut parts = configuration.split('+');
-    let head = HeadFormat::parse(parts.next().unwrap_or_default()).expect("a head format");
-    let mut how = Compaction::default();
-    for part in parts {
-        match part {
-            "skip" => how.skip_zeros = true,
-            packing => how.packing = Packing::parse(packing).expect("a packing"),
-        }
-    }
+    let (head, weights) = configuration.split_once('+').unwrap_or((configuration, "2bit"));
+    let head = HeadFormat::parse(head).expect("a head format");
+    let how = Compaction::parse(weights).expect("a packing of weights");
     let builders = team(*thread_counts().last().unwrap_or(&1));
     let model = Model::synthetic(whole_model(), head, 1, &builders).expect("a model");
-    Arc::new(if how == Compaction::default() {
-        model
-    } else {
-        model.compact(how, &builders).expect("memory")
-    })
+    Arc::new(model.compact(how, &builders).expect("memory"))
 }
 
 struct Candidate {
@@ -92,8 +83,13 @@ impl Candidate {
             self.session.decode(token).expect("a step");
             seconds += clock.elapsed().as_secs_f64();
             let traffic = self.session.traffic();
-            bytes += (self.session.model().bytes().per_token + traffic.kv_bytes) as f64
-                - traffic.skipped_weight_bytes as f64;
+            let model = self.session.model();
+            let rescored = match model.head {
+                Head::TwoStage(_) => 2 * self.session.head_rows_rescored() * model.config.hidden as u64,
+                _ => 0,
+            };
+            let read = model.bytes().per_token + traffic.kv_bytes + rescored;
+            bytes += read as f64 - traffic.skipped_weight_bytes as f64;
         }
         self.session.rewind(context);
         (bytes, seconds)

@@ -249,6 +249,7 @@ fn document(
         "kv_dtype": args.kv,
         "method": method(&args.method)?.canonical(),
         "head": args.model.model.head,
+        "weights": args.model.model.weights,
         "isa": longbit::isa()?,
         "threads": opened.threads,
         "chat": args.chat,

@@ -8,7 +8,9 @@ use longbit::attention::method;
 use longbit::formats::I2sLayout;
 use longbit::kv::kv_dtype;
 use longbit::text::{TextModel, TextOptions};
-use longbit::{Activation, Checkpoint, Footprint, HeadFormat, Model, OpenOptions, footprint};
+use longbit::{
+    Activation, Checkpoint, Compaction, Footprint, HeadFormat, Model, OpenOptions, WeightFormat, footprint,
+};
 use longbit_lab::plan::oversubscribed;
 use longbit_sys::{Team, available_threads, open_memory};
 
@@ -75,6 +77,10 @@ pub(crate) struct ModelArgs {
     /// exactly in a copy at 6 bits.
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) head: String,
+    /// How the ternary weights lie in memory: 2bit, 1.6bit (fewer bytes, for threads that share the bandwidth), 2bit+skip or
+    /// 1.6bit+skip (decode steps leave out what meets zeros of ReLU²). The results are the same.
+    #[arg(long, value_name = "PACKING", default_value = "2bit")]
+    pub(crate) weights: String,
     #[command(flatten)]
     pub(crate) file: FileArgs,
 }
@@ -99,16 +105,22 @@ impl TextArgs {
 /// A checkpoint that was opened and not yet loaded.
 pub(crate) struct Opened {
     pub(crate) checkpoint: Checkpoint,
-    pub(crate) head: HeadFormat,
+    pub(crate) weights: WeightFormat,
     pub(crate) threads: usize,
 }
 
 impl ModelArgs {
+    /// What the weights are to be made of.
+    pub(crate) fn weights(&self) -> Result<WeightFormat, Failure> {
+        let (head, compaction) = (HeadFormat::parse(&self.head)?, Compaction::parse(&self.weights)?);
+        Ok(WeightFormat { head, compaction })
+    }
+
     pub(crate) fn open(&self) -> Result<Opened, Failure> {
-        let head = HeadFormat::parse(&self.head)?;
+        let weights = self.weights()?;
         let threads = threads(self.threads);
         let options = self.file.options(&self.model)?;
-        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &options)?, head, threads })
+        Ok(Opened { checkpoint: Checkpoint::open(&self.model, &options)?, weights, threads })
     }
 }
 
@@ -116,7 +128,7 @@ impl Opened {
     /// Bytes of a session with room for `tokens`.
     pub(crate) fn footprint(&self, kv: &str, how: &str, tokens: usize) -> Result<Footprint, Failure> {
         let config = self.checkpoint.config();
-        Ok(footprint(config, self.head, kv_dtype(kv)?, &method(how)?, tokens, 0, self.threads))
+        Ok(footprint(config, self.weights, kv_dtype(kv)?, &method(how)?, tokens, 0, self.threads))
     }
 
     /// Refuses what cannot fit memory: `weights` and `rest` are predicted bytes, `what` names the rest.
@@ -154,7 +166,8 @@ impl Opened {
 
     pub(crate) fn load(&self) -> Result<(Arc<Model>, Arc<Team>), Failure> {
         let team = Arc::new(Team::with_threads(self.threads, true).map_err(longbit::Error::from)?);
-        let model = self.checkpoint.load(self.head, &team)?;
+        let WeightFormat { head, compaction } = self.weights;
+        let model = self.checkpoint.load(head, &team)?.compact(compaction, &team)?;
         if model.rounded > 0 {
             say(&format!(
                 "note: {} numbers of the embedding or head are wider than bf16 and were rounded; --head f32 keeps them",

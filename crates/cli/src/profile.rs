@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::{HeadFormat, Model, ModelConfig, Op, footprint, preset};
+use longbit::{Model, ModelConfig, Op, WeightFormat, footprint, preset};
 use longbit_lab::profile::{Part, Profile, Row};
 use longbit_lab::{Exit, emit};
 use longbit_sys::Team;
@@ -115,26 +115,29 @@ fn load(args: &ProfileArgs, options: &ProfileOptions) -> Result<(Arc<Model>, Arc
     let name = args.model.model.to_str().and_then(|model| model.strip_prefix(PRESET));
     let Some(name) = name else {
         let opened = args.model.open()?;
-        check_memory(opened.checkpoint.config(), opened.head, opened.threads, options)?;
+        check_memory(opened.checkpoint.config(), opened.weights, opened.threads, options)?;
         return opened.load();
     };
     args.model.file.refuse_for("a preset")?;
-    let (config, head) = (preset(name)?, HeadFormat::parse(&args.model.head)?);
+    let (config, weights) = (preset(name)?, args.model.weights()?);
     let threads = threads(args.model.threads);
-    check_memory(&config, head, threads, options)?;
+    check_memory(&config, weights, threads, options)?;
     let team = Arc::new(Team::with_threads(threads, true).map_err(longbit::Error::from)?);
-    Ok((Arc::new(Model::synthetic(config, head, SEED, &team)?), team))
+    Ok((
+        Arc::new(Model::synthetic(config, weights.head, SEED, &team)?.compact(weights.compaction, &team)?),
+        team,
+    ))
 }
 
 fn check_memory(
     config: &ModelConfig,
-    head: HeadFormat,
+    weights: WeightFormat,
     threads: usize,
     options: &ProfileOptions,
 ) -> Result<(), Failure> {
     let capacity = options.capacity();
     let bytes =
-        footprint(config, head, kv_dtype(&options.kv)?, &method(&options.method)?, capacity, 0, threads);
+        footprint(config, weights, kv_dtype(&options.kv)?, &method(&options.method)?, capacity, 0, threads);
     let rest = [bytes.index, bytes.scratch, options.scratch_bytes()]
         .into_iter()
         .fold(bytes.cache, u64::saturating_add);

@@ -2,7 +2,7 @@
 
 use crate::attention::MethodSpec;
 use crate::kv::{CacheShape, KvDtype, PAGE_TOKENS};
-use crate::model::{HeadFormat, ModelBytes, ModelConfig};
+use crate::model::{Compaction, HeadFormat, ModelBytes, ModelConfig, Packing};
 
 /// Bytes of a configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,17 +21,39 @@ pub struct Footprint {
     pub kv_per_token: u64,
 }
 
+/// What the weights of a model are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightFormat {
+    /// Number format of the head.
+    pub head: HeadFormat,
+    /// How the ternary matrices are repacked after loading.
+    pub compaction: Compaction,
+}
+
+impl From<HeadFormat> for WeightFormat {
+    fn from(head: HeadFormat) -> Self {
+        WeightFormat { head, compaction: Compaction::default() }
+    }
+}
+
 /// Predicts the bytes of a session of `context + headroom` tokens.
 pub fn footprint(
     config: &ModelConfig,
-    head: HeadFormat,
+    weights: impl Into<WeightFormat>,
     kv: &dyn KvDtype,
     method: &MethodSpec,
     context: usize,
     headroom: usize,
     threads: usize,
 ) -> Footprint {
-    let model = ModelBytes::of(config, head);
+    let WeightFormat { head, compaction } = weights.into();
+    let model = ModelBytes::compacted(config, head, compaction);
+    // Matrices of another packing are in memory twice while they are made.
+    let loaded = if compaction.packing == Packing::TwoBits {
+        0
+    } else {
+        ModelBytes::ternary(config, Packing::TwoBits)
+    };
     let capacity = context.saturating_add(headroom).div_ceil(PAGE_TOKENS).saturating_mul(PAGE_TOKENS);
     let shape = CacheShape::new(config, capacity);
     let rope = (capacity as u64).saturating_mul(config.head_dim as u64 * 4);
@@ -40,7 +62,7 @@ pub fn footprint(
     let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;
     let read = method.predicted_reads(context);
     Footprint {
-        weights: model.resident,
+        weights: model.resident.saturating_add(loaded),
         cache: shape.row_bytes(kv, capacity),
         index: 0,
         scratch: rope.saturating_add(partials).saturating_add(rows),

@@ -27,6 +27,9 @@ pub struct Capabilities {
     /// Feed-forward non-linearities that a user can name for files that do not tell.
     #[serde(default)]
     pub activations: Vec<String>,
+    /// Packings of ternary weights, as they are loaded first.
+    #[serde(default)]
+    pub weights: Vec<String>,
 }
 
 /// A model preset.

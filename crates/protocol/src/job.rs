@@ -53,6 +53,9 @@ pub struct ModelSpec {
     /// Feed-forward non-linearity, of [`crate::Capabilities::activations`]; empty: as the file says.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub activation: String,
+    /// How the ternary weights are packed after loading, of [`crate::Capabilities::weights`]; empty: as they are loaded.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub weights: String,
 }
 
 /// A text file whose tokens fill the cache and are decoded, in place of generated queries, keys and values.

@@ -4,7 +4,7 @@ use longbit::attention::{Kind, METHODS};
 use longbit::formats::I2sLayout;
 use longbit::kv::KV_DTYPES;
 use longbit::workload::{ParamKind as WorkloadKind, WORKLOADS};
-use longbit::{Activation, Error, HeadFormat, OpenOptions, PRESETS};
+use longbit::{Activation, Compaction, Error, HeadFormat, OpenOptions, PRESETS};
 use longbit_protocol::{
     Capabilities, KvDtypeInfo, MethodInfo, ModelSpec, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
@@ -95,6 +95,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
         i2s: I2sLayout::ALL.iter().map(|l| l.as_str().into()).collect(),
         activations: Activation::ALL.iter().map(|a| a.as_str().into()).collect(),
+        weights: Compaction::ALL.iter().map(|how| how.as_str().into()).collect(),
     })
 }
 
@@ -106,6 +107,11 @@ pub(crate) fn open_options(model: &ModelSpec) -> Result<OpenOptions, Error> {
         i2s: named("byte order of I2_S", &model.i2s, I2sLayout::parse, &orders)?,
         activation: named("activation", &model.activation, Activation::parse, &activations)?,
     })
+}
+
+/// How the weights of a model are repacked after loading.
+pub(crate) fn compaction(model: &ModelSpec) -> Result<Compaction, Error> {
+    if model.weights.is_empty() { Ok(Compaction::default()) } else { Compaction::parse(&model.weights) }
 }
 
 /// What `parse` makes of `name`; none for no name.

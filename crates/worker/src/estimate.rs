@@ -7,11 +7,11 @@ use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
 use longbit::matrix::{is_name, shape_of};
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
-use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, Session, footprint, preset};
+use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, Session, WeightFormat, footprint, preset};
 use longbit_protocol::{Estimate, EstimateRequest, Fill, ModelSpec};
 use longbit_sys::FileMap;
 
-use crate::capabilities::open_options;
+use crate::capabilities::{compaction, open_options};
 use crate::matrix;
 use crate::text::REFERENCE_KV;
 
@@ -38,11 +38,22 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     }
     batch_limits(request)?;
     let config = shape(&request.model)?;
-    let head = HeadFormat::parse(&request.model.head)?;
+    let weights = WeightFormat {
+        head: HeadFormat::parse(&request.model.head)?,
+        compaction: compaction(&request.model)?,
+    };
     let of = |kv: &str| {
         let method = method(&request.method)?;
         let (context, headroom) = (request.context, request.headroom.max(request.batch));
-        Ok::<_, Error>(footprint(&config, head, kv_dtype(kv)?, &method, context, headroom, request.threads))
+        Ok::<_, Error>(footprint(
+            &config,
+            weights,
+            kv_dtype(kv)?,
+            &method,
+            context,
+            headroom,
+            request.threads,
+        ))
     };
     let f = of(&request.kv_dtype)?;
     let mut estimate = Estimate {

@@ -13,7 +13,7 @@ use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
 use longbit_protocol::{Fill, Job, Quality, Traffic};
 use longbit_sys::Team;
 
-use crate::capabilities::open_options;
+use crate::capabilities::{compaction, open_options};
 use crate::estimate;
 use crate::fill::{self, Filled};
 use crate::measure::phase;
@@ -51,6 +51,7 @@ pub(crate) struct Prepared {
 /// Builds or loads the model. Whatever can be refused is refused before the weights are read.
 pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
     let head = HeadFormat::parse(&job.model.head)?;
+    let how = compaction(&job.model)?;
     let wants_text = text::is_workload(&job.workload);
     if job.model.path.is_empty() {
         if wants_text {
@@ -60,7 +61,7 @@ pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
         }
         let shape = estimate::shape(&job.model)?;
         let sha256 = Model::synthetic_sha256(&shape, head, job.model.seed);
-        let model = Arc::new(Model::synthetic(shape, head, job.model.seed, team)?);
+        let model = Arc::new(Model::synthetic(shape, head, job.model.seed, team)?.compact(how, team)?);
         return Ok(Built { model, sha256, text: None });
     }
     let checkpoint = Checkpoint::open(Path::new(&job.model.path), &open_options(&job.model)?)?;
@@ -78,7 +79,7 @@ pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
         }
         (_, false) => None,
     };
-    Ok(Built { model: Arc::new(checkpoint.load(head, team)?), sha256, text })
+    Ok(Built { model: Arc::new(checkpoint.load(head, team)?.compact(how, team)?), sha256, text })
 }
 
 /// Makes the session of a job and fills its cache.

@@ -22,6 +22,38 @@ pub struct Compaction {
     pub skip_zeros: bool,
 }
 
+impl Compaction {
+    /// Every way.
+    pub const ALL: [Compaction; 4] = [
+        Compaction { packing: Packing::TwoBits, skip_zeros: false },
+        Compaction { packing: Packing::Trits, skip_zeros: false },
+        Compaction { packing: Packing::TwoBits, skip_zeros: true },
+        Compaction { packing: Packing::Trits, skip_zeros: true },
+    ];
+
+    /// Name, as in experiment files: the packing, with `+skip` where zeros are skipped.
+    pub fn as_str(self) -> &'static str {
+        match (self.packing, self.skip_zeros) {
+            (Packing::TwoBits, false) => "2bit",
+            (Packing::Trits, false) => "1.6bit",
+            (Packing::TwoBits, true) => "2bit+skip",
+            (Packing::Trits, true) => "1.6bit+skip",
+        }
+    }
+
+    /// The way called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] with the names that exist.
+    pub fn parse(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|how| how.as_str() == name).ok_or_else(|| Error::Unknown {
+            kind: "packing of the weights",
+            name: name.into(),
+            known: Self::ALL.map(Self::as_str).join(", "),
+        })
+    }
+}
+
 impl Model {
     /// Repacks the weights on all threads of `team`. Old and new weights of the model are in memory together for a while.
     ///
@@ -29,6 +61,9 @@ impl Model {
     /// When memory cannot be had, when weights were repacked before, or when zeros are to be skipped in a model whose
     /// activation makes none (SiLU).
     pub fn compact(mut self, how: Compaction, team: &Team) -> Result<Model> {
+        if how == Compaction::default() {
+            return Ok(self);
+        }
         if self.compaction != Compaction::default() {
             return Err(Error::Invalid(
                 "the weights of this model were repacked before; load it anew".into(),

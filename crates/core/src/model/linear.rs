@@ -5,8 +5,6 @@ use std::ops::Range;
 use longbit_kernels::{Kernels, TernaryShape, TritShape};
 use longbit_sys::Segment;
 
-use crate::error::{Error, Result};
-
 /// How ternary weights lie in memory. Every product has the same bits in every packing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Packing {
@@ -18,29 +16,6 @@ pub enum Packing {
 }
 
 impl Packing {
-    /// Every packing.
-    pub const ALL: [Packing; 2] = [Packing::TwoBits, Packing::Trits];
-
-    /// Name, as in experiment files.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Packing::TwoBits => "2bit",
-            Packing::Trits => "1.6bit",
-        }
-    }
-
-    /// The packing called `name`.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`] with the names that exist.
-    pub fn parse(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|p| p.as_str() == name).ok_or_else(|| Error::Unknown {
-            kind: "weight packing",
-            name: name.into(),
-            known: Self::ALL.map(Self::as_str).join(", "),
-        })
-    }
-
     /// Bytes of a tile of four rows.
     pub fn tile_bytes(self, shape: TernaryShape) -> usize {
         match self {

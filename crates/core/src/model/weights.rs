@@ -7,7 +7,7 @@ use longbit_sys::Segment;
 
 use super::compact::Compaction;
 use super::config::ModelConfig;
-use super::linear::TernaryLinear;
+use super::linear::{Packing, TernaryLinear};
 use super::sparse::SparseFfn;
 use super::two_stage::TwoStage;
 use crate::error::{Error, Result};
@@ -275,6 +275,12 @@ pub struct ModelBytes {
 }
 
 impl ModelBytes {
+    /// Bytes of all ternary matrices.
+    pub(crate) fn ternary(config: &ModelConfig, packing: Packing) -> u64 {
+        let bytes = |&(_, rows, cols): &(_, usize, usize)| packing.bytes(TernaryShape { rows, cols }) as u64;
+        config.layers as u64 * config.linears().iter().map(bytes).sum::<u64>()
+    }
+
     /// Computed from the shape alone, for weights as they are loaded.
     pub fn of(config: &ModelConfig, head: HeadFormat) -> Self {
         Self::compacted(config, head, Compaction::default())
@@ -283,17 +289,13 @@ impl ModelBytes {
     /// Computed from the shape alone, for weights that [`Model::compact`] repacked. What zeros spare a step depends on its
     /// activations and is not taken off.
     pub fn compacted(config: &ModelConfig, head: HeadFormat, how: Compaction) -> Self {
-        let linear: u64 = config
-            .linears()
-            .iter()
-            .map(|&(_, rows, cols)| how.packing.bytes(TernaryShape { rows, cols }) as u64)
-            .sum();
         let copies =
             if how.skip_zeros { SparseFfn::bytes(config.hidden, config.intermediate) as u64 } else { 0 };
         let norms = 4
             * (2 * config.hidden + if config.sub_norms { config.q_rows() + config.intermediate } else { 0 })
                 as u64;
-        let layers = config.layers as u64 * (linear + norms) + 4 * config.hidden as u64;
+        let layers =
+            Self::ternary(config, how.packing) + config.layers as u64 * norms + 4 * config.hidden as u64;
         let head_bytes = head.bytes(config.vocab, config.hidden);
         let width = head.table().size() as u64;
         let table = width * config.vocab as u64 * config.hidden as u64;

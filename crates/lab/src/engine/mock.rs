@@ -122,6 +122,7 @@ pub fn capabilities() -> Capabilities {
         heads: vec!["bf16".into(), "int8".into()],
         i2s: vec!["x86".into(), "arm".into()],
         activations: vec!["relu2".into(), "silu".into()],
+        weights: ["2bit", "1.6bit"].map(String::from).into(),
     }
 }
 

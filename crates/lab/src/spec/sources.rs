@@ -30,8 +30,12 @@ impl<'a> Reader<'a> {
         let head = section.str("head");
         let seed = section.int("seed", 0, u64::MAX).map_or(1, |at| at.value);
         let sha256 = section.str("sha256").and_then(|at| self.sha256(&at));
-        let said = [("i2s", &self.caps.i2s), ("activation", &self.caps.activations)];
-        let [i2s, activation] = said.map(|(key, words)| self.word(section, key, words));
+        let said = [
+            ("i2s", &self.caps.i2s),
+            ("activation", &self.caps.activations),
+            ("weights", &self.caps.weights),
+        ];
+        let [i2s, activation, weights] = said.map(|(key, words)| self.word(section, key, words));
         section.end();
         match (&preset, &path) {
             (Some(_), Some(path)) => {
@@ -94,6 +98,7 @@ impl<'a> Reader<'a> {
             sha256: sha256.unwrap_or_default(),
             i2s: i2s.unwrap_or_default(),
             activation: activation.unwrap_or_default(),
+            weights: weights.unwrap_or_default(),
         })
     }
 

@@ -35,7 +35,7 @@ impl Pass<'_> {
             let row = std::mem::take(&mut p.row);
             self.head_rows(worker, p, &row[..hidden]);
             p.row = row;
-            p.clock.lap(Op::Head, || self.head_bytes(worker));
+            self.lap_head(worker, p);
             return;
         }
         for (i, token) in self.owned(worker).enumerate() {
@@ -44,7 +44,17 @@ impl Pass<'_> {
         self.barrier(worker, p);
         let wanted = self.wanted();
         self.head_rows(worker, p, &s.normed.read()[wanted.start * hidden..wanted.end * hidden]);
-        p.clock.lap(Op::Head, || self.head_bytes(worker));
+        self.lap_head(worker, p);
+    }
+
+    /// Ends the lap of the head: its whole share, or of a two-stage head what followed the coarse scan.
+    fn lap_head(&self, worker: &Worker<'_>, p: &mut Private) {
+        let row = 2 * self.model.config.hidden;
+        let rescored = p.rescored as usize;
+        p.clock.lap(Op::Head, || match self.model.head {
+            Head::TwoStage(_) => rescored * row,
+            _ => self.head_bytes(worker),
+        });
     }
 
     /// Bytes of the head that the thread reads.
@@ -119,6 +129,7 @@ impl Pass<'_> {
         // Fewer rows than asked for: there is nothing that the rest could be below of.
         p.lower.resize(top, f32::NEG_INFINITY);
         self.lower_bounds.write(worker.index()).copy_from_slice(&p.lower);
+        p.clock.lap(Op::Head, || self.head_bytes(worker));
         self.barrier(worker, p);
         p.lower.clear();
         p.lower.extend_from_slice(&self.lower_bounds.read());
