@@ -1,9 +1,9 @@
 //! The block products with AVX2: bytes are multiplied into 16-bit pairs, of which two fit (`2 * 2 * 63 * 128 < 2^15`).
 //! The sixteen lanes are two registers, the bytes 0 to 31 and 32 to 63 of each group.
 
-use super::{BlockFormat, BlockTable, Blocks, GROUP, PREFETCH_BYTES, PlaneBlock};
+use super::{BlockFormat, BlockTable, Blocks, GROUP, PlaneBlock};
 use crate::TILE_ROWS;
-use crate::vector::{A16, F32x16};
+use crate::vector::{A16, F32x16, load};
 use std::arch::x86_64::*;
 
 pub(crate) static TABLE: BlockTable = BlockTable { q6, q4 };
@@ -56,54 +56,54 @@ unsafe fn codes<const Q6: bool>(unit: *const u8) -> [__m256i; 4] {
     }
 }
 
-/// The lanes of row `r` of a tile.
+/// The lanes of the four rows of a tile, which is read in its order in memory.
 ///
 /// # Safety
 /// `tile` is readable for a tile of as many blocks as there are `planes`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn row_lanes<const Q6: bool>(
+unsafe fn tile_lanes<const Q6: bool>(
     format: BlockFormat,
     tile: *const u8,
-    r: usize,
     planes: &[PlaneBlock],
-) -> [f32; 16] {
+) -> [[f32; 16]; TILE_ROWS] {
     let units = tile.wrapping_add(format.header(planes.len()));
-    let mut acc = [_mm256_setzero_ps(); 2];
+    let mut acc = [[_mm256_setzero_ps(); 2]; TILE_ROWS];
     for (b, planes) in planes.iter().enumerate() {
-        let unit = units.wrapping_add((b * TILE_ROWS + r) * format.unit());
-        for part in 0..format.unit() / GROUP {
-            // A request beyond the end of the matrix is harmless: prefetches do not fault.
-            _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(PREFETCH_BYTES + part * GROUP).cast());
-        }
-        // SAFETY: the arrays of a plane block have 64 bytes a group and 16 sums; the header has the scales of this block,
-        // and the tile its units.
-        unsafe {
-            let scale = if Q6 {
-                let bits = tile.add(2 * (b * TILE_ROWS + r)).cast::<u16>().read_unaligned();
-                _mm256_set1_ps(f32::from_bits(u32::from(bits) << 16))
-            } else {
-                let four = _mm_loadl_epi64(tile.add(8 * (b * TILE_ROWS + r)).cast());
-                let four = _mm_castsi128_ps(_mm_slli_epi32::<16>(_mm_cvtepu16_epi32(four)));
-                _mm256_set_m128(four, four)
-            };
-            for half in 0..2 {
-                let codes = codes::<Q6>(unit.add(half * HALF));
-                let minus = _mm256_loadu_si256(planes.minus.as_ptr().add(8 * half).cast());
-                let start = if Q6 { _mm256_slli_epi32::<5>(minus) } else { _mm256_slli_epi32::<3>(minus) };
-                let (hi, lo) = (planes.hi.as_flattened(), planes.lo.as_flattened());
-                let upper = dot(_mm256_setzero_si256(), codes, hi.as_ptr().add(half * HALF));
-                let lower = dot(start, codes, lo.as_ptr().add(half * HALF));
-                let sum = _mm256_add_epi32(_mm256_slli_epi32::<8>(upper), lower);
-                acc[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[half]);
+        let (hi, lo) = (planes.hi.as_flattened(), planes.lo.as_flattened());
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let unit = units.wrapping_add((b * TILE_ROWS + r) * format.unit());
+            // SAFETY: the arrays of a plane block have 64 bytes a group and 16 sums; the header has the scales of this
+            // block, and the tile its units.
+            unsafe {
+                let scale = if Q6 {
+                    let bits = tile.add(2 * (b * TILE_ROWS + r)).cast::<u16>().read_unaligned();
+                    _mm256_set1_ps(f32::from_bits(u32::from(bits) << 16))
+                } else {
+                    let four = _mm_loadl_epi64(tile.add(8 * (b * TILE_ROWS + r)).cast());
+                    let four = _mm_castsi128_ps(_mm_slli_epi32::<16>(_mm_cvtepu16_epi32(four)));
+                    _mm256_set_m128(four, four)
+                };
+                for half in 0..2 {
+                    let codes = codes::<Q6>(unit.add(half * HALF));
+                    let minus = _mm256_loadu_si256(planes.minus.as_ptr().add(8 * half).cast());
+                    let start =
+                        if Q6 { _mm256_slli_epi32::<5>(minus) } else { _mm256_slli_epi32::<3>(minus) };
+                    let upper = dot(_mm256_setzero_si256(), codes, hi.as_ptr().add(half * HALF));
+                    let lower = dot(start, codes, lo.as_ptr().add(half * HALF));
+                    let sum = _mm256_add_epi32(_mm256_slli_epi32::<8>(upper), lower);
+                    acc[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[half]);
+                }
             }
         }
     }
-    let mut lanes = [0.0; 16];
-    // SAFETY: eight lanes at 0 and at 8 of sixteen.
-    unsafe {
-        _mm256_storeu_ps(lanes.as_mut_ptr(), acc[0]);
-        _mm256_storeu_ps(lanes.as_mut_ptr().add(8), acc[1]);
+    let mut lanes = [[0.0; 16]; TILE_ROWS];
+    for (lanes, acc) in lanes.iter_mut().zip(acc) {
+        // SAFETY: eight lanes at 0 and at 8 of sixteen.
+        unsafe {
+            _mm256_storeu_ps(lanes.as_mut_ptr(), acc[0]);
+            _mm256_storeu_ps(lanes.as_mut_ptr().add(8), acc[1]);
+        }
     }
     lanes
 }
@@ -116,11 +116,14 @@ fn product<const Q6: bool>(tiles: Blocks<'_>, planes: &[PlaneBlock], scale: f32,
     let planes = &planes[..tiles.blocks];
     assert!(tiles.data.len() >= tiles.rows.div_ceil(TILE_ROWS) * tile_bytes);
     for (t, out) in out[..tiles.rows].chunks_mut(TILE_ROWS).enumerate() {
-        for (r, o) in out.iter_mut().enumerate() {
-            // SAFETY: the assertion above leaves a whole tile here.
-            let lanes =
-                unsafe { row_lanes::<Q6>(format, tiles.data.as_ptr().add(t * tile_bytes), r, planes) };
-            *o = crate::vector::load::<A16>(&lanes).sum() * scale;
+        // SAFETY: the assertion above leaves a whole tile here.
+        let tile = unsafe { tiles.data.as_ptr().add(t * tile_bytes) };
+        // SAFETY: it has as many blocks as there are planes.
+        let lanes = unsafe { tile_lanes::<Q6>(format, tile, planes) };
+        let [a, b, c, d] = &lanes;
+        let sums = A16::sum4([load(a), load(b), load(c), load(d)]);
+        for (o, sum) in out.iter_mut().zip(sums) {
+            *o = sum * scale;
         }
     }
 }

@@ -4,7 +4,7 @@
 //! A row of a block costs, at 6 bits, three loads, nine operations to separate the groups, eight dot products and five
 //! for the sum: 22 for 192 bytes, so that two vector ports are idle half of the time at 8 bytes a cycle.
 
-use super::{BlockFormat, BlockTable, Blocks, GROUP, PREFETCH_BYTES, PlaneBlock};
+use super::{BlockFormat, BlockTable, Blocks, GROUP, PlaneBlock};
 use crate::TILE_ROWS;
 use crate::vector::{F32x16, Z16};
 use std::arch::x86_64::*;
@@ -88,11 +88,6 @@ macro_rules! stamp {
                         let start = if Q6 { _mm512_slli_epi32::<5>(minus) } else { _mm512_slli_epi32::<3>(minus) };
                         for r in 0..TILE_ROWS {
                             let unit = units.wrapping_add((b * TILE_ROWS + r) * format.unit());
-                            for part in 0..format.unit() / GROUP {
-                                // A request beyond the end of the matrix is harmless: prefetches do not fault.
-                                let ahead = unit.wrapping_add(PREFETCH_BYTES + part * GROUP);
-                                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                            }
                             let codes = codes::<Q6>(unit);
                             let upper = dot(_mm512_setzero_si512(), codes, hi);
                             let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), dot(start, codes, lo));

@@ -13,6 +13,9 @@
 //!   `j / 4 % 4 == s`. A unit is twice 64 bytes; byte `j` holds the groups 0 and 1, then 2 and 3, in its low and its high
 //!   four bits. A scale that belongs to lanes costs no sum of its own.
 //!
+//! Tiles are read in their order in memory and nothing is requested ahead: hardware does that better for one linear
+//! stream (`docs/decisions/head.md` has the measurements).
+//!
 //! A scale is the largest magnitude of its columns by 31 (or 7), rounded up to bfloat16, and a code is the nearest one,
 //! so `|w - w^| <= scale / 2` but for the rounding of one division (a factor of `1 + 2^-23`).
 //!
@@ -44,9 +47,6 @@ pub(crate) const GROUP: usize = 64;
 pub(crate) const LARGEST: f32 = 32512.0;
 /// Bytes that a tile's parts are padded to.
 const LINE: usize = 64;
-/// How far ahead of the arithmetic the stream of weights is requested.
-#[cfg(target_arch = "x86_64")]
-pub(crate) const PREFETCH_BYTES: usize = 8192;
 
 /// How many bits a weight has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
