@@ -9,7 +9,7 @@ use longbit::convert::{GgufOptions, Vocabulary, Written, write_gguf, write_safet
 use longbit::formats::Encoding;
 use longbit::{Checkpoint, HeadFormat, Model, ModelBytes, preset};
 use longbit_lab::Exit;
-use longbit_sys::{Team, allowed_cpus};
+use longbit_sys::{Team, available_threads};
 
 use crate::Failure;
 use crate::model_args::{FileArgs, check_weights};
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &ConvertArgs, out: &mut dyn Write) -> Result<Exit, Failu
         return Err(Failure::Usage("--seed is for the weights of preset:NAME; leave it out".into()));
     }
     let clock = Instant::now();
-    let threads = allowed_cpus().map_or(1, |cpus| cpus.len());
+    let threads = available_threads();
     let team = Team::new(threads, false).map_err(longbit::Error::from)?;
     let Loaded { model, vocabulary, head } = load(args, &team)?;
     let read = clock.elapsed();

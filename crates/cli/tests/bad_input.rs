@@ -92,13 +92,25 @@ fn unknown_names_are_named_with_the_nearest() {
 #[test]
 fn axis_values_out_of_range_are_refused() {
     for (old, new, says) in [
-        ("context = [128]", "context = [0]", "context must be a whole number of tokens from 1 to"),
-        ("context = [128]", "context = [99999999999]", "context must be a whole number of tokens from 1 to"),
-        ("context = [128]", "context = [\"2k\"]", "context must be a whole number of tokens from 1 to"),
+        ("context = [128]", "context = [-1]", "context must be a whole number of tokens from 0 to"),
+        ("context = [128]", "context = [99999999999]", "context must be a whole number of tokens from 0 to"),
+        ("context = [128]", "context = [\"2k\"]", "context must be a whole number of tokens from 0 to"),
         ("context = [128]", "context = []", "the axis context is empty"),
-        ("threads = [1]", "threads = [0]", "threads must be \"all\" or a whole number from 1 to"),
-        ("threads = [1]", "threads = [-2]", "threads must be \"all\" or a whole number from 1 to"),
-        ("threads = [1]", "threads = [\"most\"]", "threads must be \"all\" or a whole number from 1 to"),
+        (
+            "threads = [1]",
+            "threads = [0]",
+            "threads must be \"all\", \"all+1\", \"1..all\" or a whole number from 1 to",
+        ),
+        (
+            "threads = [1]",
+            "threads = [-2]",
+            "threads must be \"all\", \"all+1\", \"1..all\" or a whole number from 1 to",
+        ),
+        (
+            "threads = [1]",
+            "threads = [\"most\"]",
+            "threads must be \"all\", \"all+1\", \"1..all\" or a whole number from 1 to",
+        ),
         ("probe = \"1MiB\"", "probe = \"1 parsec\"", "is not a size"),
         ("probe = \"1MiB\"", "probe = \"99999999TiB\"", "is not a size"),
         ("max_rss = \"8GiB\"", "max_rss = \"101%\"", "is not a share of the memory"),

@@ -80,12 +80,9 @@ fn logits_refuse_what_they_cannot_use() {
     assert!(matches!(threads.code, 1 | 2), "{threads:?}");
     // More threads than CPUs are slow and work; the cost is said.
     let many = (std::thread::available_parallelism().map_or(1, usize::from) + 1).to_string();
-    ask(&["--tokens", "1", "--threads", &many, "--out", "many.safetensors"]).expect(0).says(&[
-        "warning: ",
-        &many,
-        "each barrier waits for a time slice",
-        "use --threads",
-    ]);
+    run(dir.path(), &["logits", "--model", path(&model), "--tokens", "1", "--threads", &many])
+        .expect(0)
+        .says(&["warning: ", &many, "each barrier waits for a time slice", "use --threads"]);
     let nowhere = run(dir.path(), &["logits", "--model", "gone", "--tokens", "1"]).says(&["gone"]);
     assert!(matches!(nowhere.code, 1 | 2), "{nowhere:?}");
     assert!(!dir.path().join("out.safetensors").exists());

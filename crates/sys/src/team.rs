@@ -72,7 +72,7 @@ impl Team {
 
     /// As [`Team::new`], but the team may be larger than the machine, up to [`MAX_THREADS`]. The workers of such a team take
     /// turns on the CPUs, unpinned, and a barrier gives its CPU away instead of spinning: it waits for time slices of the
-    /// scheduler, which costs several times the work between two barriers. Callers warn of it (see [`available_threads`]).
+    /// scheduler, which may cost more than the work between two barriers. Callers warn of it (see [`available_threads`]).
     ///
     /// # Errors
     /// [`SysError::NoThreads`], [`SysError::TooManyThreads`] above the limit, [`SysError::Pool`].

@@ -66,7 +66,7 @@ pub fn measured(records: &[Record]) -> Rows {
             r.threads.to_string(),
             if batches { r.batch_tokens().to_string() } else { String::new() },
             if cached { r.kv_dtype.clone() } else { String::new() },
-            format!("{}{mark}", labels.method(r)),
+            if r.one_matrix() { mark.trim().to_owned() } else { format!("{}{mark}", labels.method(r)) },
             number(r.decode_tok_s),
             interval.unwrap_or_default(),
             ms(r.tpot_p50_ns),
@@ -80,7 +80,7 @@ pub fn measured(records: &[Record]) -> Rows {
             share(r.top1_agreement),
             r.logit_cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
             r.perplexity_ratio().map_or(String::new(), |x| format!("{x:.4}×")),
-            r.cache_bytes_per_token().map_or(String::new(), |b| digits(b as f64 / 1e6)),
+            r.cache_bytes_per_token().filter(|_| cached).map_or(String::new(), |b| digits(b as f64 / 1e6)),
             number(r.achieved_gb_s),
             share(r.roofline_fraction),
         ]

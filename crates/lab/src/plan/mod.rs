@@ -282,8 +282,8 @@ pub const NO_METHOD: &str = "-";
 pub fn oversubscribed(threads: usize, cpus: usize) -> Option<String> {
     (threads > cpus).then(|| {
         format!(
-            "{threads} threads on {cpus} CPU{}: each barrier waits for a time slice, and decoding is usually several times \
-             slower",
+            "{threads} threads on {cpus} CPU{}: each barrier waits for a time slice, so decoding gets slower with them, small \
+             models several times",
             if cpus == 1 { "" } else { "s" }
         )
     })

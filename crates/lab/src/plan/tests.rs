@@ -202,8 +202,8 @@ fn a_context_above_the_limit_is_a_skipped_row_with_the_work() {
     assert_eq!(skipped, [reason; 8]);
     assert_eq!(plan.cohorts, [vec![0, 1, 3, 4], vec![6, 7, 9, 10]]);
     assert_eq!(plan.cells[0].predicted.prefill_macs, 1_024_000_000_000);
-    // 1.024e12 multiply-adds at 2e10 a second and thread, over the four cells of a cohort with two threads.
-    assert!(plan.cells[0].predicted.seconds > 6.0, "{:?}", plan.cells[0].predicted);
+    // 1.024e12 multiply-adds at 6e10 a second and thread, over the four cells of a cohort with two threads.
+    assert!(plan.cells[0].predicted.seconds > 2.0, "{:?}", plan.cells[0].predicted);
     // The engine is given paths that it can open, the plan keeps those of the file.
     assert!(asked.iter().all(|e| e.fill == Fill::Prefill && e.model.path.ends_with("/m")));
     assert!(plan.cells.iter().all(|c| c.model.path == "m"));
