@@ -91,6 +91,20 @@ fn f32_dense_attention_is_exact_to_rounding() {
 }
 
 #[test]
+fn every_head_format_answers_a_job() {
+    let heads = longbit_worker::capabilities().unwrap().heads;
+    assert!(heads.iter().any(|h| h == "two-stage") && heads.iter().any(|h| h == "q4"), "{heads:?}");
+    for head in heads {
+        let mut job = job("bf16", &["dense"], measure(1));
+        job.model.head.clone_from(&head);
+        let (code, events) = run(job);
+        assert_eq!((code, events.last()), (0, Some(&Event::End)), "{head}");
+        assert_eq!(samples(&events).len(), 1, "{head}");
+        assert!(ready(&events).weight_bytes_per_token > 0);
+    }
+}
+
+#[test]
 fn the_same_seed_fills_the_same_bytes() {
     let fill = |job| ready(&run(job).1).fill_sha256.clone();
     let first = fill(job("bf16", &["dense"], measure(0)));

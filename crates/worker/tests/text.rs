@@ -204,6 +204,19 @@ fn prefill_fills_what_decoding_one_by_one_fills() {
 }
 
 #[test]
+fn quality_with_a_two_stage_head_is_that_of_the_bf16_head() {
+    let measured = ["bf16", "two-stage"].map(|head| {
+        let mut job = job("bf16", &[("dense", 1), ("window:sinks=2,window=30", 1)]);
+        job.model.head = head.into();
+        let (code, events) = run(job);
+        assert_eq!(code, 0, "{head}: {:?}", events.last());
+        qualities(&events)
+    });
+    assert_eq!(measured[0].len(), 2);
+    assert_eq!(measured[0], measured[1]);
+}
+
+#[test]
 fn the_checkpoint_and_the_text_must_be_the_planned_ones() {
     let checkpoint = Checkpoint::open(&fixture("hf_bitnet/offline"), &OpenOptions::default()).unwrap();
     let sha256 = checkpoint.sha256().unwrap();
