@@ -1,32 +1,94 @@
-//! A decode step of dense attention, in bytes of cached keys and values: 30 layers of the heads of a 2B model.
+//! Dense attention as a session runs it: a decode step in bytes of cached keys and values, and a chunk of prefill in
+//! multiply-adds; 30 layers of the heads of a 2B model on a residual stream of 256.
+//!
+//! Not a criterion bench: what counts is a ratio to a bandwidth that drifts, so step and probe are measured in turn (A B B
+//! A), and the median of the ratios is printed. `LONGBIT_CONTEXTS` (default `2048,8192,32768`; 98304 takes 7.5 GB with
+//! bf16) and `LONGBIT_KV` (default `bf16,f32`) say what is measured.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use longbit_benches::{attention_session, criterion, thread_counts};
+use std::time::Instant;
 
-fn dense(c: &mut Criterion) {
-    for kv in ["bf16", "f32"] {
-        let mut group = c.benchmark_group(format!("attention/dense/{kv}"));
-        group.sample_size(10);
-        for context in [2048, 16_384] {
+use longbit::{Session, Supplied};
+use longbit_benches::{attention_session, model_2b, probe, team, thread_counts};
+use longbit_sys::{ReadProbe, Team};
+
+/// Rounds of A B B A.
+const ROUNDS: usize = 4;
+/// Tokens of a chunk of prefill.
+const PREFILL: usize = 512;
+
+fn listed(variable: &str, default: &str) -> Vec<String> {
+    let list = std::env::var(variable).unwrap_or_else(|_| default.into());
+    list.split(',').map(|item| item.trim().to_string()).collect()
+}
+
+fn median(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    (x[x.len() / 2] + x[(x.len() - 1) / 2]) / 2.0
+}
+
+/// GB/s of decode steps over at least 50 ms.
+fn decode(session: &mut Session, supplied: &Supplied, context: usize) -> f64 {
+    let (clock, mut bytes) = (Instant::now(), 0);
+    while bytes == 0 || clock.elapsed().as_millis() < 50 {
+        session.decode_supplied(0, supplied, false).expect("a step");
+        session.rewind(context);
+        bytes += session.traffic().kv_bytes;
+    }
+    bytes as f64 / clock.elapsed().as_secs_f64() / 1e9
+}
+
+fn decode_line(kv: &str, context: usize, threads: usize, probe: &ReadProbe, team: &Team) {
+    let (mut session, supplied) = attention_session(context, kv, threads);
+    decode(&mut session, &supplied, context);
+    let (mut ratios, mut speeds, mut reads) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let (a, b) = (probe.measure(team), decode(&mut session, &supplied, context));
+        let (c, d) = (decode(&mut session, &supplied, context), probe.measure(team));
+        ratios.extend([b / a, c / d]);
+        speeds.extend([b, c]);
+        reads.extend([a, d]);
+    }
+    println!(
+        "decode  {kv:<5} {context:>7} {threads:>7} {:>8.1} {:>10.1} {:>9.2}",
+        median(speeds),
+        median(reads),
+        median(ratios)
+    );
+}
+
+/// Multiply-adds of the attention of a chunk, in 10^9 a second and thread.
+fn prefill_line(kv: &str, context: usize, threads: usize) {
+    let config = model_2b();
+    let (mut session, _) = attention_session(context + PREFILL, kv, threads);
+    let tokens = vec![1; PREFILL];
+    let seen: usize = (0..PREFILL).map(|i| context + i + 1).sum();
+    let work = (seen * config.heads * config.layers * config.head_dim * 2) as f64;
+    let rates = (0..3).map(|_| {
+        session.rewind(context);
+        let clock = Instant::now();
+        session.prefill_at_once(&tokens).expect("a chunk");
+        work / clock.elapsed().as_secs_f64() / 1e9 / threads as f64
+    });
+    println!(
+        "prefill {kv:<5} {context:>7} {threads:>7} {:>8.1} G multiply-adds/s a thread",
+        median(rates.collect())
+    );
+}
+
+fn main() {
+    let probe = probe();
+    println!("        kv    context threads     GB/s  read GB/s  fraction");
+    for kv in listed("LONGBIT_KV", "bf16,f32") {
+        for context in listed("LONGBIT_CONTEXTS", "2048,8192,32768") {
+            let context = context.parse().expect("a number of tokens");
             for threads in thread_counts() {
-                let (mut session, supplied) = attention_session(context, kv, threads);
-                session.decode_supplied(0, &supplied, false).expect("a step");
-                group.throughput(Throughput::Bytes(session.traffic().kv_bytes));
-                session.rewind(context);
-                group.bench_function(BenchmarkId::new(format!("{threads} threads"), context), |b| {
-                    b.iter(|| {
-                        session.decode_supplied(0, &supplied, false).expect("a step");
-                        session.rewind(context);
-                    });
-                });
+                decode_line(&kv, context, threads, &probe, &team(threads));
+            }
+        }
+        for context in [0, 8192] {
+            for threads in thread_counts() {
+                prefill_line(&kv, context, threads);
             }
         }
     }
 }
-
-criterion_group! {
-    name = benches;
-    config = criterion();
-    targets = dense
-}
-criterion_main!(benches);

@@ -15,6 +15,7 @@ const STRIDE: usize = 1024;
 const LINE: usize = 64;
 
 /// The rows that are read after those at hand.
+#[derive(Clone, Copy)]
 pub(super) struct Upcoming {
     next: *const u8,
     len: usize,
@@ -24,6 +25,12 @@ impl Upcoming {
     #[inline(always)]
     pub(super) fn of<E>(rows: &[E]) -> Self {
         Upcoming { next: rows.as_ptr().cast(), len: size_of_val(rows) }
+    }
+
+    /// Nothing, as far as is known.
+    #[inline(always)]
+    pub(super) fn none() -> Self {
+        Upcoming { next: std::ptr::null(), len: 0 }
     }
 
     /// To be called before the next `bytes` bytes are read, at `here`, `left` bytes before the end of their rows.

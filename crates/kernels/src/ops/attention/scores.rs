@@ -1,8 +1,7 @@
 //! Dot products of a group of query heads with stored rows.
 //!
-//! With 32 wide registers and rows of 128, two heads of the group stay in sixteen registers while eight rows go by, one
-//! after another; then the same rows, from the first-level cache, meet the next two heads. Other shapes read the queries
-//! again for every row.
+//! With 32 wide registers and rows of 128, four heads meet a row at once: the queries of two stay in sixteen registers,
+//! those of the others are read again for every row. Other shapes read all queries again.
 
 use super::ahead::{Upcoming, unknown};
 use crate::vector::{Element, F32x16, LANES};
@@ -10,6 +9,14 @@ use std::mem::MaybeUninit;
 
 /// Vectors of a row whose queries are kept in registers.
 const KEPT: usize = 8;
+/// Heads whose queries are kept.
+const KEPT_HEADS: usize = 2;
+/// Rows that more than four heads go through in turn: 4 KiB of bfloat16.
+const ROW_BLOCK: usize = 16;
+
+/// Queries of four heads, so that no vector of them lies in two cache lines.
+#[repr(align(64))]
+struct Queries([MaybeUninit<f32>; 4 * KEPT * LANES]);
 
 /// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. With `FIXED`, `d` is [`KEPT`] vectors.
 ///
@@ -23,7 +30,7 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
     (out, stride): (*mut f32, usize),
 ) {
     let d = if FIXED { KEPT * LANES } else { d };
-    let mut kept = [[V::splat(0.0); KEPT]; G];
+    let mut kept = [[V::splat(0.0); KEPT]; KEPT_HEADS];
     // In memory: the registers hold queries.
     let mut flat = [MaybeUninit::<V>::uninit(); 16];
     for sum in &mut flat[G * N..] {
@@ -33,7 +40,7 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
     // for the places in out. The loop writes the first G * N sums; the others were written before.
     unsafe {
         if FIXED {
-            for h in 0..G {
+            for h in 0..G.min(KEPT_HEADS) {
                 for c in 0..KEPT {
                     kept[h][c] = V::load(q.add(h * d + c * LANES));
                 }
@@ -48,8 +55,9 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
                 let [x, y] = E::load_two::<V>(row.add(j));
                 for h in 0..G {
                     let q = q.add(h * d + j);
-                    let a = if FIXED { kept[h][j / LANES] } else { V::load(q) };
-                    let b = if FIXED { kept[h][j / LANES + 1] } else { V::load(q.add(LANES)) };
+                    let keep = FIXED && h < KEPT_HEADS;
+                    let a = if keep { kept[h][j / LANES] } else { V::load(q) };
+                    let b = if keep { kept[h][j / LANES + 1] } else { V::load(q.add(LANES)) };
                     acc[h] = y.mul_add(b, x.mul_add(a, acc[h]));
                 }
                 j += 2 * LANES;
@@ -88,28 +96,34 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
     }
 }
 
-/// [`score_tile`] for `g` heads, `N` rows and rows of [`KEPT`] vectors.
+/// Scores of `n` rows of [`KEPT`] vectors against `g` heads, at most four.
 ///
 /// # Safety
-/// As [`score_tile`].
+/// As [`score_tile`], for `n` rows.
 #[inline(always)]
-unsafe fn kept_tile<V: F32x16, E: Element>(
-    (q, g): (*const f32, usize),
-    rows: *const E,
+unsafe fn kept_rows<V: F32x16, E: Element, const G: usize, const N: usize>(
+    queries: *const f32,
+    (rows, n): (*const E, usize),
     (out, stride): (*mut f32, usize),
+    upcoming: &Upcoming,
 ) {
     const D: usize = KEPT * LANES;
-    let mut h = 0;
-    // SAFETY: h < g or h + 2 <= g; eight rows twice are those of the caller.
+    let row = D * size_of::<E>();
+    let mut room = Queries([MaybeUninit::uninit(); 4 * D]);
+    let q = room.0.as_mut_ptr().cast::<f32>();
+    let mut t = 0;
+    // SAFETY: G heads fit the room; the rows t.. of a tile are within n.
     unsafe {
-        while h + 2 <= g {
-            let (q, out) = (q.add(h * D), out.add(h * stride));
-            score_tile::<V, E, 2, 8, true>(q, rows, D, (out, stride));
-            h += 2;
+        std::ptr::copy_nonoverlapping(queries, q, G * D);
+        while t + N <= n {
+            let here = rows.add(t * D);
+            upcoming.request::<V, E>(here, (n - t) * row, N * row);
+            score_tile::<V, E, G, N, true>(q, here, D, (out.add(t), stride));
+            t += N;
         }
-        if h < g {
-            let (q, out) = (q.add(h * D), out.add(h * stride));
-            score_tile::<V, E, 1, 8, true>(q, rows, D, (out, stride));
+        while t < n {
+            score_tile::<V, E, G, 1, true>(q, rows.add(t * D), D, (out.add(t), stride));
+            t += 1;
         }
     }
 }
@@ -152,28 +166,39 @@ pub(super) fn scores<V: F32x16, E: Element>(
     let (g, n) = (queries.len() / d, rows.len() / d);
     assert!(queries.len() >= g * d && rows.len() >= n * d && out.len() >= g * n);
     let upcoming = Upcoming::of(upcoming);
-    let (q, row) = ((queries.as_ptr(), g), d * size_of::<E>());
-    let mut t = 0;
-    // SAFETY: the rows t.. of a tile are within n, and the lengths were checked above.
+    let row = d * size_of::<E>();
+    let (q, rows, out) = (queries.as_ptr(), rows.as_ptr(), out.as_mut_ptr());
+    let fixed = V::WIDE && d == KEPT * LANES;
+    // More than four heads take turns for every few rows, so that a row is read from memory once.
+    let block = if fixed && g > 4 { ROW_BLOCK } else { n.max(1) };
+    // SAFETY: heads and rows are within g and n, and the lengths were checked above.
     unsafe {
-        while t < n {
-            let fixed = V::WIDE && d == KEPT * LANES && t + 8 <= n;
-            let some = if fixed {
-                8
-            } else if V::WIDE && t + 4 <= n {
-                4
-            } else {
-                1
-            };
-            let here = rows.as_ptr().add(t * d);
-            let out = (out.as_mut_ptr().add(t), n);
+        for t in (0..n).step_by(block) {
+            let some = block.min(n - t);
+            let here = (rows.add(t * d), some);
+            let mut h = 0;
+            while fixed && h < g {
+                let (q, out) = (q.add(h * d), (out.add(h * n + t), n));
+                let last = t + some == n;
+                let next = if last { upcoming } else { Upcoming::none() };
+                match g - h {
+                    1 => kept_rows::<V, E, 1, 8>(q, here, out, &next),
+                    2 => kept_rows::<V, E, 2, 8>(q, here, out, &next),
+                    3 => kept_rows::<V, E, 3, 4>(q, here, out, &next),
+                    _ => kept_rows::<V, E, 4, 4>(q, here, out, &next),
+                }
+                h += 4;
+            }
+        }
+        let mut t = 0;
+        while !fixed && t < n {
+            let some = if V::WIDE && t + 4 <= n { 4 } else { 1 };
+            let (here, out) = (rows.add(t * d), (out.add(t), n));
             upcoming.request::<V, E>(here, (n - t) * row, some * row);
-            if fixed {
-                kept_tile::<V, E>(q, here, out);
-            } else if some == 4 {
-                any_tile::<V, E, 4>(q, here, d, out);
+            if some == 4 {
+                any_tile::<V, E, 4>((q, g), here, d, out);
             } else {
-                any_tile::<V, E, 1>(q, here, d, out);
+                any_tile::<V, E, 1>((q, g), here, d, out);
             }
             t += some;
         }
