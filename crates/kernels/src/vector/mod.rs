@@ -104,8 +104,8 @@ pub(crate) trait F32x16: Copy {
         Self::sum4(v)
     }
 
-    /// Requests the cache line at an address, which need not be valid, into the second-level cache: what is requested here
-    /// is a page of rows ahead, more than the first level holds.
+    /// Requests the cache line at an address, which need not be valid, into the second-level cache: requests into
+    /// the first level get in the way of the hardware prefetchers.
     #[inline(always)]
     fn prefetch(p: *const u8) {
         let _ = p;
