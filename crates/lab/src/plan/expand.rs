@@ -87,7 +87,7 @@ pub fn cell_id(cell: &PlannedCell, measure: &Measure) -> Result<String> {
 
 /// The cells of an experiment on a machine that allows `cpus`, in the order context, KV dtype, method, threads,
 /// batch.
-/// Excluded cells and those with [`MAX_THREADS_A_CPU`] times more threads than CPUs carry the reason in `skip`; nothing is
+/// Excluded cells and those with more than four threads a CPU carry the reason in `skip`; nothing is
 /// predicted yet.
 ///
 /// # Errors
