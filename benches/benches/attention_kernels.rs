@@ -58,7 +58,7 @@ fn from_l2(c: &mut Criterion) {
 
 /// 512 MiB of rows.
 fn from_memory(c: &mut Criterion) {
-    measure(c, "memory", 2 << 20, &[4]);
+    measure(c, "memory", longbit_benches::sized(2 << 20), &[4]);
 }
 
 criterion_group! {

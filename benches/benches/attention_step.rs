@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use longbit::{Session, Supplied};
-use longbit_benches::{attention_session, model_2b, probe, team, thread_counts};
+use longbit_benches::{attention_session, model_2b, probe, sized, smoke, team, thread_counts};
 use longbit_sys::{ReadProbe, Team};
 
 /// Rounds of A B B A.
@@ -29,7 +29,7 @@ fn median(mut x: Vec<f64>) -> f64 {
 /// GB/s of decode steps over at least 50 ms.
 fn decode(session: &mut Session, supplied: &Supplied, context: usize) -> f64 {
     let (clock, mut bytes) = (Instant::now(), 0);
-    while bytes == 0 || clock.elapsed().as_millis() < 50 {
+    while bytes == 0 || clock.elapsed().as_millis() < sized(50_000) as u128 / 1000 {
         session.decode_supplied(0, supplied, false).expect("a step");
         session.rewind(context);
         bytes += session.traffic().kv_bytes;
@@ -79,13 +79,13 @@ fn main() {
     let probe = probe();
     println!("        kv    context threads     GB/s  read GB/s  fraction");
     for kv in listed("LONGBIT_KV", "bf16,f32") {
-        for context in listed("LONGBIT_CONTEXTS", "2048,8192,32768") {
+        for context in listed("LONGBIT_CONTEXTS", if smoke() { "256" } else { "2048,8192,32768" }) {
             let context = context.parse().expect("a number of tokens");
             for threads in thread_counts() {
                 decode_line(&kv, context, threads, &probe, &team(threads));
             }
         }
-        for context in [0, 8192] {
+        for context in [0, sized(8192)] {
             for threads in thread_counts() {
                 prefill_line(&kv, context, threads);
             }

@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use longbit_benches::{probe, team, thread_counts};
+use longbit_benches::{probe, sized, team, thread_counts};
 use longbit_kernels::{ColumnShape, Kernels, RowShape, TILE_ROWS, TernaryShape, TritShape};
 use longbit_sys::{ReadProbe, Segment, Shared, Team, Worker, share};
 
@@ -68,7 +68,7 @@ fn chosen(range: std::ops::Range<usize>, percent: usize, seed: usize) -> Vec<u32
 
 /// Matrices of a shape, in the tile layout.
 fn matrices(shape: TernaryShape, builders: &Team) -> (usize, Segment) {
-    let count = BYTES.div_ceil(shape.bytes());
+    let count = sized(BYTES).div_ceil(shape.bytes());
     let mut data = Segment::new(count * shape.bytes()).expect("memory");
     convert(count, shape.bytes(), &mut data, builders, |i, out| {
         shape.fill_random(0..shape.tiles(), i as u64, out);

@@ -12,7 +12,7 @@
 
 use std::time::Instant;
 
-use longbit_benches::{model_2b, team, thread_counts};
+use longbit_benches::{model_2b, sized, team, thread_counts};
 use longbit_kernels::{Kernels, TILE_ROWS, TernaryShape};
 use longbit_sys::{ReadProbe, Segment, Shared, Team};
 
@@ -31,7 +31,7 @@ fn dot_rate(kernels: &Kernels, team: &Team) -> f64 {
     let clock = Instant::now();
     let done = std::sync::atomic::AtomicU64::new(0);
     team.run(|worker| {
-        done.fetch_add(kernels.int8_dot_rate(PROBE), std::sync::atomic::Ordering::Relaxed);
+        done.fetch_add(kernels.int8_dot_rate(sized(PROBE)), std::sync::atomic::Ordering::Relaxed);
         worker.barrier();
     });
     done.into_inner() as f64 / clock.elapsed().as_secs_f64()
@@ -62,7 +62,7 @@ impl Bench {
         let scales = vec![0.01; tokens];
         let out = Shared::even(shape.tiles(), TILE_ROWS * tokens, threads, 0f32);
         let one = shape.rows * shape.cols * tokens;
-        let matrices = (OPERATION / one).clamp(1, self.data.len() / shape.bytes());
+        let matrices = (sized(OPERATION) / one).clamp(1, self.data.len() / shape.bytes());
         let mut next = 0;
         let mut timed = || {
             let clock = Instant::now();
@@ -123,12 +123,12 @@ fn main() {
     let kernels = Kernels::from_env().unwrap_or_else(|e| panic!("{e}"));
     let config = model_2b();
     let (hidden, kv, wide) = (config.hidden, config.kv_heads * config.head_dim, config.intermediate);
-    let mut data = Segment::new(BYTES).expect("memory");
+    let mut data = Segment::new(sized(BYTES >> 10) << 10).expect("memory");
     // Any bytes will do for the arithmetic, which does not depend on the weights.
     for (i, byte) in data.iter_mut().enumerate() {
         *byte = (i.wrapping_mul(0x9e37_79b9) >> 24) as u8 & 0b10_10_10_10;
     }
-    let bench = Bench { kernels, probe: ReadProbe::new(BYTES).expect("memory"), data };
+    let bench = Bench { kernels, probe: ReadProbe::new(sized(BYTES >> 10) << 10).expect("memory"), data };
     println!("instruction set {}", kernels.isa());
     println!(
         "{:<10} {:>7} {:>7} {:>9} {:>6} {:>7} {:>6} {:>6}",

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use longbit::{Compaction, Head, HeadFormat, Model, Session};
-use longbit_benches::{filled_session, probe, smoke, team, thread_counts, whole_model};
+use longbit_benches::{filled_session, model_2b, probe, smoke, team, thread_counts};
 
 struct Options {
     context: usize,
@@ -59,7 +59,7 @@ fn build(configuration: &str) -> Arc<Model> {
     let head = HeadFormat::parse(head).expect("a head format");
     let how = Compaction::parse(weights).expect("a packing of weights");
     let builders = team(*thread_counts().last().unwrap_or(&1));
-    let model = Model::synthetic(whole_model(), head, 1, &builders).expect("a model");
+    let model = Model::synthetic(model_2b(), head, 1, &builders).expect("a model");
     Arc::new(model.compact(how, &builders).expect("memory"))
 }
 

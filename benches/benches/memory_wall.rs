@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use longbit::{HeadFormat, Model};
-use longbit_benches::{attention_session, model_2b, probe, team, thread_counts};
+use longbit_benches::{attention_session, model_2b, probe, sized, team, thread_counts};
 use longbit_kernels::TernaryShape;
 use longbit_sys::{ReadProbe, Segment, Shared, Team};
 
@@ -91,7 +91,7 @@ fn main() {
             },
         );
         for kv in ["bf16", "f32"] {
-            let context = 32_768;
+            let context = sized(32_768);
             let (mut session, supplied) = attention_session(context, kv, threads);
             line(&format!("dense attention {kv}, 30 layers, 32k"), threads, &probe, &team, || {
                 session.decode_supplied(0, &supplied, false).expect("a step");

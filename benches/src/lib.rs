@@ -32,7 +32,7 @@ pub fn team(threads: usize) -> Arc<Team> {
 /// # Panics
 /// When its memory cannot be had.
 pub fn probe() -> ReadProbe {
-    ReadProbe::new(PROBE_BYTES).unwrap_or_else(|e| panic!("{e}"))
+    ReadProbe::new(sized(PROBE_BYTES >> 10) << 10).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Criterion with its defaults, after one line on the bandwidth of this machine at this hour: compare GiB/s with it.
@@ -48,12 +48,17 @@ pub fn criterion() -> Criterion {
     Criterion::default()
 }
 
-/// The shape that the figures are about.
+/// The shape that the figures are about; a fraction of it in a smoke test.
 ///
 /// # Panics
 /// When the preset is gone.
 pub fn model_2b() -> ModelConfig {
-    preset("bitnet-2b-4t").unwrap_or_else(|e| panic!("{e}"))
+    let config = preset("bitnet-2b-4t").unwrap_or_else(|e| panic!("{e}"));
+    if smoke() {
+        ModelConfig { hidden: 256, intermediate: 512, vocab: 32_000, layers: 2, ..config }
+    } else {
+        config
+    }
 }
 
 /// Whether this program runs under `cargo test`, which only asks whether the benches still work: everything is small then,
@@ -62,12 +67,9 @@ pub fn smoke() -> bool {
     !std::env::args().any(|arg| arg == "--bench")
 }
 
-/// The shape that a whole model is measured with: the 2B model, or a tiny one for a smoke test.
-///
-/// # Panics
-/// When a preset is gone.
-pub fn whole_model() -> ModelConfig {
-    if smoke() { preset("tiny").unwrap_or_else(|e| panic!("{e}")) } else { model_2b() }
+/// `full`, or a size that takes no time in a smoke test: bytes, rows, tokens or rounds.
+pub fn sized(full: usize) -> usize {
+    if smoke() { full.min(1 << 10) } else { full }
 }
 
 /// A session of `model` with `context` tokens of arbitrary rows cached, and room for 256 more.
