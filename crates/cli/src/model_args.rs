@@ -73,7 +73,7 @@ pub(crate) struct ModelArgs {
     /// Threads [default: all CPUs allowed]. More than those are possible and slow.
     #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
     pub(crate) threads: Option<usize>,
-    /// Number format of the head: bf16, f32, int8, q6, q4, or two-stage (two-stage-q4), which finds the likeliest tokens of the bf16 head
+    /// Number format of the head: bf16, f32, int8, q6, q4, or two-stage, which finds the likeliest tokens of the bf16 head
     /// exactly in a copy at 6 bits.
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) head: String,

@@ -70,7 +70,7 @@ impl WeightMemory {
     ) -> Result<Head> {
         if let Some(blocks) = format.blocks() {
             let shape = BlockShape { format: blocks, rows: config.vocab, cols: config.hidden };
-            let two_stage = format.is_two_stage();
+            let two_stage = format == HeadFormat::TwoStage;
             let source = own.as_ref().unwrap_or(embedding);
             let (coarse, bounds) = self.block_head(shape, two_stage, source, kernels, team)?;
             return Ok(match two_stage {

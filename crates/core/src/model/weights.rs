@@ -116,21 +116,17 @@ pub enum HeadFormat {
     Q4,
     /// The likeliest tokens of the bf16 head with its bits, found in a copy at 6 bits; see [`TwoStage`].
     TwoStage,
-    /// [`HeadFormat::TwoStage`] with a copy at 4 bits: fewer bytes to scan, and more rows to score twice where the likeliest
-    /// tokens are close together.
-    TwoStageQ4,
 }
 
 impl HeadFormat {
     /// All formats.
-    pub const ALL: [HeadFormat; 7] = [
+    pub const ALL: [HeadFormat; 6] = [
         HeadFormat::Bf16,
         HeadFormat::F32,
         HeadFormat::Int8,
         HeadFormat::Q6,
         HeadFormat::Q4,
         HeadFormat::TwoStage,
-        HeadFormat::TwoStageQ4,
     ];
 
     /// Name, as in experiment files.
@@ -142,7 +138,6 @@ impl HeadFormat {
             HeadFormat::Q6 => "q6",
             HeadFormat::Q4 => "q4",
             HeadFormat::TwoStage => "two-stage",
-            HeadFormat::TwoStageQ4 => "two-stage-q4",
         }
     }
 
@@ -162,7 +157,9 @@ impl HeadFormat {
     pub fn table(self) -> TableFormat {
         match self {
             HeadFormat::F32 => TableFormat::F32,
-            _ => TableFormat::Bf16,
+            HeadFormat::Bf16 | HeadFormat::Int8 | HeadFormat::Q6 | HeadFormat::Q4 | HeadFormat::TwoStage => {
+                TableFormat::Bf16
+            }
         }
     }
 
@@ -170,14 +167,9 @@ impl HeadFormat {
     pub fn blocks(self) -> Option<BlockFormat> {
         match self {
             HeadFormat::Q6 | HeadFormat::TwoStage => Some(BlockFormat::Q6),
-            HeadFormat::Q4 | HeadFormat::TwoStageQ4 => Some(BlockFormat::Q4),
+            HeadFormat::Q4 => Some(BlockFormat::Q4),
             HeadFormat::Bf16 | HeadFormat::F32 | HeadFormat::Int8 => None,
         }
-    }
-
-    /// Whether the head is scanned in one format and scored in another.
-    pub fn is_two_stage(self) -> bool {
-        matches!(self, HeadFormat::TwoStage | HeadFormat::TwoStageQ4)
     }
 
     /// Whether the head is something else than a table of floats: it is made from one at load.
@@ -196,7 +188,6 @@ impl HeadFormat {
             HeadFormat::Q6 => block_bytes(BlockFormat::Q6, rows, cols),
             HeadFormat::Q4 => block_bytes(BlockFormat::Q4, rows, cols),
             HeadFormat::TwoStage => block_bytes(BlockFormat::Q6, rows, cols) + 4 * rows,
-            HeadFormat::TwoStageQ4 => block_bytes(BlockFormat::Q4, rows, cols) + 4 * rows,
         }
     }
 }
