@@ -94,10 +94,16 @@ impl Pass<'_> {
     }
 
     /// Lists the tasks of all KV heads: runs of pieces of at most [`CHUNK_TOKENS`] tokens together.
-    fn list_tasks(&self, pieces: &mut Vec<Range<usize>>, tasks: &mut Vec<(usize, Range<usize>)>) {
+    fn list_tasks(
+        &self,
+        heads: Range<usize>,
+        pieces: &mut Vec<Range<usize>>,
+        tasks: &mut Vec<(usize, Range<usize>)>,
+    ) {
         pieces.clear();
         tasks.clear();
-        for (kv_head, selection) in self.scratch.selections.iter().enumerate() {
+        for kv_head in heads {
+            let selection = &self.scratch.selections[kv_head];
             let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
             let mut held = CHUNK_TOKENS;
             for piece in chunks(&selection.spans) {
@@ -114,11 +120,22 @@ impl Pass<'_> {
         }
     }
 
+    /// Whether every KV head is a single task, so that the thread which appended to it can also serve it: two barriers a
+    /// layer cost more than an uneven share of so little.
+    pub(super) fn heads_are_single_tasks(&self) -> bool {
+        self.tokens.len() == 1 && self.position < CHUNK_TOKENS
+    }
+
     pub(super) fn decode_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
         let (s, kernels, d) = (self.scratch, self.kernels(), self.model.config.head_dim);
         let (mut pieces, mut tasks) = (std::mem::take(&mut p.pieces), std::mem::take(&mut p.tasks));
-        self.list_tasks(&mut pieces, &mut tasks);
-        let mine = share_by_tokens(&tasks, &pieces, worker);
+        let heads = self.model.config.kv_heads;
+        let alone = self.heads_are_single_tasks();
+        let owned = worker.range(heads);
+        self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
+        let mine = if alone { 0..tasks.len() } else { share_by_tokens(&tasks, &pieces, worker) };
+        // The partials of a thread that is alone with its heads begin at the first of them, one each.
+        let base = if alone { owned.start } else { 0 };
         let group = self.model.config.group();
         p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
         let mut slot = mine.start;
@@ -126,8 +143,8 @@ impl Pass<'_> {
             let kv_head = tasks[slot].0;
             let last = mine.end.min(slot + TOGETHER);
             let last = last.min(slot + tasks[slot..].partition_point(|task| task.0 == kv_head));
-            let queries = s.queries.read();
-            let queries = &queries[kv_head * group * d..(kv_head + 1) * group * d];
+            let queries = s.queries.read_stripe(kv_head);
+            let queries = &queries[..group * d];
             let kv = self.cache.head(l, kv_head);
             let of = |slot: usize| &pieces[tasks[slot].1.clone()];
             // What a thread reads first of a task of the same head.
@@ -143,7 +160,7 @@ impl Pass<'_> {
                     (None, None) => &[],
                 };
                 let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                score_chunk(kernels, queries, &kv, of(i), upcoming, weights, &mut s.partials.write(i));
+                score_chunk(kernels, queries, &kv, of(i), upcoming, weights, &mut s.partials.write(base + i));
             }
             for i in slot..last {
                 let upcoming = match first(i + 1) {
@@ -152,7 +169,7 @@ impl Pass<'_> {
                     None => &[],
                 };
                 let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                gather_chunk(&kv, of(i), upcoming, weights, &mut p.attend, &mut s.partials.write(i));
+                gather_chunk(&kv, of(i), upcoming, weights, &mut p.attend, &mut s.partials.write(base + i));
             }
             slot = last;
         }
@@ -163,16 +180,18 @@ impl Pass<'_> {
                 .map(|piece| 2 * piece.len() * self.cache.head(l, 0).row_bytes())
                 .sum()
         });
-        self.barrier(worker, p);
-        let slot_len = self.model.config.group() * partial::stride(d);
+        if !alone {
+            self.barrier(worker, p);
+        }
+        let slot_len = group * partial::stride(d);
         p.partials.resize(slot_len, 0.0);
-        for kv_head in worker.range(self.model.config.kv_heads) {
+        for kv_head in owned {
             partial::clear(&mut p.partials, d);
-            let partials = s.partials.read();
             // The tasks of a head follow one another.
-            let first = tasks.partition_point(|task| task.0 < kv_head) * slot_len;
-            let last = tasks.partition_point(|task| task.0 <= kv_head) * slot_len;
-            partial::merge(kernels, &mut p.partials, &partials[first..last], d, &mut p.factors);
+            let first = base + tasks.partition_point(|task| task.0 < kv_head);
+            let last = base + tasks.partition_point(|task| task.0 <= kv_head);
+            let partials = s.partials.read_range(first * slot_len..last * slot_len);
+            partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
             let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
             if !selection.tail.is_empty() {
                 partial::merge(kernels, &mut p.partials, &selection.tail, d, &mut p.factors);

@@ -109,7 +109,9 @@ impl Pass<'_> {
             self.append(p, l, kv_head);
         }
         p.clock.lap(Op::Append, || 0);
-        self.barrier(worker, p);
+        if !self.heads_are_single_tasks() {
+            self.barrier(worker, p);
+        }
         if self.tokens.len() == 1 {
             self.decode_attention(worker, p, l);
         } else {
