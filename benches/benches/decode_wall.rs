@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use longbit::{Compaction, Head, HeadFormat, Model, Session};
+use longbit::{Compaction, HeadFormat, Model, Session};
 use longbit_benches::{filled_session, model_2b, probe, smoke, team, thread_counts};
 
 struct Options {
@@ -70,6 +70,8 @@ struct Candidate {
     seen: Vec<[f64; 3]>,
     megabytes: f64,
     overhead: f64,
+    /// Rows that a two-stage head scored twice in a step.
+    rescored: f64,
 }
 
 impl Candidate {
@@ -77,6 +79,7 @@ impl Candidate {
     fn steps(&mut self, steps: usize, context: usize) -> (f64, f64) {
         let vocab = self.session.model().config.vocab as u32;
         let (mut bytes, mut seconds) = (0.0, 0.0);
+        self.rescored = 0.0;
         for step in 0..steps as u32 {
             let token = (step * 7919 + 17) % vocab;
             let clock = Instant::now();
@@ -84,14 +87,13 @@ impl Candidate {
             seconds += clock.elapsed().as_secs_f64();
             let traffic = self.session.traffic();
             let model = self.session.model();
-            let rescored = match model.head {
-                Head::TwoStage(_) => 2 * self.session.head_rows_rescored() * model.config.hidden as u64,
-                _ => 0,
-            };
-            let read = model.bytes().per_token + traffic.kv_bytes + rescored;
+            let rescored = self.session.head_rows_rescored();
+            self.rescored += rescored as f64;
+            let read = model.bytes().per_token + traffic.kv_bytes + 2 * rescored * model.config.hidden as u64;
             bytes += read as f64 - traffic.skipped_weight_bytes as f64;
         }
         self.session.rewind(context);
+        self.rescored /= steps as f64;
         (bytes, seconds)
     }
 }
@@ -107,7 +109,7 @@ fn main() {
     let probe = probe();
     let models: Vec<_> = options.configurations.iter().map(|name| (name.clone(), build(name))).collect();
     println!(
-        "{:<32} {:>7} {:>7} {:>8} {:>8} {:>6} {:>10} {:>9} {:>9}",
+        "{:<32} {:>7} {:>7} {:>8} {:>8} {:>6} {:>10} {:>9} {:>9} {:>9}",
         "configuration",
         "context",
         "threads",
@@ -116,7 +118,8 @@ fn main() {
         "GB/s",
         "read GB/s",
         "fraction",
-        "overhead"
+        "overhead",
+        "re-scored"
     );
     for &threads in &options.threads {
         let team = team(threads);
@@ -128,6 +131,7 @@ fn main() {
                 seen: Vec::new(),
                 megabytes: 0.0,
                 overhead: 0.0,
+                rescored: 0.0,
             })
             .collect();
         let mut reads = Vec::new();
@@ -154,7 +158,7 @@ fn main() {
             candidate.steps(options.steps, options.context);
             candidate.overhead = candidate.session.take_profile().map_or(0.0, |profile| profile.overhead());
             println!(
-                "{:<32} {:>7} {threads:>7} {:>8.2} {:>8.1} {:>6.1} {:>10.1} {:>9.2} {:>8.1}%",
+                "{:<32} {:>7} {threads:>7} {:>8.2} {:>8.1} {:>6.1} {:>10.1} {:>9.2} {:>8.1}% {:>9.0}",
                 candidate.name,
                 options.context,
                 median(candidate.seen.iter().map(|s| s[0])),
@@ -163,6 +167,7 @@ fn main() {
                 median(reads.iter().copied()),
                 median(candidate.seen.iter().map(|s| s[2])),
                 100.0 * candidate.overhead,
+                candidate.rescored,
             );
         }
     }
