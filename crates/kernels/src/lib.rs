@@ -16,6 +16,7 @@
 //! - [`isa`]: which instruction sets there are, and proof that this processor has one.
 //! - [`ternary`]: the 2-bit weight layout, its packing, and the integer matrix products.
 //! - [`blocks`]: rows at 6 or 4 bits a weight, and their products in integers, for the head.
+//! - [`codes`]: rows of small integer codes, and integer products from them, for quantised KV caches.
 //! - `ops`: the float operations, each written once over `vector::F32x16` and compiled per instruction set.
 //! - [`oracle`]: the obvious scalar code that every table is compared with, bit for bit.
 
@@ -25,6 +26,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod blocks;
+pub mod codes;
 pub mod isa;
 mod ops;
 pub mod oracle;
@@ -33,6 +35,7 @@ pub mod ternary;
 mod vector;
 
 pub use blocks::{BlockFormat, BlockShape, Planes};
+pub use codes::{CodeBits, CodeShape, Rows, Scales};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use ops::quantize::Quantized;
 pub use table::Kernels;

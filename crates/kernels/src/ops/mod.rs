@@ -3,7 +3,7 @@
 //! A body is generic over [`crate::vector::F32x16`] and `#[inline(always)]`. Element-wise bodies are plain loops, which
 //! the compiler vectorises under the features of each table: without a reduction, their bits cannot depend on the width.
 
-pub(crate) use crate::blocks;
+pub(crate) use crate::{blocks, codes};
 
 pub(crate) mod attention;
 pub(crate) mod convert;

@@ -1,0 +1,225 @@
+//! Packing of codes into rows, and back.
+
+use super::{CODE_BLOCK, CodeBits, CodeShape, Rows, SEGMENT, SEGMENT_BLOCKS};
+use crate::Kernels;
+use crate::vector::F32x16;
+
+/// Four-byte lanes of a block.
+const WORDS: usize = CODE_BLOCK / 4;
+
+/// The position of number `i` in a padded row of `padded` (see the module).
+pub const fn position(padded: usize, i: usize) -> usize {
+    let first = i / SEGMENT * SEGMENT;
+    let left = padded - first;
+    let blocks = if left < SEGMENT { left / CODE_BLOCK } else { SEGMENT_BLOCKS };
+    let i = i - first;
+    first + 4 * ((i % CODE_BLOCK / 4) * blocks + i / CODE_BLOCK) + i % 4
+}
+
+/// The bytes of a segment brought from the order of numbers into that of positions.
+#[inline(always)]
+fn to_positions<const B: usize>(numbers: &[u8; SEGMENT], out: &mut [u8; SEGMENT]) {
+    for w in 0..WORDS {
+        for b in 0..B {
+            let (to, from) = (4 * (w * B + b), 4 * (b * WORDS + w));
+            out[to..to + 4].copy_from_slice(&numbers[from..from + 4]);
+        }
+    }
+}
+
+/// The same, for what is left of a row: at most 128 numbers, padded with zeros. Returns the length of the segment.
+#[inline(always)]
+pub(crate) fn segment_positions(numbers: &[i8], out: &mut [u8; SEGMENT]) -> usize {
+    let mut padded = [0u8; SEGMENT];
+    for (to, &from) in padded.iter_mut().zip(numbers) {
+        *to = from as u8;
+    }
+    let blocks = numbers.len().div_ceil(CODE_BLOCK);
+    match blocks {
+        1 => to_positions::<1>(&padded, out),
+        2 => to_positions::<2>(&padded, out),
+        3 => to_positions::<3>(&padded, out),
+        _ => to_positions::<4>(&padded, out),
+    }
+    blocks * CODE_BLOCK
+}
+
+/// Four bits: the halves of a segment in the halves of its bytes, after a shift.
+#[inline(always)]
+fn nibbles<const SHIFT: u32>(x: &[u8], out: &mut [u8]) {
+    let (a, b) = x.split_at(out.len());
+    for ((o, &a), &b) in out.iter_mut().zip(a).zip(b) {
+        *o = (a >> SHIFT & 15) | (b >> SHIFT << 4);
+    }
+}
+
+#[inline(always)]
+fn pairs(x: &[u8], out: &mut [u8]) {
+    let quarter = out.len();
+    let (x, y) = x.split_at(2 * quarter);
+    let ((a, b), (c, d)) = (x.split_at(quarter), y.split_at(quarter));
+    for j in 0..quarter {
+        out[j] = (a[j] & 3) | (b[j] & 3) << 2 | (c[j] & 3) << 4 | d[j] << 6;
+    }
+}
+
+/// Packs one segment of positions. Its bytes are the first of `out` (and of `low`).
+#[inline(always)]
+fn pack_segment(bits: CodeBits, x: &[u8], out: &mut [u8], low: &mut [u8]) {
+    let m = x.len();
+    match bits {
+        CodeBits::Eight => out[..m].copy_from_slice(x),
+        CodeBits::Four => nibbles::<0>(x, &mut out[..m / 2]),
+        CodeBits::Two => pairs(x, &mut out[..m / 4]),
+        CodeBits::Three => {
+            let (lower, upper) = out[..3 * m / 8].split_at_mut(m / 4);
+            pairs(x, lower);
+            for (o, eight) in upper.iter_mut().zip(x.chunks_exact(8)) {
+                *o = 0;
+                for (bit, &index) in eight.iter().enumerate() {
+                    *o |= (index >> 2 & 1) << bit;
+                }
+            }
+        }
+        CodeBits::Planes => {
+            nibbles::<4>(x, &mut out[..m / 2]);
+            nibbles::<0>(x, &mut low[..m / 2]);
+        }
+    }
+}
+
+/// Packs `rows` `[n][dims]`; compiled for each instruction set by the table of float operations.
+#[inline(always)]
+pub(crate) fn pack<V: F32x16>(shape: CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) {
+    let (bytes, mut x) = (shape.row_bytes(), [0u8; SEGMENT]);
+    for (t, row) in rows.chunks_exact(shape.dims).enumerate() {
+        let mut at = t * bytes;
+        for numbers in row.chunks(SEGMENT) {
+            let m = segment_positions(numbers, &mut x);
+            let low = if shape.bits == CodeBits::Planes { &mut low[at..] } else { &mut [][..] };
+            pack_segment(shape.bits, &x[..m], &mut out[at..], low);
+            at += m * shape.bits.width() / 8;
+        }
+    }
+}
+
+impl CodeShape {
+    /// The codes of rows, `out` `[n][dims]`: number by number, for tests and for what is not hot.
+    ///
+    /// # Panics
+    /// The lengths do not agree.
+    pub fn unpack(&self, rows: Rows<'_>, out: &mut [i8]) {
+        let n = self.count(rows, "unpack");
+        assert_eq!(out.len(), n * self.dims, "unpack: codes of {n} rows");
+        for (t, row) in out.chunks_exact_mut(self.dims).enumerate() {
+            for (i, code) in row.iter_mut().enumerate() {
+                *code = self.code(rows, t, i);
+            }
+        }
+    }
+
+    /// The code of number `i` of row `t`.
+    pub(crate) fn code(&self, rows: Rows<'_>, t: usize, i: usize) -> i8 {
+        let first = i / SEGMENT * SEGMENT;
+        let m = SEGMENT.min(self.padded() - first);
+        let p = position(self.padded(), i) - first;
+        let at = t * self.row_bytes() + first * self.bits.width() / 8;
+        let nibble = |x: &[u8]| x[at + p % (m / 2)] >> (4 * (p / (m / 2))) & 15;
+        let pair = || rows.codes[at + p % (m / 4)] >> (2 * (p / (m / 4))) & 3;
+        match self.bits {
+            CodeBits::Eight => rows.codes[at + p] as i8,
+            CodeBits::Four => rows.table[usize::from(nibble(rows.codes))],
+            CodeBits::Two => rows.table[usize::from(pair())],
+            CodeBits::Three => {
+                let upper = rows.codes[at + m / 4 + p / 8] >> (p % 8) & 1;
+                rows.table[usize::from(pair() | upper << 2)]
+            }
+            CodeBits::Planes => (nibble(rows.codes) << 4 | nibble(rows.low)) as i8,
+        }
+    }
+}
+
+impl Kernels {
+    /// Packs codes, or the indices of codes, into rows: `codes` `[n][shape.dims]`, `out` `[n][shape.row_bytes()]`, `low` the
+    /// same where `shape` has two planes and otherwise empty. Bits beyond those of the format are ignored.
+    ///
+    /// # Panics
+    /// The lengths do not agree, or `shape.dims` is not a multiple of 8.
+    pub fn pack_codes(&self, shape: CodeShape, codes: &[i8], out: &mut [u8], low: &mut [u8]) {
+        shape.check("pack_codes");
+        let n = codes.len() / shape.dims;
+        assert_eq!(codes.len(), n * shape.dims, "pack_codes: rows of {shape:?}");
+        assert_eq!(out.len(), n * shape.row_bytes(), "pack_codes: bytes of {n} rows");
+        let lower = if shape.bits == CodeBits::Planes { out.len() } else { 0 };
+        assert_eq!(low.len(), lower, "pack_codes: lower plane of {n} rows");
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.pack_codes)(shape, codes, out, low) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+    use crate::codes::HIGH_NIBBLES;
+
+    const DIMS: [usize; 9] = [8, 16, 32, 48, 64, 96, 128, 160, 256];
+
+    #[test]
+    fn positions_are_a_permutation_with_a_block_in_every_fourth_lane() {
+        for dims in DIMS.into_iter().chain([24, 40, 120, 136, 224, 512]) {
+            let padded = CodeShape { dims, bits: CodeBits::Eight }.padded();
+            let mut seen: Vec<usize> = (0..padded).map(|i| position(padded, i)).collect();
+            seen.sort_unstable();
+            assert!(seen.iter().enumerate().all(|(p, &q)| p == q), "{dims}");
+        }
+        for i in 0..256 {
+            assert_eq!(position(256, i) % SEGMENT / 4 % 4, i % SEGMENT / 32, "{i}");
+            assert_eq!(position(256, i) % 4, i % 4);
+        }
+    }
+
+    #[test]
+    fn rows_come_back_from_their_bytes() {
+        let table: [i8; 16] = std::array::from_fn(|i| (i as i8 - 7) * 9 - (i as i8 % 3));
+        for k in Isa::available().into_iter().filter_map(Kernels::for_isa) {
+            for (dims, bits) in DIMS.into_iter().flat_map(|d| CodeBits::ALL.map(|b| (d, b))) {
+                let shape = CodeShape { dims, bits };
+                let n = 5;
+                // Only the bits of an index count.
+                let codes: Vec<i8> = (0..n * dims).map(|i| (i * 89 + i / dims * 31 + 17) as i8).collect();
+                let mask = if bits.is_signed() { 255 } else { (1 << bits.width()) - 1 };
+                let wanted: Vec<i8> = codes
+                    .iter()
+                    .map(|&c| if bits.is_signed() { c } else { table[usize::from(c as u8 & mask)] })
+                    .collect();
+                let mut out = vec![0xff; n * shape.row_bytes()];
+                let mut low = vec![0xff; if bits == CodeBits::Planes { out.len() } else { 0 }];
+                k.pack_codes(shape, &codes, &mut out, &mut low);
+                let mut back = vec![0; n * dims];
+                shape.unpack(Rows { codes: &out, low: &low, table: &table }, &mut back);
+                assert!(back == wanted, "{} {shape:?}", k.isa());
+                if bits == CodeBits::Planes {
+                    let shape = CodeShape { dims, bits: CodeBits::Four };
+                    shape.unpack(Rows::indices(&out, &HIGH_NIBBLES), &mut back);
+                    assert!(back.iter().zip(&codes).all(|(&b, &c)| b == (c & -16)), "{} {shape:?}", k.isa());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_bits_that_the_module_says() {
+        let shape = |bits| CodeShape { dims: 64, bits };
+        let codes: Vec<i8> = (0..64).map(|i| i as i8 % 8).collect();
+        let k = Kernels::best();
+        let mut out = vec![0; 64];
+        k.pack_codes(shape(CodeBits::Eight), &codes, &mut out, &mut []);
+        // Two blocks: the words of both take turns.
+        assert_eq!(out[..16], [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]);
+        let mut out = vec![0; 24];
+        k.pack_codes(shape(CodeBits::Three), &codes, &mut out, &mut []);
+        assert_eq!(out[..5], [0b0000_0000, 0b0101_0101, 0b1010_1010, 0b1111_1111, 0b0000_0000]);
+        assert_eq!(out[16..], [0, 0xff, 0, 0xff, 0, 0xff, 0, 0xff]);
+    }
+}
