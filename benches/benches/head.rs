@@ -112,7 +112,7 @@ fn wall(heads: &Heads) {
                     team.run(|worker| {
                         let w = worker.index();
                         let mut planes = Planes::default();
-                        k.quantize_planes(&heads.x, &mut planes);
+                        k.quantize_planes(shape.format, &heads.x, &mut planes);
                         let tiles = bounds[w].div_ceil(4)..bounds[w + 1].div_ceil(4);
                         k.head_blocks(*shape, data, tiles, &planes, &mut out.write(w));
                     });
@@ -154,7 +154,7 @@ fn steps() {
     };
     let builders = team(thread_counts().into_iter().max().unwrap_or(1));
     println!("{:<28} {:>7} {:>4} {:>8} {:>9} {:>9}", "steps", "threads", "k", "ms", "rows", "most");
-    for format in [HeadFormat::Bf16, HeadFormat::Int8, HeadFormat::Q6, HeadFormat::Q4, HeadFormat::TwoStage] {
+    for format in HeadFormat::ALL.into_iter().filter(|&format| format != HeadFormat::F32) {
         let clock = Instant::now();
         let model = Model::synthetic(config.clone(), format, 1, &builders).unwrap_or_else(|e| panic!("{e}"));
         let (model, built) = (Arc::new(model), clock.elapsed().as_secs_f64());
@@ -163,7 +163,7 @@ fn steps() {
             format.as_str(),
             model.bytes().per_token / 1_000_000
         );
-        let tops: &[usize] = if format == HeadFormat::TwoStage { &[1, 5, 40] } else { &[1] };
+        let tops: &[usize] = if format.is_two_stage() { &[1, 5, 40] } else { &[1] };
         for (threads, &k) in thread_counts().into_iter().flat_map(|t| tops.iter().map(move |k| (t, k))) {
             let options = SessionOptions { capacity: 256, ..SessionOptions::default() };
             let session = Session::new(model.clone(), team(threads), options);
@@ -208,7 +208,7 @@ fn cached(c: &mut Criterion, heads: &Heads) {
             let name = format!("{:?}", shape.format).to_lowercase();
             group.bench_function(BenchmarkId::new(name, k.isa()), |b| {
                 b.iter(|| {
-                    k.quantize_planes(black_box(&heads.x), &mut planes);
+                    k.quantize_planes(shape.format, black_box(&heads.x), &mut planes);
                     k.head_blocks(shape, data, 0..shape.tiles(), &planes, &mut out);
                 });
             });

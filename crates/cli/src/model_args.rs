@@ -74,7 +74,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "N", env = "LONGBIT_THREADS")]
     pub(crate) threads: Option<usize>,
     /// Number format of the head: bf16, f32, int8, q6, q4, or two-stage, which finds the likeliest tokens of the bf16 head
-    /// exactly in a copy at 6 bits.
+    /// exactly in a copy at 6 bits; two-stage-q4 does so in a copy at 4 bits, but for odds of 2^-64 a step.
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) head: String,
     /// How the ternary weights lie in memory: 2bit, 1.6bit (fewer bytes, for threads that share the bandwidth), 2bit+skip or

@@ -63,7 +63,8 @@ macro_rules! for_each_float_op {
             head_bf16_rows(table: &[u16], rows: &[u32], x: &[f32], out: &mut [f32]) -> () = head::head_bf16_rows;
             pack_tiles(shape: crate::BlockShape, rows: &[u16], out: &mut [u8]) -> () = blocks::pack_tiles;
             square_sums(row: &[u16], approximation: &[f32]) -> (f64, f64) = blocks::square_sums;
-            quantize_planes(x: &[f32], planes: &mut [crate::blocks::PlaneBlock]) -> f32 = blocks::quantize_planes;
+            quantize_planes(x: &[f32], zero: i32, dither: &[i16], planes: &mut [crate::blocks::PlaneBlock]) -> f32
+                = blocks::quantize_planes;
             pack_codes(shape: crate::CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) -> () = codes::pack;
             head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;
         }

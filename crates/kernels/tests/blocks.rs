@@ -35,7 +35,7 @@ fn check(format: BlockFormat, weights: &[u16], x: &[f32]) {
     let shape = BlockShape { format, rows: weights.len() / x.len(), cols: x.len() };
     let (v, scale) = oracle::quantize_planes(x);
     let rows: Vec<_> = weights.chunks(x.len()).map(|row| oracle::quantize_row(format, row)).collect();
-    let expected: Vec<f32> = rows.iter().map(|row| oracle::head_blocks(row, &v, scale)).collect();
+    let expected: Vec<f32> = rows.iter().map(|row| oracle::head_blocks(format, row, &v, scale)).collect();
     let mut first: Option<Vec<u8>> = None;
     for k in tables() {
         let name = format!("{} {shape:?}", k.isa());
@@ -43,7 +43,7 @@ fn check(format: BlockFormat, weights: &[u16], x: &[f32]) {
         k.pack_blocks(shape, weights, &mut data);
         assert!(*first.get_or_insert_with(|| data.clone()) == data, "{name}: bytes");
         let mut planes = Planes::default();
-        k.quantize_planes(x, &mut planes);
+        k.quantize_planes(format, x, &mut planes);
         assert_eq!(bits(&[planes.scale()]), bits(&[scale]), "{name}: scale of the activations");
         assert!(planes.codes().eq(v.iter().copied()), "{name}: codes of the activations");
         let mut out = vec![0.0; shape.rows];
@@ -59,7 +59,9 @@ fn check(format: BlockFormat, weights: &[u16], x: &[f32]) {
     let mut row = vec![0.0; shape.cols];
     for (r, expected) in rows.iter().enumerate() {
         shape.read(&data, r, &mut row);
-        let expected: Vec<f32> = expected.iter().map(|&(code, scale)| code as f32 * scale).collect();
+        let steps = |col: usize, code: i32| code as f32 - format.dither(col) as f32 / 8192.0;
+        let expected: Vec<f32> =
+            expected.iter().enumerate().map(|(col, &(code, scale))| steps(col, code) * scale).collect();
         assert_eq!(bits(&row), bits(&expected), "{shape:?}: row {r} read back");
     }
 }

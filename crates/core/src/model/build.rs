@@ -70,7 +70,7 @@ impl WeightMemory {
     ) -> Result<Head> {
         if let Some(blocks) = format.blocks() {
             let shape = BlockShape { format: blocks, rows: config.vocab, cols: config.hidden };
-            let two_stage = format == HeadFormat::TwoStage;
+            let two_stage = format.is_two_stage();
             let source = own.as_ref().unwrap_or(embedding);
             let (coarse, bounds) = self.block_head(shape, two_stage, source, kernels, team)?;
             return Ok(match two_stage {
@@ -113,11 +113,11 @@ impl WeightMemory {
         source: &Table,
         kernels: &'static Kernels,
         team: &Team,
-    ) -> Result<(BlockMatrix, Vec<f32>)> {
+    ) -> Result<(BlockMatrix, Vec<[f32; 2]>)> {
         /// Tiles that one job fills.
         const TILES: usize = 128;
         let mut data = self.take(shape.bytes())?;
-        let mut bounds = vec![0.0f32; if bounded { shape.rows } else { 0 }];
+        let mut bounds = vec![[0.0f32; 2]; if bounded { shape.rows } else { 0 }];
         let each_bounds =
             bounds.chunks_mut(TILES * TILE_ROWS).map(Some).chain(std::iter::repeat_with(|| None));
         let jobs = data
@@ -135,7 +135,7 @@ impl WeightMemory {
                     for (r, (row, bound)) in rows.chunks_exact(shape.cols).zip(bounds).enumerate() {
                         part.read(tiles, r, &mut back);
                         let (squares, errors) = kernels.square_sums(row, &back);
-                        *bound = row_bound(squares, errors);
+                        *bound = row_bound(part, tiles, r, squares, errors);
                     }
                     Ok(())
                 })

@@ -116,17 +116,20 @@ pub enum HeadFormat {
     Q4,
     /// The likeliest tokens of the bf16 head with its bits, found in a copy at 6 bits; see [`TwoStage`].
     TwoStage,
+    /// The same, found in a copy at 4 bits, but for odds of 2^-64 a step.
+    TwoStageQ4,
 }
 
 impl HeadFormat {
     /// All formats.
-    pub const ALL: [HeadFormat; 6] = [
+    pub const ALL: [HeadFormat; 7] = [
         HeadFormat::Bf16,
         HeadFormat::F32,
         HeadFormat::Int8,
         HeadFormat::Q6,
         HeadFormat::Q4,
         HeadFormat::TwoStage,
+        HeadFormat::TwoStageQ4,
     ];
 
     /// Name, as in experiment files.
@@ -138,6 +141,7 @@ impl HeadFormat {
             HeadFormat::Q6 => "q6",
             HeadFormat::Q4 => "q4",
             HeadFormat::TwoStage => "two-stage",
+            HeadFormat::TwoStageQ4 => "two-stage-q4",
         }
     }
 
@@ -157,9 +161,7 @@ impl HeadFormat {
     pub fn table(self) -> TableFormat {
         match self {
             HeadFormat::F32 => TableFormat::F32,
-            HeadFormat::Bf16 | HeadFormat::Int8 | HeadFormat::Q6 | HeadFormat::Q4 | HeadFormat::TwoStage => {
-                TableFormat::Bf16
-            }
+            _ => TableFormat::Bf16,
         }
     }
 
@@ -168,8 +170,14 @@ impl HeadFormat {
         match self {
             HeadFormat::Q6 | HeadFormat::TwoStage => Some(BlockFormat::Q6),
             HeadFormat::Q4 => Some(BlockFormat::Q4),
+            HeadFormat::TwoStageQ4 => Some(BlockFormat::Q4Dither),
             HeadFormat::Bf16 | HeadFormat::F32 | HeadFormat::Int8 => None,
         }
+    }
+
+    /// Whether the head knows the likeliest tokens only.
+    pub fn is_two_stage(self) -> bool {
+        matches!(self, HeadFormat::TwoStage | HeadFormat::TwoStageQ4)
     }
 
     /// Whether the head is something else than a table of floats: it is made from one at load.
@@ -187,7 +195,8 @@ impl HeadFormat {
             HeadFormat::Int8 => rows * cols + 4 * rows,
             HeadFormat::Q6 => block_bytes(BlockFormat::Q6, rows, cols),
             HeadFormat::Q4 => block_bytes(BlockFormat::Q4, rows, cols),
-            HeadFormat::TwoStage => block_bytes(BlockFormat::Q6, rows, cols) + 4 * rows,
+            HeadFormat::TwoStage => block_bytes(BlockFormat::Q6, rows, cols) + 8 * rows,
+            HeadFormat::TwoStageQ4 => block_bytes(BlockFormat::Q4Dither, rows, cols) + 8 * rows,
         }
     }
 }

@@ -71,7 +71,13 @@ fn compare(bf16: &Arc<Model>, staged: &Arc<Model>, threads: usize) -> u64 {
 
 /// Two models with the same weights but for the format of the head, after `change` of its bf16 rows `[vocab][hidden]`.
 fn pair(config: &ModelConfig, change: impl Fn(&mut [u16])) -> [Arc<Model>; 2] {
-    [HeadFormat::Bf16, HeadFormat::TwoStage].map(|format| {
+    let [bf16, staged, _] = all(config, change);
+    [bf16, staged]
+}
+
+/// A bf16 head and both two-stage heads.
+fn all(config: &ModelConfig, change: impl Fn(&mut [u16])) -> [Arc<Model>; 3] {
+    [HeadFormat::Bf16, HeadFormat::TwoStage, HeadFormat::TwoStageQ4].map(|format| {
         let mut model = Model::synthetic(config.clone(), HeadFormat::Bf16, 3, &team(2)).unwrap();
         let own = match &model.head {
             Head::Own(table) => {
@@ -92,9 +98,10 @@ fn pair(config: &ModelConfig, change: impl Fn(&mut [u16])) -> [Arc<Model>; 2] {
 #[test]
 fn the_likeliest_tokens_have_the_bits_of_the_bf16_head() {
     for (vocab, hidden, tied) in [(512, 256, true), (1003, 192, false), (6, 64, true)] {
-        let [bf16, staged] = pair(&config(vocab, hidden, tied), |_| {});
+        let [bf16, staged, four] = all(&config(vocab, hidden, tied), |_| {});
         for threads in 1..=4 {
             compare(&bf16, &staged, threads);
+            compare(&bf16, &four, threads);
         }
     }
 }
@@ -134,10 +141,10 @@ fn rows_that_are_hard_to_tell_apart() {
         ),
     ];
     for (name, change) in &changes {
-        let [bf16, staged] = pair(&config, change);
+        let [bf16, staged, four] = all(&config, change);
         for threads in [1, 3] {
-            let rows = compare(&bf16, &staged, threads);
-            println!("{name}, {threads} threads: {rows} rows in 6 steps");
+            let rows = [&staged, &four].map(|staged| compare(&bf16, staged, threads));
+            println!("{name}, {threads} threads: {rows:?} rows in 6 steps");
         }
     }
 }
@@ -148,36 +155,42 @@ fn inputs_without_a_direction_or_without_an_end() {
     for (norm, finite) in
         [(0.0, true), (1e-38, true), (1e30, true), (f32::INFINITY, false), (f32::NAN, false)]
     {
-        let [bf16, staged] = [HeadFormat::Bf16, HeadFormat::TwoStage].map(|format| {
+        let formats = [HeadFormat::Bf16, HeadFormat::TwoStage, HeadFormat::TwoStageQ4];
+        let [bf16, staged, four] = formats.map(|format| {
             let mut model = Model::synthetic(config.clone(), format, 3, &team(2)).unwrap();
             model.final_norm = vec![norm; config.hidden];
             Arc::new(model)
         });
-        if finite {
-            compare(&bf16, &staged, 2);
-            continue;
+        for staged in [staged, four] {
+            if finite {
+                compare(&bf16, &staged, 2);
+                continue;
+            }
+            let (mut one, mut two) = (session(&bf16, 1), session(&staged, 3));
+            let odd = |x: &[f32]| -> Vec<u32> {
+                x.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect()
+            };
+            assert_eq!(odd(one.decode(1).unwrap()), odd(two.decode(1).unwrap()), "{norm}");
+            assert_eq!(two.head_rows_rescored(), 500);
         }
-        let (mut one, mut two) = (session(&bf16, 1), session(&staged, 3));
-        let odd =
-            |x: &[f32]| -> Vec<u32> { x.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect() };
-        assert_eq!(odd(one.decode(1).unwrap()), odd(two.decode(1).unwrap()), "{norm}");
-        assert_eq!(two.head_rows_rescored(), 500);
     }
 }
 
 #[test]
 fn every_instruction_set_and_any_threads_give_the_same_vector() {
     let config = config(777, 320, true);
-    let mut expected: Option<(Vec<u32>, u64)> = None;
-    for kernels in Isa::available().into_iter().filter_map(Kernels::for_isa) {
-        let mut model = Model::synthetic(config.clone(), HeadFormat::TwoStage, 3, &team(2)).unwrap();
-        model.kernels = kernels;
-        let model = Arc::new(model);
-        for threads in 1..=4 {
-            let mut session = session(&model, threads);
-            session.set_exact_top(7);
-            let got = (bits(session.decode(5).unwrap()), session.head_rows_rescored());
-            assert!(*expected.get_or_insert_with(|| got.clone()) == got, "{} {threads}", kernels.isa());
+    for format in [HeadFormat::TwoStage, HeadFormat::TwoStageQ4] {
+        let mut expected: Option<(Vec<u32>, u64)> = None;
+        for kernels in Isa::available().into_iter().filter_map(Kernels::for_isa) {
+            let mut model = Model::synthetic(config.clone(), format, 3, &team(2)).unwrap();
+            model.kernels = kernels;
+            let model = Arc::new(model);
+            for threads in 1..=4 {
+                let mut session = session(&model, threads);
+                session.set_exact_top(7);
+                let got = (bits(session.decode(5).unwrap()), session.head_rows_rescored());
+                assert!(*expected.get_or_insert_with(|| got.clone()) == got, "{} {threads}", kernels.isa());
+            }
         }
     }
 }

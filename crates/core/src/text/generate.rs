@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use super::sampler::{Sampler, SamplerOptions};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::HeadFormat;
 use crate::session::Session;
 
 /// What to generate.
@@ -208,7 +207,7 @@ pub fn generate<E: From<Error>>(
 fn exact_top(session: &Session, sampler: &SamplerOptions) -> Result<usize> {
     match (sampler.temperature > 0.0, sampler.top_k) {
         (false, _) => Ok(1),
-        (true, 0) if session.model().head_format == HeadFormat::TwoStage => Err(Error::Invalid(
+        (true, 0) if session.model().head_format.is_two_stage() => Err(Error::Invalid(
             "a two-stage head knows the likeliest tokens only, and sampling without --top-k needs all of them; give \
              --top-k, or load the model with --head bf16"
                 .into(),

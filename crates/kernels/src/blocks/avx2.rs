@@ -86,9 +86,7 @@ unsafe fn tile_lanes<const Q6: bool>(
                 };
                 for half in 0..2 {
                     let codes = codes::<Q6>(unit.add(half * HALF));
-                    let minus = _mm256_loadu_si256(planes.minus.as_ptr().add(8 * half).cast());
-                    let start =
-                        if Q6 { _mm256_slli_epi32::<5>(minus) } else { _mm256_slli_epi32::<3>(minus) };
+                    let start = _mm256_loadu_si256(planes.start.as_ptr().add(8 * half).cast());
                     let upper = dot(_mm256_setzero_si256(), codes, hi.as_ptr().add(half * HALF));
                     let lower = dot(start, codes, lo.as_ptr().add(half * HALF));
                     let sum = _mm256_add_epi32(_mm256_slli_epi32::<8>(upper), lower);

@@ -75,7 +75,7 @@ macro_rules! stamp {
                             hi[g] = _mm512_load_si512(planes.hi[g].as_ptr().cast());
                             lo[g] = _mm512_load_si512(planes.lo[g].as_ptr().cast());
                         }
-                        let minus = _mm512_load_si512(planes.minus.as_ptr().cast());
+                        let start = _mm512_load_si512(planes.start.as_ptr().cast());
                         // Four scales that repeat in the lanes, or sixteen.
                         let scales = if Q6 {
                             let four = _mm_loadl_epi64(tile.add(8 * b).cast());
@@ -85,7 +85,6 @@ macro_rules! stamp {
                             let all = _mm256_loadu_si256(tile.add(32 * b).cast());
                             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(all)))
                         };
-                        let start = if Q6 { _mm512_slli_epi32::<5>(minus) } else { _mm512_slli_epi32::<3>(minus) };
                         for r in 0..TILE_ROWS {
                             let unit = units.wrapping_add((b * TILE_ROWS + r) * format.unit());
                             let codes = codes::<Q6>(unit);

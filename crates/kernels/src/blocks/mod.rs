@@ -12,6 +12,10 @@
 //! - `q4`: codes 1 to 15 stand for -7 to 7; four scales for a row of a block, scale `s` for the 64 columns with
 //!   `j / 4 % 4 == s`. A unit is twice 64 bytes; byte `j` holds the groups 0 and 1, then 2 and 3, in its low and its high
 //!   four bits. A scale that belongs to lanes costs no sum of its own.
+//! - `q4-dither`: as `q4`, with subtractive dither ([`BlockFormat::dither`]): a column's dither `d`, a fixed pseudo-random
+//!   number between -1/2 and 1/2 that all rows share, is added before the rounding and taken off afterwards, so code `c`
+//!   stands for `c - 8 - d` steps. A weight is still off by half a step at the most, but by an amount that is uniform and
+//!   independent of the weight and of the other columns. Since all rows share `d`, it costs one sum a step, not one a row.
 //!
 //! Tiles are read in their order in memory and nothing is requested ahead: hardware does that better for one linear
 //! stream (`docs/decisions/head.md` has the measurements).
@@ -26,7 +30,7 @@
 //!
 //! # Result
 //! In lane `l` of 16, block by block in ascending order, `acc[l] = fma(sum as f32, scale, acc[l])` with the exact integer
-//! `sum` of `code * v` over the columns with `j / 4 == l`; then the fixed tree, times the scale of the activations. So
+//! `sum` of `code * v` over the columns with `j / 4 == l` (with dither less `floor(sum of d * v + 1/2)`); then the fixed tree, times the scale of the activations. So
 //! every instruction set gives the same bits. The four-byte lanes are those of the instructions.
 
 #[cfg(target_arch = "x86_64")]
@@ -45,27 +49,49 @@ use std::ops::Range;
 pub(crate) const GROUP: usize = 64;
 /// Largest magnitude of a rounded activation: its upper plane stays within a signed byte.
 pub(crate) const LARGEST: f32 = 32512.0;
+/// The numbers of `q4-dither` are those of this seed for ever: rows are packed at load, but a file could hold them.
+const DITHER_SEED: u64 = 0x4c6f_6e67_6269_7400;
 /// Bytes that a tile's parts are padded to.
 const LINE: usize = 64;
 
-/// How many bits a weight has.
+/// How a weight is rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BlockFormat {
     /// 6 bits, a scale for 256 columns.
     Q6,
     /// 4 bits, a scale for 64 columns.
     Q4,
+    /// 4 bits, a scale for 64 columns, rounded with subtractive dither.
+    Q4Dither,
 }
 
 impl BlockFormat {
-    /// Both.
-    pub const ALL: [BlockFormat; 2] = [BlockFormat::Q6, BlockFormat::Q4];
+    /// All.
+    pub const ALL: [BlockFormat; 3] = [BlockFormat::Q6, BlockFormat::Q4, BlockFormat::Q4Dither];
+
+    /// The dither of a column in units of [`BlockFormat::DITHER_UNIT`] steps: an odd number between -4095 and 4095, so
+    /// that all of them are equally likely and none is a tie. 0 for formats without dither.
+    pub const fn dither(self, column: usize) -> i32 {
+        match self {
+            BlockFormat::Q6 | BlockFormat::Q4 => 0,
+            BlockFormat::Q4Dither => {
+                // SplitMix64 (Steele, Lea, Flood 2014) at this place of its stream.
+                let z = (column as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(DITHER_SEED);
+                let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+                let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+                (((z ^ (z >> 31)) >> 52) as i32) * 2 - 4095
+            }
+        }
+    }
+
+    /// The share of a step that one unit of [`BlockFormat::dither`] is.
+    pub const DITHER_UNIT: f32 = 1.0 / 8192.0;
 
     /// The code of zero, which is also the number of steps to either side plus one.
     pub(crate) const fn zero(self) -> i32 {
         match self {
             BlockFormat::Q6 => 32,
-            BlockFormat::Q4 => 8,
+            BlockFormat::Q4 | BlockFormat::Q4Dither => 8,
         }
     }
 
@@ -73,7 +99,7 @@ impl BlockFormat {
     pub(crate) const fn scales(self) -> usize {
         match self {
             BlockFormat::Q6 => 1,
-            BlockFormat::Q4 => 4,
+            BlockFormat::Q4 | BlockFormat::Q4Dither => 4,
         }
     }
 
@@ -81,7 +107,7 @@ impl BlockFormat {
     pub(crate) const fn unit(self) -> usize {
         match self {
             BlockFormat::Q6 => 192,
-            BlockFormat::Q4 => 128,
+            BlockFormat::Q4 | BlockFormat::Q4Dither => 128,
         }
     }
 
@@ -94,7 +120,7 @@ impl BlockFormat {
     pub(crate) const fn scale_of(self, j: usize) -> usize {
         match self {
             BlockFormat::Q6 => 0,
-            BlockFormat::Q4 => j / 4 % 4,
+            BlockFormat::Q4 | BlockFormat::Q4Dither => j / 4 % 4,
         }
     }
 }
@@ -141,8 +167,16 @@ impl BlockShape {
         self.rows.min(tiles.end * TILE_ROWS).saturating_sub(tiles.start * TILE_ROWS)
     }
 
-    /// Row `row` of `data` (the whole matrix) as the numbers that its codes stand for, exactly: `code * scale`. `out` has
-    /// `cols` places.
+    /// The scales of row `row` of `data` (the whole matrix): one or four for each 256 columns.
+    pub fn scales(&self, data: &[u8], row: usize) -> impl Iterator<Item = f32> {
+        assert_eq!(data.len(), self.bytes(), "scales: the matrix {self:?}");
+        let (tile, r, n) = (row / TILE_ROWS, row % TILE_ROWS, self.format.scales());
+        let header = &data[tile * self.tile_bytes()..];
+        (0..self.blocks()).flat_map(move |b| pack::scales(header, n, b * TILE_ROWS + r))
+    }
+
+    /// Row `row` of `data` (the whole matrix) as the numbers that its codes stand for, exactly: `(code - dither) * scale`.
+    /// `out` has `cols` places.
     pub fn read(&self, data: &[u8], row: usize, out: &mut [f32]) {
         assert_eq!((data.len(), out.len()), (self.bytes(), self.cols), "read: a row of {self:?}");
         let (tile, r) = (row / TILE_ROWS, row % TILE_ROWS);
@@ -158,8 +192,8 @@ pub(crate) struct PlaneBlock {
     pub(crate) hi: [[i8; GROUP]; 4],
     /// Lower bytes.
     pub(crate) lo: [[i8; GROUP]; 4],
-    /// Minus the sum of `256 * hi + lo` over the columns of each lane.
-    pub(crate) minus: [i32; 16],
+    /// What the sum of each lane starts with: minus the code of zero, and the dither, times `256 * hi + lo`.
+    pub(crate) start: [i32; 16],
 }
 
 /// A vector of activations, rounded to 16 bits; see the module. Kept from step to step for its memory.
@@ -168,6 +202,10 @@ pub struct Planes {
     blocks: Vec<PlaneBlock>,
     cols: usize,
     scale: f32,
+    /// Which rows they are for.
+    format: Option<BlockFormat>,
+    /// The dither of each column, padding included.
+    dither: Vec<i16>,
 }
 
 impl Planes {
@@ -223,18 +261,24 @@ impl Kernels {
         unsafe { (self.float.square_sums)(row, approximation) }
     }
 
-    /// Rounds a vector to two planes of bytes: `v = round_half_even(x * (32512 / m))`, `m = max(max|x|, 1e-30)`, scale
+    /// Rounds a vector to two planes of bytes for rows of `format`: `v = round_half_even(x * (32512 / m))`, `m = max(max|x|, 1e-30)`, scale
     /// `m / 32512`. Where an element is not finite the scale is NaN, and so is every product.
-    pub fn quantize_planes(&self, x: &[f32], planes: &mut Planes) {
-        let zero = PlaneBlock { hi: [[0; GROUP]; 4], lo: [[0; GROUP]; 4], minus: [0; 16] };
+    pub fn quantize_planes(&self, format: BlockFormat, x: &[f32], planes: &mut Planes) {
+        let zero = PlaneBlock { hi: [[0; GROUP]; 4], lo: [[0; GROUP]; 4], start: [0; 16] };
+        if planes.format != Some(format) || planes.cols != x.len() {
+            let columns = x.len().next_multiple_of(BLOCK_COLS);
+            planes.dither = (0..columns).map(|column| format.dither(column) as i16).collect();
+            planes.format = Some(format);
+        }
         planes.blocks.resize(x.len().div_ceil(BLOCK_COLS), zero);
         planes.cols = x.len();
         // SAFETY: this table was handed out against proof of its instruction set.
-        planes.scale = unsafe { (self.float.quantize_planes)(x, &mut planes.blocks) };
+        planes.scale =
+            unsafe { (self.float.quantize_planes)(x, format.zero(), &planes.dither, &mut planes.blocks) };
     }
 
     /// Rows of some tiles times one vector, as the module defines it. `data` is the whole matrix (`shape.bytes()`),
-    /// `planes` are those of `shape.cols` activations, `out` has the rows of `tiles`.
+    /// `planes` are those of `shape.cols` activations for `shape.format`, `out` has the rows of `tiles`.
     pub fn head_blocks(
         &self,
         shape: BlockShape,
@@ -244,14 +288,15 @@ impl Kernels {
         out: &mut [f32],
     ) {
         assert_eq!(data.len(), shape.bytes(), "head_blocks: bytes of the matrix {shape:?}");
-        assert_eq!(planes.cols, shape.cols, "head_blocks: activations for {shape:?}");
+        let activations = (planes.format, planes.cols);
+        assert_eq!(activations, (Some(shape.format), shape.cols), "head_blocks: activations for {shape:?}");
         let rows = shape.rows_of(&tiles);
         assert_eq!(out.len(), rows, "head_blocks: results for tiles {tiles:?}");
         let data = &data[tiles.start * shape.tile_bytes()..tiles.end * shape.tile_bytes()];
         let blocks = Blocks { data, blocks: shape.blocks(), rows };
         let product = match shape.format {
             BlockFormat::Q6 => self.blocks.q6,
-            BlockFormat::Q4 => self.blocks.q4,
+            BlockFormat::Q4 | BlockFormat::Q4Dither => self.blocks.q4,
         };
         // SAFETY: this table was handed out against proof of its instruction set, and the shapes agree.
         unsafe { product(blocks, &planes.blocks, planes.scale, out) }

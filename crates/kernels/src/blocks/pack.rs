@@ -8,6 +8,9 @@ use crate::{BLOCK_COLS, TILE_ROWS};
 /// The smallest scale is that of activations of this size, so that no quotient overflows.
 const SMALLEST: f32 = 1e-30;
 
+/// Units of dither in a step.
+const UNITS: i32 = 8192;
+
 /// Widens bfloat16 bits.
 #[inline(always)]
 fn wide(bits: u16) -> f32 {
@@ -22,7 +25,11 @@ fn bf16_up(x: f32) -> u16 {
 
 /// The signed codes of a row of a block, and its scales.
 #[inline(always)]
-fn codes(format: BlockFormat, row: &[u16; BLOCK_COLS]) -> ([u8; BLOCK_COLS], [u16; 4]) {
+fn codes(
+    format: BlockFormat,
+    row: &[u16; BLOCK_COLS],
+    dither: &[f32; BLOCK_COLS],
+) -> ([u8; BLOCK_COLS], [u16; 4]) {
     // Without the sign, the order of bfloat16 bits is the order of the numbers; what is above infinity is NaN.
     let mut lanes = [0u16; 16];
     for row in row.as_chunks::<16>().0 {
@@ -53,7 +60,7 @@ fn codes(format: BlockFormat, row: &[u16; BLOCK_COLS]) -> ([u8; BLOCK_COLS], [u1
     let limit = steps as f32;
     for (i, row) in row.as_chunks::<GROUP>().0.iter().enumerate() {
         for j in 0..GROUP {
-            let v = (wide(row[j]) / divisors[j / 4]).round_ties_even();
+            let v = (wide(row[j]) / divisors[j / 4] + dither[i * GROUP + j]).round_ties_even();
             let v = if v > -limit { v } else { -limit };
             let v = if v < limit { v } else { limit };
             let v = if wide(row[j]).is_nan() || divisors[j / 4] == f32::INFINITY { 0.0 } else { v };
@@ -69,6 +76,9 @@ pub(crate) fn pack_tiles<V: F32x16>(shape: BlockShape, rows: &[u16], out: &mut [
     let BlockShape { format, cols, .. } = shape;
     let (blocks, unit) = (shape.blocks(), format.unit());
     out.fill(0);
+    let dither: Vec<f32> =
+        (0..blocks * BLOCK_COLS).map(|c| format.dither(c) as f32 * BlockFormat::DITHER_UNIT).collect();
+    let dither = dither.as_chunks::<BLOCK_COLS>().0;
     if cols == 0 {
         return;
     }
@@ -81,7 +91,7 @@ pub(crate) fn pack_tiles<V: F32x16>(shape: BlockShape, rows: &[u16], out: &mut [
                 // Rows and columns of padding are zero.
                 let some = row.get(b * BLOCK_COLS..cols.min((b + 1) * BLOCK_COLS)).unwrap_or(&[]);
                 block[..some.len()].copy_from_slice(some);
-                let (codes, scales) = codes(format, &block);
+                let (codes, scales) = codes(format, &block, &dither[b]);
                 let at = 2 * format.scales() * (b * TILE_ROWS + r);
                 for (s, scale) in scales[..format.scales()].iter().enumerate() {
                     header[at + 2 * s..at + 2 * s + 2].copy_from_slice(&scale.to_le_bytes());
@@ -95,7 +105,7 @@ pub(crate) fn pack_tiles<V: F32x16>(shape: BlockShape, rows: &[u16], out: &mut [
                             unit[GROUP + j] = c1[j] | (c3[j] >> 2) << 6;
                             unit[2 * GROUP + j] = c2[j] | (c3[j] >> 4) << 6;
                         }
-                        BlockFormat::Q4 => {
+                        BlockFormat::Q4 | BlockFormat::Q4Dither => {
                             unit[j] = c0[j] | c1[j] << 4;
                             unit[GROUP + j] = c2[j] | c3[j] << 4;
                         }
@@ -117,13 +127,19 @@ pub(super) fn unpack(format: BlockFormat, unit: &[u8]) -> [[u8; GROUP]; 4] {
                 (c[0][j], c[1][j], c[2][j]) = (a & 63, b & 63, d & 63);
                 c[3][j] = a >> 6 | b >> 6 << 2 | d >> 6 << 4;
             }
-            BlockFormat::Q4 => {
+            BlockFormat::Q4 | BlockFormat::Q4Dither => {
                 let (a, b) = (unit[j], unit[GROUP + j]);
                 (c[0][j], c[1][j], c[2][j], c[3][j]) = (a & 15, a >> 4, b & 15, b >> 4);
             }
         }
     }
     c
+}
+
+/// The `n` scales at place `at` of a header.
+pub(super) fn scales(header: &[u8], n: usize, at: usize) -> impl Iterator<Item = f32> {
+    let bytes = header[2 * n * at..2 * n * (at + 1)].as_chunks::<2>().0;
+    bytes.iter().map(|&bytes| wide(u16::from_le_bytes(bytes)))
 }
 
 /// The scales of the sixteen lanes of row `r` in block `b`.
@@ -149,7 +165,9 @@ impl BlockShape {
             let mut block = [[0.0f32; GROUP]; 4];
             for g in 0..4 {
                 for j in 0..GROUP {
-                    block[g][j] = (i32::from(codes[g][j]) - format.zero()) as f32 * scales[j / 4];
+                    let code = i32::from(codes[g][j]) - format.zero();
+                    let steps = code * UNITS - format.dither(b * BLOCK_COLS + g * GROUP + j);
+                    block[g][j] = steps as f32 * BlockFormat::DITHER_UNIT * scales[j / 4];
                 }
             }
             out.copy_from_slice(&block.as_flattened()[..out.len()]);
@@ -192,7 +210,12 @@ pub(crate) fn square_sums<V: F32x16>(row: &[u16], approximation: &[f32]) -> (f64
 }
 
 #[inline(always)]
-pub(crate) fn quantize_planes<V: F32x16>(x: &[f32], planes: &mut [PlaneBlock]) -> f32 {
+pub(crate) fn quantize_planes<V: F32x16>(
+    x: &[f32],
+    zero: i32,
+    dither: &[i16],
+    planes: &mut [PlaneBlock],
+) -> f32 {
     let mut odd = 0;
     for x in x {
         odd |= u32::from(x.to_bits() & 0x7f80_0000 == 0x7f80_0000);
@@ -200,7 +223,7 @@ pub(crate) fn quantize_planes<V: F32x16>(x: &[f32], planes: &mut [PlaneBlock]) -
     let absmax = crate::ops::reduce::max_of::<V>(x, true);
     let absmax = if odd == 0 && absmax > SMALLEST { absmax } else { SMALLEST };
     let inverse = LARGEST / absmax;
-    for (b, planes) in planes.iter_mut().enumerate() {
+    for ((b, planes), dither) in planes.iter_mut().enumerate().zip(dither.as_chunks::<BLOCK_COLS>().0) {
         let mut block = [0.0f32; BLOCK_COLS];
         let some = &x[b * BLOCK_COLS..x.len().min((b + 1) * BLOCK_COLS)];
         if odd == 0 {
@@ -217,11 +240,18 @@ pub(crate) fn quantize_planes<V: F32x16>(x: &[f32], planes: &mut [PlaneBlock]) -
             hi[i] = upper as i8;
             lo[i] = (v[i] - 256 * upper) as i8;
         }
-        planes.minus = [0; 16];
-        for v in v.as_chunks::<GROUP>().0 {
+        // Both sums are below 2^31: 16 columns of at most 32512 * 4095.
+        let (mut sums, mut dithers) = ([0i32; 16], [0i32; 16]);
+        for (v, dither) in v.as_chunks::<GROUP>().0.iter().zip(dither.as_chunks::<GROUP>().0) {
             for l in 0..16 {
-                planes.minus[l] -= v[4 * l] + v[4 * l + 1] + v[4 * l + 2] + v[4 * l + 3];
+                for j in 4 * l..4 * l + 4 {
+                    sums[l] += v[j];
+                    dithers[l] += v[j] * i32::from(dither[j]);
+                }
             }
+        }
+        for l in 0..16 {
+            planes.start[l] = -zero * sums[l] - ((dithers[l] + UNITS / 2) >> UNITS.ilog2());
         }
     }
     if odd == 0 { absmax / LARGEST } else { f32::NAN }

@@ -26,11 +26,11 @@ fn product(format: BlockFormat, tiles: Blocks<'_>, planes: &[PlaneBlock], scale:
             let mut acc = [0.0f32; 16];
             for (b, planes) in planes[..tiles.blocks].iter().enumerate() {
                 let codes = unpack(format, &units[(b * TILE_ROWS + r) * unit..][..unit]);
-                let mut sums = [0i32; 16];
+                let mut sums = planes.start;
                 for g in 0..4 {
                     for j in 0..GROUP {
                         let v = 256 * i32::from(planes.hi[g][j]) + i32::from(planes.lo[g][j]);
-                        sums[j / 4] += (i32::from(codes[g][j]) - format.zero()) * v;
+                        sums[j / 4] += i32::from(codes[g][j]) * v;
                     }
                 }
                 let scales = lane_scales(format, header, b, r);

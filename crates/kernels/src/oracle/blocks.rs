@@ -17,11 +17,11 @@ pub fn quantize_planes(x: &[f32]) -> (Vec<i32>, f32) {
 pub fn quantize_row(format: BlockFormat, row: &[u16]) -> Vec<(i32, f32)> {
     let steps = match format {
         BlockFormat::Q6 => 31.0f32,
-        BlockFormat::Q4 => 7.0,
+        BlockFormat::Q4 | BlockFormat::Q4Dither => 7.0,
     };
     let group = |col: usize| match format {
         BlockFormat::Q6 => col / 256,
-        BlockFormat::Q4 => col / 256 * 4 + col / 4 % 4,
+        BlockFormat::Q4 | BlockFormat::Q4Dither => col / 256 * 4 + col / 4 % 4,
     };
     let weight = |col: usize| {
         let w = bf16_to_f32(row[col]);
@@ -40,15 +40,16 @@ pub fn quantize_row(format: BlockFormat, row: &[u16]) -> Vec<(i32, f32)> {
         .map(|col| {
             let scale = scales[group(col)];
             let finite = scale > 0.0 && scale.is_finite();
-            let code =
-                if finite { (weight(col) / scale).round_ties_even().clamp(-steps, steps) } else { 0.0 };
+            let dither = format.dither(col) as f32 / 8192.0;
+            let code = (weight(col) / scale + dither).round_ties_even().clamp(-steps, steps);
+            let code = if finite { code } else { (0.0 + dither).round_ties_even() };
             (code as i32, scale)
         })
         .collect()
 }
 
 /// The product of a row of [`quantize_row`] with `v` times `scale` of [`quantize_planes`].
-pub fn head_blocks(row: &[(i32, f32)], v: &[i32], scale: f32) -> f32 {
+pub fn head_blocks(format: BlockFormat, row: &[(i32, f32)], v: &[i32], scale: f32) -> f32 {
     let mut lanes = [0.0f32; 16];
     for first in (0..row.len()).step_by(256) {
         let block = first..row.len().min(first + 256);
@@ -56,6 +57,8 @@ pub fn head_blocks(row: &[(i32, f32)], v: &[i32], scale: f32) -> f32 {
             // Columns of padding have the code of zero; the scale of a lane is that of any of its columns.
             let mine = || block.clone().filter(|col| col % 64 / 4 == l);
             let sum: i64 = mine().map(|col| i64::from(row[col].0) * i64::from(v[col])).sum();
+            let dither: i64 = mine().map(|col| i64::from(format.dither(col)) * i64::from(v[col])).sum();
+            let sum = sum - (dither + 4096).div_euclid(8192);
             let scale = mine().next().map_or(0.0, |col| row[col].1);
             *lane = (sum as f32).mul_add(scale, *lane);
         }

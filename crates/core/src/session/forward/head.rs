@@ -94,7 +94,7 @@ impl Pass<'_> {
                     Head::Blocks(matrix) => {
                         // Every block of rows begins with a tile, as the share does.
                         let tiles = start / TILE_ROWS..(start + rows).div_ceil(TILE_ROWS);
-                        kernels.quantize_planes(x, &mut p.planes);
+                        kernels.quantize_planes(matrix.shape.format, x, &mut p.planes);
                         kernels.head_blocks(matrix.shape, &matrix.data, tiles, &p.planes, out);
                     }
                     Head::Int8 { codes, scales } => {
@@ -114,9 +114,9 @@ impl Pass<'_> {
         let share = s.vocab[worker.index()].clone();
         let mut out = s.logits.write(worker.index());
         let scores = &mut out[..share.len()];
-        kernels.quantize_planes(x, &mut p.planes);
+        kernels.quantize_planes(head.coarse.shape.format, x, &mut p.planes);
         // Every thread has the same activations and so the same certificate, or none.
-        let Some(certificate) = Certificate::new(x, &p.planes) else {
+        let Some(certificate) = Certificate::new(head.coarse.shape, x, &p.planes) else {
             table.times(kernels, share.clone(), x, scores);
             p.rescored = share.len() as u64;
             return;
