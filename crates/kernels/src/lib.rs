@@ -35,7 +35,7 @@ pub mod ternary;
 mod vector;
 
 pub use blocks::{BlockFormat, BlockShape, Planes};
-pub use codes::{CodeBits, CodeShape, Rows, Scales};
+pub use codes::{CodeBits, CodeShape, QueryBits, QueryCodes, Rows, Scales};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use ops::quantize::Quantized;
 pub use table::Kernels;

@@ -4,6 +4,7 @@
 //! call through the table.
 
 use crate::blocks::{BlockTable, scalar as blocks_scalar};
+use crate::codes::scores::{self, ScoreTable};
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
 use crate::ternary::{sparse, trits};
@@ -26,6 +27,7 @@ pub struct Kernels {
     pub(crate) float: &'static FloatTable,
     pub(crate) ternary: &'static TernaryTable,
     pub(crate) blocks: &'static BlockTable,
+    pub(crate) code_scores: &'static ScoreTable,
     pub(crate) trits: &'static trits::TritTable,
     pub(crate) sparse: &'static sparse::SparseTable,
 }
@@ -123,6 +125,7 @@ static NEON: Kernels = Kernels {
     isa: Isa::Neon,
     float: &neon::TABLE,
     blocks: &blocks_scalar::TABLE,
+    code_scores: &scores::neon::TABLE,
     ternary: &ternary_neon::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,
@@ -132,6 +135,7 @@ static AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
     float: &avx2::TABLE,
     blocks: &blocks_avx2::TABLE,
+    code_scores: &scores::avx2::TABLE,
     ternary: &ternary_avx2::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -141,6 +145,7 @@ static AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
     float: &avx512::TABLE,
     blocks: &blocks_avx512::bw::TABLE,
+    code_scores: &scores::avx2::bw::TABLE,
     ternary: &ternary_avx512::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX512,
@@ -150,6 +155,7 @@ static AVX512_VNNI: Kernels = Kernels {
     isa: Isa::Avx512Vnni,
     float: &avx512::TABLE,
     blocks: &blocks_avx512::vnni::TABLE,
+    code_scores: &scores::vnni::TABLE,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::vnni::TABLE,
@@ -159,6 +165,7 @@ static AVX512_VBMI: Kernels = Kernels {
     isa: Isa::Avx512Vbmi,
     float: &avx512::TABLE,
     blocks: &blocks_avx512::vnni::TABLE,
+    code_scores: &scores::vnni::TABLE,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::vbmi::TABLE,
     sparse: &sparse::vnni::TABLE,
@@ -168,6 +175,7 @@ static AVX_VNNI: Kernels = Kernels {
     isa: Isa::AvxVnni,
     float: &avx2::TABLE,
     blocks: &blocks_avx2::TABLE,
+    code_scores: &scores::avx2::TABLE,
     ternary: &ternary_avxvnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -177,6 +185,7 @@ static SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
     float: &scalar::TABLE,
     blocks: &blocks_scalar::TABLE,
+    code_scores: &scores::portable::TABLE,
     ternary: &crate::ternary::scalar::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,

@@ -88,6 +88,78 @@ fn pack_segment(bits: CodeBits, x: &[u8], out: &mut [u8], low: &mut [u8]) {
     }
 }
 
+/// The bytes of one segment of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    bits: CodeBits,
+    /// Positions.
+    len: usize,
+    codes: &'a [u8],
+    low: &'a [u8],
+}
+
+impl<'a> Segment<'a> {
+    /// Segment `s` of row `t`.
+    #[inline(always)]
+    pub(crate) fn new(shape: CodeShape, rows: Rows<'a>, t: usize, s: usize) -> Segment<'a> {
+        let len = SEGMENT.min(shape.padded() - s * SEGMENT);
+        let (first, bytes) = (s * SEGMENT * shape.bits.width() / 8, len * shape.bits.width() / 8);
+        let at = t * shape.row_bytes() + first;
+        let low = if shape.bits == CodeBits::Planes { &rows.low[at..at + bytes] } else { &[] };
+        Segment { bits: shape.bits, len, codes: &rows.codes[at..at + bytes], low }
+    }
+}
+
+/// Signed codes, or indices, of a segment at the positions of a whole one: what does not exist is zero.
+#[inline(always)]
+pub(crate) fn spread(segment: Segment<'_>, out: &mut [u8; SEGMENT]) {
+    let Segment { bits, len: m, codes, low } = segment;
+    let mut x = [0u8; SEGMENT];
+    match bits {
+        CodeBits::Eight => x[..m].copy_from_slice(codes),
+        CodeBits::Four => {
+            let (a, b) = x[..m].split_at_mut(m / 2);
+            for ((a, b), &byte) in a.iter_mut().zip(b).zip(codes) {
+                (*a, *b) = (byte & 15, byte >> 4);
+            }
+        }
+        CodeBits::Planes => {
+            let (a, b) = x[..m].split_at_mut(m / 2);
+            for (((a, b), &hi), &lo) in a.iter_mut().zip(b).zip(codes).zip(low) {
+                (*a, *b) = (hi << 4 | (lo & 15), (hi & 0xf0) | lo >> 4);
+            }
+        }
+        CodeBits::Two | CodeBits::Three => {
+            let (lower, upper) = codes.split_at(m / 4);
+            for (quarter, x) in x[..m].chunks_exact_mut(m / 4).enumerate() {
+                for (x, &byte) in x.iter_mut().zip(lower) {
+                    *x = byte >> (2 * quarter) & 3;
+                }
+            }
+            for (eight, &byte) in x.chunks_exact_mut(8).zip(upper) {
+                for (bit, x) in eight.iter_mut().enumerate() {
+                    *x |= (byte >> bit & 1) << 2;
+                }
+            }
+        }
+    }
+    match m / CODE_BLOCK {
+        1 => to_whole::<1>(&x, out),
+        2 => to_whole::<2>(&x, out),
+        3 => to_whole::<3>(&x, out),
+        _ => *out = x,
+    }
+}
+
+/// From the positions of a segment of `B` blocks to those of a whole one.
+#[inline(always)]
+fn to_whole<const B: usize>(x: &[u8; SEGMENT], out: &mut [u8; SEGMENT]) {
+    *out = [0; SEGMENT];
+    for w in 0..WORDS {
+        out[4 * w * SEGMENT_BLOCKS..][..4 * B].copy_from_slice(&x[4 * w * B..][..4 * B]);
+    }
+}
+
 /// Packs `rows` `[n][dims]`; compiled for each instruction set by the table of float operations.
 #[inline(always)]
 pub(crate) fn pack<V: F32x16>(shape: CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) {

@@ -21,10 +21,15 @@
 //!
 //! Scales lie elsewhere ([`Scales`]), so that a run of rows may begin at any row.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 mod layout;
+pub(crate) mod query;
+pub(crate) mod scores;
 
 pub(crate) use layout::pack;
 pub use layout::position;
+pub use query::{QueryBits, QueryCodes};
 
 /// Numbers of a block: as many as share a scale of [`Scales::Block`], and the unit that rows are padded to.
 pub const CODE_BLOCK: usize = 32;
@@ -159,7 +164,6 @@ pub enum Scales<'a> {
 }
 
 impl Scales<'_> {
-    #[allow(dead_code)] // Until the kernels follow.
     /// # Panics
     /// There are not as many as `n` rows have.
     pub(crate) fn check(&self, shape: CodeShape, n: usize, who: &str) {

@@ -4,9 +4,11 @@
 //! the same name.
 
 mod blocks;
+mod codes;
 mod ternary;
 
 pub use blocks::{head_blocks, quantize_planes, quantize_row};
+pub use codes::{code_score, quantize_query};
 pub use ternary::{ternary_columns, ternary_gemm, ternary_gemv, ternary_rows};
 
 /// The 16 lanes of a reduction, summed by the fixed tree.

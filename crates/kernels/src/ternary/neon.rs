@@ -21,7 +21,7 @@ const TOKEN_GROUP_BYTES: usize = 512 << 10;
 /// Adds the dot products of four neighbouring bytes to each 32-bit lane. Its intrinsic is not stable yet.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn sdot(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+pub(crate) fn sdot(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction belongs to `dotprod`, and touches these three registers only.
     unsafe {
         std::arch::asm!(

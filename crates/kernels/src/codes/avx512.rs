@@ -1,0 +1,129 @@
+//! Stored rows as bytes, with AVX-512: the codes of a segment plus 128, the unsigned operand of byte products.
+
+use super::layout::{Segment, spread};
+use super::{CodeBits, CodeShape, Rows, SEGMENT};
+use std::arch::x86_64::*;
+
+/// [`CodeBits`] as a constant of a compiled body.
+pub(crate) const EIGHT: u8 = 0;
+pub(crate) const FOUR: u8 = 1;
+pub(crate) const THREE: u8 = 2;
+pub(crate) const TWO: u8 = 3;
+pub(crate) const PLANES: u8 = 4;
+
+/// Rows of one shape, ready to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct Reader<'a> {
+    shape: CodeShape,
+    rows: Rows<'a>,
+    /// The table plus 128, four times.
+    table: __m512i,
+}
+
+impl<'a> Reader<'a> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(crate) fn new(shape: CodeShape, rows: Rows<'a>) -> Reader<'a> {
+        // SAFETY: a table has sixteen bytes.
+        let table = unsafe { _mm_loadu_si128(rows.table.as_ptr().cast()) };
+        let table = _mm512_xor_si512(_mm512_broadcast_i32x4(table), _mm512_set1_epi8(-128));
+        Reader { shape, rows, table }
+    }
+
+    /// The biased bytes of segment `s` of row `t` at the positions of a whole segment. Where a number does not exist the
+    /// byte is that of an index 0, or of a code 0.
+    ///
+    /// # Safety
+    /// There is such a row, with such a segment, and `BITS` are those of the shape.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(crate) unsafe fn segment<const BITS: u8>(&self, t: usize, s: usize) -> [__m512i; 2] {
+        let flip = _mm512_set1_epi8(-128);
+        let low = _mm512_set1_epi8(15);
+        if self.shape.padded() < (s + 1) * SEGMENT {
+            // SAFETY: the caller's row.
+            return unsafe { self.short::<BITS>(t, s) };
+        }
+        let width = self.shape.bits.width();
+        let at = t * self.shape.row_bytes() + s * (SEGMENT * width / 8);
+        debug_assert!(at + SEGMENT * width / 8 <= self.rows.codes.len());
+        // SAFETY: a whole segment lies here, of 128, 64, 48 or 32 bytes, and in two planes the same in the lower one.
+        unsafe {
+            let codes = self.rows.codes.as_ptr().add(at);
+            match BITS {
+                EIGHT => {
+                    let a = _mm512_loadu_si512(codes.cast());
+                    let b = _mm512_loadu_si512(codes.add(64).cast());
+                    [_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)]
+                }
+                FOUR => {
+                    let x = _mm512_loadu_si512(codes.cast());
+                    let a = _mm512_and_si512(x, low);
+                    let b = _mm512_and_si512(_mm512_srli_epi16::<4>(x), low);
+                    [_mm512_shuffle_epi8(self.table, a), _mm512_shuffle_epi8(self.table, b)]
+                }
+                PLANES => {
+                    let hi = _mm512_loadu_si512(codes.cast());
+                    let lo = _mm512_loadu_si512(self.rows.low.as_ptr().add(at).cast());
+                    // `mask ? x : y` is the truth table 0xca.
+                    let a = _mm512_ternarylogic_epi32::<0xca>(low, lo, _mm512_slli_epi16::<4>(hi));
+                    let b = _mm512_ternarylogic_epi32::<0xca>(low, _mm512_srli_epi16::<4>(lo), hi);
+                    [_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)]
+                }
+                _ => {
+                    let x = _mm512_broadcast_i64x4(_mm256_loadu_si256(codes.cast()));
+                    let three = _mm512_set1_epi8(3);
+                    let [p, q] = [_mm512_srlv_epi16(x, halves(0, 2)), _mm512_srlv_epi16(x, halves(4, 6))];
+                    let [mut p, mut q] = [_mm512_and_si512(p, three), _mm512_and_si512(q, three)];
+                    if BITS == THREE {
+                        let four = _mm512_set1_epi8(4);
+                        let upper = codes.add(32).cast::<u64>();
+                        p = _mm512_mask_add_epi8(p, upper.read_unaligned(), p, four);
+                        q = _mm512_mask_add_epi8(q, upper.add(1).read_unaligned(), q, four);
+                    }
+                    [_mm512_shuffle_epi8(self.table, p), _mm512_shuffle_epi8(self.table, q)]
+                }
+            }
+        }
+    }
+
+    /// The last segment of a row, of less than 128 numbers.
+    ///
+    /// # Safety
+    /// As [`Reader::segment`].
+    #[inline(never)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn short<const BITS: u8>(&self, t: usize, s: usize) -> [__m512i; 2] {
+        let mut bytes = [0u8; SEGMENT];
+        let shape = CodeShape { bits: bits_of(BITS), ..self.shape };
+        spread(Segment::new(shape, self.rows, t, s), &mut bytes);
+        // SAFETY: there are 128 bytes.
+        let [a, b] = unsafe {
+            [_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_loadu_si512(bytes.as_ptr().add(64).cast())]
+        };
+        if matches!(BITS, EIGHT | PLANES) {
+            let flip = _mm512_set1_epi8(-128);
+            [_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)]
+        } else {
+            [_mm512_shuffle_epi8(self.table, a), _mm512_shuffle_epi8(self.table, b)]
+        }
+    }
+}
+
+/// `a` in the 16-bit lanes of the first half, `b` in the second.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn halves(a: i16, b: i16) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_set1_epi16(a), _mm256_set1_epi16(b))
+}
+
+/// The [`CodeBits`] of a constant.
+pub(crate) const fn bits_of(bits: u8) -> CodeBits {
+    match bits {
+        EIGHT => CodeBits::Eight,
+        FOUR => CodeBits::Four,
+        THREE => CodeBits::Three,
+        TWO => CodeBits::Two,
+        _ => CodeBits::Planes,
+    }
+}
