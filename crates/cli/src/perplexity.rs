@@ -111,8 +111,8 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
 fn check_memory(options: &PerplexityOptions, opened: &Opened) -> Result<(), Failure> {
     let (mut names, mut weights, mut rest, mut index) = (Vec::new(), 0, 0u64, 0u64);
     for variant in options.all_variants()? {
-        let kv = variant.kv.name();
-        let bytes = opened.footprint(kv, &variant.method.canonical(), options.context)?;
+        let kv = variant.kv.to_string();
+        let bytes = opened.footprint(&kv, &variant.method.canonical(), options.context)?;
         weights = bytes.weights;
         index = index.max(bytes.index);
         if !names.contains(&kv) {

@@ -79,11 +79,11 @@ fn sampling_follows_the_seed_and_other_formats_and_methods_work() {
     };
     assert_eq!(sampled("1", "1"), sampled("1", "2"));
     assert_ne!(sampled("1", "1"), sampled("2", "1"));
-    for kv in longbit::kv::KV_DTYPES {
+    for kv in longbit::kv::KV_FORMATS {
         let flags =
-            [&PROMPT[..], &["--kv", kv.name(), "--method", "window:sinks=2,window=8", "--json"]].concat();
+            [&PROMPT[..], &["--kv", kv.name, "--method", "window:sinks=2,window=8", "--json"]].concat();
         let document = json(&with("generate", &flags, &[]).expect(0).out);
-        assert_eq!(document["kv_dtype"], kv.name());
+        assert_eq!(document["kv_dtype"], kv.name);
         assert_eq!(document["method"], "window:sinks=2,window=8");
     }
 }

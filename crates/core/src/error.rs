@@ -64,12 +64,14 @@ pub enum Error {
         reason: String,
     },
     /// A name that no table lists.
-    #[error("there is no {kind} `{name}`; known: {known}")]
+    #[error("there is no {kind} `{name}`{hint} known: {known}")]
     Unknown {
         /// What kind of name, e.g. `preset`.
         kind: &'static str,
         /// The name asked for.
         name: String,
+        /// Which name may have been meant: what stands between the name and the list.
+        hint: String,
         /// The names that exist.
         known: String,
     },
@@ -100,6 +102,29 @@ pub enum Error {
         /// The logit.
         value: f32,
     },
+    /// A key or a value that the KV cache cannot hold.
+    #[error(
+        "layer {layer}, KV head {kv_head}, position {position}: a {what} is {value}, which `{dtype}` cannot hold; {}",
+        if value.is_finite() {
+            "use a KV dtype with a wider range, such as bf16"
+        } else {
+            "the weights are damaged or a computation overflows"
+        }
+    )]
+    Unstorable {
+        /// `key` or `value`.
+        what: &'static str,
+        /// Layer.
+        layer: usize,
+        /// KV head of the layer.
+        kv_head: usize,
+        /// Position of the token.
+        position: usize,
+        /// The number.
+        value: f32,
+        /// The KV dtype of this side.
+        dtype: String,
+    },
     /// The KV cache is full.
     #[error(
         "the KV cache holds {capacity} tokens and {wanted} were asked for; make the session with a larger capacity"
@@ -117,3 +142,20 @@ pub enum Error {
 
 /// Shorthand of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// [`Error::Unknown`] for `name`, which is none of `known`.
+    pub fn unknown<'a>(kind: &'static str, name: &str, known: impl Iterator<Item = &'a str> + Clone) -> Self {
+        let near = known
+            .clone()
+            .map(|k| (strsim::damerau_levenshtein(name, k), k))
+            .min()
+            .filter(|(distance, k)| *distance <= 1 + name.chars().count().min(k.chars().count()) / 3);
+        Error::Unknown {
+            kind,
+            name: name.into(),
+            hint: near.map_or_else(|| ";".into(), |(_, near)| format!(": did you mean `{near}`?")),
+            known: known.collect::<Vec<_>>().join(", "),
+        }
+    }
+}

@@ -40,7 +40,7 @@ impl From<HeadFormat> for WeightFormat {
 pub fn footprint(
     config: &ModelConfig,
     weights: impl Into<WeightFormat>,
-    kv: &dyn KvDtype,
+    kv: KvDtype,
     method: &MethodSpec,
     context: usize,
     headroom: usize,
@@ -63,11 +63,11 @@ pub fn footprint(
     let read = method.predicted_reads(context);
     Footprint {
         weights: model.resident.saturating_add(loaded),
-        cache: shape.row_bytes(kv, capacity),
+        cache: shape.stored_bytes(kv, capacity),
         index: 0,
         scratch: rope.saturating_add(partials).saturating_add(rows),
         weights_per_token: model.per_token,
-        kv_per_token: shape.row_bytes(kv, read),
+        kv_per_token: shape.read_bytes(kv, read),
     }
 }
 

@@ -180,8 +180,8 @@ fn dense_perplexity_equals_the_logits_by_hand() {
 fn every_format_and_method_scores_the_same_tokens() {
     let tokens = common::tokens(60, 500);
     let mut variants = Vec::new();
-    for dtype in longbit::kv::KV_DTYPES {
-        variants.push(Variant::new(dtype.name(), "dense").unwrap());
+    for dtype in longbit::kv::KV_FORMATS {
+        variants.push(Variant::new(dtype.name, "dense").unwrap());
     }
     // A window that holds everything is dense, decoded step by step: it must give the very numbers of the dense passes.
     variants.push(Variant::new("bf16", "window:sinks=0,window=64").unwrap());
@@ -190,7 +190,7 @@ fn every_format_and_method_scores_the_same_tokens() {
     let scores = score(&options, &tokens);
     let by_name: BTreeMap<_, _> = scores.iter().map(|s| ((s.kv.as_str(), s.method.as_str()), s)).collect();
     assert_eq!(by_name.len(), scores.len(), "the baseline stands once");
-    assert_eq!(scores.len(), longbit::kv::KV_DTYPES.len() + 2);
+    assert_eq!(scores.len(), longbit::kv::KV_FORMATS.len() + 2);
     assert!(scores.iter().all(|s| s.nats.len() == 36 && s.mean.is_finite() && s.error > 0.0));
     let find = |method: &str| scores.iter().find(|s| s.method.contains(method)).unwrap();
     let whole = find("window=64");

@@ -37,6 +37,7 @@ macro_rules! for_each_float_op {
     ($callback:ident $($context:tt)*) => {
         $callback! { ($($context)*)
             dot(a: &[f32], b: &[f32]) -> f32 = reduce::dot;
+            sum(x: &[f32]) -> f32 = reduce::sum;
             max(x: &[f32]) -> f32 = reduce::max;
             exp_sum(x: &mut [f32], shift: f32) -> f32 = exp::exp_sum;
             silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = exp::silu_mul;

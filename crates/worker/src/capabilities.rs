@@ -2,7 +2,7 @@
 
 use longbit::attention::{Kind, METHODS};
 use longbit::formats::I2sLayout;
-use longbit::kv::KV_DTYPES;
+use longbit::kv::{KV_FORMATS, KvFormat, PAGE_TOKENS, kv_dtype};
 use longbit::workload::{ParamKind as WorkloadKind, WORKLOADS};
 use longbit::{Activation, Compaction, Error, HeadFormat, OpenOptions, PRESETS};
 use longbit_protocol::{
@@ -14,6 +14,16 @@ use crate::{WorkerError, text};
 /// Head width at which bits a value are stated: that of all published shapes.
 const HEAD_DIM: usize = 128;
 
+fn format(format: &KvFormat) -> Result<KvDtypeInfo, WorkerError> {
+    let dtype = kv_dtype(format.name)?;
+    let bytes = dtype.keys.page_bytes(HEAD_DIM) + dtype.values.page_bytes(HEAD_DIM);
+    Ok(KvDtypeInfo {
+        name: format.name.into(),
+        summary: format.summary.into(),
+        bits_per_value: (bytes * 8) as f64 / (2 * PAGE_TOKENS * HEAD_DIM) as f64,
+    })
+}
+
 /// Everything this engine can do.
 ///
 /// # Errors
@@ -24,14 +34,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
         version: env!("CARGO_PKG_VERSION").into(),
         isa: longbit::isa()?.into(),
         presets: PRESETS.iter().map(preset).chain([one_matrix()]).collect(),
-        kv_dtypes: KV_DTYPES
-            .iter()
-            .map(|d| KvDtypeInfo {
-                name: d.name().into(),
-                summary: d.summary().into(),
-                bits_per_value: (d.row_bytes(HEAD_DIM) * 8) as f64 / HEAD_DIM as f64,
-            })
-            .collect(),
+        kv_dtypes: KV_FORMATS.iter().map(format).collect::<Result<_, _>>()?,
         methods: METHODS
             .iter()
             .map(|m| MethodInfo {
@@ -122,7 +125,7 @@ fn named<T>(
     known: &[&str],
 ) -> Result<Option<T>, Error> {
     match parse(name) {
-        None if !name.is_empty() => Err(Error::Unknown { kind, name: name.into(), known: known.join(", ") }),
+        None if !name.is_empty() => Err(Error::unknown(kind, name, known.iter().map(AsRef::as_ref))),
         found => Ok(found),
     }
 }

@@ -176,9 +176,8 @@ fn together(digests: impl Iterator<Item = [u8; 32]>) -> String {
 
 fn digest(kv: &KvHead) -> [u8; 32] {
     let mut hash = Sha256::new();
-    for run in KvHead::runs(0..kv.len()) {
-        hash.update(kv.key_rows(&run));
-        hash.update(kv.value_rows(&run));
+    for run in kv.runs(0..kv.len()) {
+        kv.key_parts(&run).chain(kv.value_parts(&run)).for_each(|part| hash.update(part));
     }
     hash.finalize().into()
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use longbit::attention::method;
-use longbit::kv::{KvHead, kv_dtype};
+use longbit::kv::kv_dtype;
 use longbit::text::{TextModel, TextOptions};
 use longbit::{Checkpoint, HeadFormat, OpenOptions, Session, SessionOptions};
 use longbit_protocol::{
@@ -190,9 +190,8 @@ fn prefill_fills_what_decoding_one_by_one_fills() {
         for (layer, head) in (0..4).flat_map(|layer| (0..2).map(move |head| (layer, head))) {
             let cached = session.cache().head(layer, head);
             let mut one = Sha256::new();
-            for run in KvHead::runs(0..cached.len()) {
-                one.update(cached.key_rows(&run));
-                one.update(cached.value_rows(&run));
+            for run in cached.runs(0..cached.len()) {
+                cached.key_parts(&run).chain(cached.value_parts(&run)).for_each(|part| one.update(part));
             }
             all.update(one.finalize());
         }

@@ -5,10 +5,8 @@
 
 use std::ops::Range;
 
-use longbit_kernels::Kernels;
-
 use super::partial::stride;
-use crate::kv::KvHead;
+use crate::kv::{KvHead, KvScratch};
 
 /// Tokens of a unit of work: large enough that its partial costs nothing beside its rows, small enough that five KV
 /// heads at 2k tokens keep many threads busy.
@@ -30,30 +28,31 @@ pub(crate) fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize
 }
 
 /// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
-/// `partials`. `weights` becomes `[run][group][tokens]` for [`gather_chunk`]. `upcoming` are rows that are read next.
+/// `partials`. `weights` becomes `[run][group][tokens]` for [`gather_chunk`]. `upcoming` are bytes that are read next;
+/// `scratch` has been prepared for `queries`.
 ///
 /// # Panics
 /// When `weights` is shorter than the group times the tokens.
 pub(crate) fn score_chunk(
-    kernels: &Kernels,
     queries: &[f32],
     kv: &KvHead,
     pieces: &[Range<usize>],
     upcoming: &[u8],
+    scratch: &mut KvScratch,
     weights: &mut [f32],
     partials: &mut [f32],
 ) {
-    let d = kv.head_dim();
+    let (d, kernels) = (kv.head_dim(), kv.kernels());
     let group = queries.len() / d;
     super::partial::clear(partials, d);
-    let runs = || pieces.iter().cloned().flat_map(KvHead::runs);
+    let runs = || pieces.iter().cloned().flat_map(|piece| kv.runs(piece));
     let mut ahead = runs().skip(1);
     let mut rest = &mut *weights;
     for run in runs() {
         let (logits, others) = rest.split_at_mut(group * run.len());
         rest = others;
-        let upcoming = ahead.next().map_or(upcoming, |next| kv.key_rows(&next));
-        kv.scores(queries, &run, logits, upcoming);
+        let upcoming = ahead.next().map_or(upcoming, |next| first_of(kv.key_parts(&next)));
+        kv.scores(queries, &run, upcoming, scratch, logits);
         for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(run.len())) {
             partial[0] = partial[0].max(kernels.max(logits));
         }
@@ -69,30 +68,36 @@ pub(crate) fn score_chunk(
     }
 }
 
-/// Adds the values of `pieces`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `scratch` grows
-/// as needed and keeps nothing. `upcoming` are rows that are read next.
+/// The first of some pieces of memory, or none.
+pub(crate) fn first_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> &'a [u8] {
+    parts.next().unwrap_or_default()
+}
+
+/// Adds the values of `pieces`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as
+/// needed and keeps nothing. `upcoming` are bytes that are read next.
 pub(crate) fn gather_chunk(
     kv: &KvHead,
     pieces: &[Range<usize>],
     upcoming: &[u8],
     weights: &[f32],
-    scratch: &mut Vec<f32>,
+    scratch: &mut KvScratch,
+    sums: &mut Vec<f32>,
     partials: &mut [f32],
 ) {
     let d = kv.head_dim();
     let group = partials.len() / stride(d);
-    scratch.clear();
-    scratch.resize(group * d, 0.0);
-    let runs = || pieces.iter().cloned().flat_map(KvHead::runs);
+    sums.clear();
+    sums.resize(group * d, 0.0);
+    let runs = || pieces.iter().cloned().flat_map(|piece| kv.runs(piece));
     let mut ahead = runs().skip(1);
     let mut rest = weights;
     for run in runs() {
         let (weights, others) = rest.split_at(group * run.len());
         rest = others;
-        let upcoming = ahead.next().map_or(upcoming, |next| kv.value_rows(&next));
-        kv.accumulate(weights, &run, scratch, upcoming);
+        let upcoming = ahead.next().map_or(upcoming, |next| first_of(kv.value_parts(&next)));
+        kv.accumulate(weights, &run, upcoming, scratch, sums);
     }
-    for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(scratch.chunks_exact(d)) {
+    for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {
         partial[2..].copy_from_slice(acc);
     }
 }

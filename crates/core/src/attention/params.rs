@@ -80,11 +80,10 @@ impl MethodSpec {
     /// [`Error::Unknown`] for the name, [`Error::Parameter`] for a key or value.
     pub fn parse(text: &str) -> Result<Self> {
         let (name, rest) = text.split_once(':').unwrap_or((text, ""));
-        let method = METHODS.iter().find(|m| m.name == name).ok_or_else(|| Error::Unknown {
-            kind: "method",
-            name: name.into(),
-            known: METHODS.iter().map(|m| m.name).collect::<Vec<_>>().join(", "),
-        })?;
+        let method = METHODS
+            .iter()
+            .find(|m| m.name == name)
+            .ok_or_else(|| Error::unknown("method", name, METHODS.iter().map(|m| m.name)))?;
         let fail = |reason: String| Error::Parameter { text: text.into(), reason };
         let mut values: Vec<Option<f64>> = vec![None; method.params.len()];
         for pair in rest.split(',').filter(|p| !p.is_empty()) {

@@ -50,7 +50,7 @@ impl HeadMethod for Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kv::{CacheShape, KV_DTYPES, KvCache};
+    use crate::kv::{CacheShape, KvCache, kv_dtype};
     use longbit_kernels::Kernels;
 
     #[test]
@@ -66,7 +66,7 @@ mod tests {
             (1000, 0, 1, &[(999, 1000)][..]),
             (1000, 0, 5000, &[(0, 1000)][..]),
         ] {
-            let cache = KvCache::new(shape, KV_DTYPES[0], Kernels::best()).unwrap();
+            let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
             cache.head_mut(0, 0).append(&rows[..len * 16], &rows[..len * 16]).unwrap();
             let mut selection = Selection::default();
             let query = GroupQuery { rows: &[0.0; 16], head_dim: 16 };

@@ -1,73 +1,138 @@
 //! The KV cache and its number formats.
 //!
-//! A [`KvDtype`] turns f32 rows into bytes and answers two questions about a run of encoded rows: the dot products of a
-//! query group with them, and their weighted sum. It is called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic
-//! dispatch costs nothing. A new format is one file and one line in [`KV_DTYPES`].
+//! A [`KvDtype`] says how the keys and how the values of a cache are stored: a [`KvFormat`] for each, and whether rows are
+//! rotated and centred first. A format is one file and one line in [`KV_FORMATS`]; what it does with bytes is a
+//! [`Codec`] for each side. Codecs are called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic dispatch costs nothing.
+//!
+//! # Rotation and centring
+//! Both are exact for attention, and both make rows easier to round. *Rotated* rows are `H x` with the normalised
+//! Walsh-Hadamard matrix `H`, and so are the queries that meet rotated keys; `H` once more gives the output of rotated
+//! values. *Centred* rows lose a mean `m` that their page keeps: `q . x = q . (x - m) + q . m`, and weighted values get the
+//! sum of their weights times `m` back. Rotation comes first; `m` is a mean of rotated rows.
 
 mod bf16;
 mod cache;
+mod dtype;
 mod f32;
+mod head;
+mod side;
 
-pub use cache::{CacheShape, KvCache, KvHead, PAGE_TOKENS};
+pub use cache::{CacheShape, KvCache};
+pub use dtype::{KvDtype, KvFormat, SideDtype, kv_dtype};
+pub use head::KvHead;
+
+use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
-use crate::error::{Error, Result};
+/// Rows a page.
+pub const PAGE_TOKENS: usize = 256;
 
-/// A number format for cached keys and values.
-pub trait KvDtype: Send + Sync {
-    /// Name, as in experiment files.
-    fn name(&self) -> &'static str;
+/// Every number format of cached rows.
+pub static KV_FORMATS: &[KvFormat] = &[f32::FORMAT, bf16::FORMAT];
 
-    /// One line: the layout and its error bound.
-    fn summary(&self) -> &'static str;
+/// Rows that a [`Codec`] reads.
+#[derive(Clone, Debug)]
+pub struct Rows<'a> {
+    /// The page, or another buffer that begins with row 0.
+    pub page: &'a [u8],
+    /// Which rows of it.
+    pub range: Range<usize>,
+    /// Numbers a row.
+    pub head_dim: usize,
+    /// Encoded rows that are read next, to be requested from memory meanwhile; they change no result.
+    pub upcoming: &'a [u8],
+}
 
-    /// Bytes of one row of `head_dim` numbers.
-    fn row_bytes(&self, head_dim: usize) -> usize;
+/// What codecs need room for while they work; one a thread. Buffers grow as needed and keep nothing but the query that
+/// [`Codec::prepare`] left.
+#[derive(Default)]
+pub struct KvScratch {
+    /// Any numbers, such as scales.
+    pub floats: Vec<f32>,
+    /// The mean of a page.
+    mean: Vec<f32>,
+}
 
-    /// Encodes `rows`, `[n][head_dim]`, into `out`, `n * row_bytes`. Row by row, so that appending token by token or all
-    /// at once gives the same bytes.
-    fn encode(&self, kernels: &Kernels, rows: &[f32], head_dim: usize, out: &mut [u8]);
+/// How the rows of one side of the cache, keys or values, become bytes, and how attention reads those.
+pub trait Codec: Send + Sync {
+    /// Bytes of a page of [`PAGE_TOKENS`] rows of `head_dim` numbers.
+    fn page_bytes(&self, head_dim: usize) -> usize;
+
+    /// Why rows of `head_dim` numbers cannot be stored, or nothing.
+    fn refuses(&self, head_dim: usize) -> Option<String> {
+        let _ = head_dim;
+        None
+    }
+
+    /// The largest magnitude that a number may have; beyond it a row is refused, not stored as something else.
+    fn largest(&self) -> f32 {
+        f32::MAX
+    }
+
+    /// Tokens that are encoded together.
+    fn group(&self) -> usize {
+        1
+    }
+
+    /// How many of `len` cached tokens are encoded: a multiple of [`Codec::group`]. The newer ones are kept exactly.
+    fn settled(&self, len: usize) -> usize {
+        len
+    }
+
+    /// Largest `len - settled(len)`.
+    fn unsettled(&self) -> usize {
+        0
+    }
+
+    /// Encodes `rows`, `[n][head_dim]`, into `page` from row `first` on; `first` and `n` are multiples of
+    /// [`Codec::group`]. The bytes depend on nothing but the rows of their group.
+    fn encode(&self, kernels: &Kernels, rows: &[f32], head_dim: usize, page: &mut [u8], first: usize);
 
     /// Decodes `rows` into `out`, `[n][head_dim]`.
-    fn decode(&self, kernels: &Kernels, rows: &[u8], head_dim: usize, out: &mut [f32]);
+    fn decode(&self, kernels: &Kernels, rows: &Rows<'_>, out: &mut [f32]);
 
-    /// Dot products: `out[h][t] = queries[h] . rows[t]`, with `queries` `[group][head_dim]` and `out` `[group][n]`.
-    /// `upcoming` are encoded rows that are read next, to be requested from memory meanwhile; they change no result.
+    /// The bytes of `page` that reading `rows` touches: what is largest first.
+    fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3];
+
+    /// Brings `queries`, `[group][head_dim]`, into the form that [`Codec::scores`] multiplies, which `scratch` keeps until
+    /// the next call.
+    fn prepare(&self, kernels: &Kernels, queries: &[f32], head_dim: usize, scratch: &mut KvScratch) {
+        let _ = (kernels, queries, head_dim, scratch);
+    }
+
+    /// Dot products: `out[h][t] = queries[h] . rows[t]`, with `queries` `[group][head_dim]`, those of the last
+    /// [`Codec::prepare`], and `out` `[group][n]`.
     fn scores(
         &self,
         kernels: &Kernels,
         queries: &[f32],
-        rows: &[u8],
-        head_dim: usize,
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
         out: &mut [f32],
-        upcoming: &[u8],
     );
 
     /// Weighted sum: `acc[h] += sum_t weights[h][t] * rows[t]`, with `weights` `[group][n]` and `acc`
-    /// `[group][head_dim]`; `upcoming` as for [`KvDtype::scores`].
+    /// `[group][head_dim]`.
     fn accumulate(
         &self,
         kernels: &Kernels,
         weights: &[f32],
-        rows: &[u8],
-        head_dim: usize,
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
         acc: &mut [f32],
-        upcoming: &[u8],
     );
 }
 
-/// Every KV dtype.
-pub static KV_DTYPES: &[&dyn KvDtype] = &[&f32::F32, &bf16::Bf16];
-
-/// The KV dtype called `name`.
-///
-/// # Errors
-/// [`Error::Unknown`] with the names that exist.
-pub fn kv_dtype(name: &str) -> Result<&'static dyn KvDtype> {
-    KV_DTYPES.iter().copied().find(|d| d.name() == name).ok_or_else(|| Error::Unknown {
-        kind: "KV dtype",
-        name: name.into(),
-        known: KV_DTYPES.iter().map(|d| d.name()).collect::<Vec<_>>().join(", "),
-    })
+/// The rows `range` of a page in which rows of `row_bytes` follow one another from byte `from` on.
+pub(crate) fn slice_rows<'a>(
+    page: &'a [u8],
+    from: usize,
+    row_bytes: usize,
+    range: &Range<usize>,
+) -> &'a [u8] {
+    &page[from + range.start * row_bytes..from + range.end * row_bytes]
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,10 +46,8 @@ impl Compaction {
     /// # Errors
     /// [`Error::Unknown`] with the names that exist.
     pub fn parse(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|how| how.as_str() == name).ok_or_else(|| Error::Unknown {
-            kind: "packing of the weights",
-            name: name.into(),
-            known: Self::ALL.map(Self::as_str).join(", "),
+        Self::ALL.into_iter().find(|how| how.as_str() == name).ok_or_else(|| {
+            Error::unknown("packing of the weights", name, Self::ALL.into_iter().map(Self::as_str))
         })
     }
 }

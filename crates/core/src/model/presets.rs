@@ -128,11 +128,11 @@ impl Preset {
 /// # Errors
 /// [`Error::Unknown`] with the names that exist.
 pub fn preset(name: &str) -> Result<ModelConfig> {
-    PRESETS.iter().find(|p| p.name == name).map(Preset::config).ok_or_else(|| Error::Unknown {
-        kind: "preset",
-        name: name.into(),
-        known: PRESETS.iter().map(|p| p.name).collect::<Vec<_>>().join(", "),
-    })
+    PRESETS
+        .iter()
+        .find(|p| p.name == name)
+        .map(Preset::config)
+        .ok_or_else(|| Error::unknown("preset", name, PRESETS.iter().map(|p| p.name)))
 }
 
 #[cfg(test)]

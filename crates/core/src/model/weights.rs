@@ -150,11 +150,10 @@ impl HeadFormat {
     /// # Errors
     /// [`Error::Unknown`] with the names that exist.
     pub fn parse(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|f| f.as_str() == name).ok_or_else(|| Error::Unknown {
-            kind: "head format",
-            name: name.into(),
-            known: Self::ALL.map(Self::as_str).join(", "),
-        })
+        Self::ALL
+            .into_iter()
+            .find(|f| f.as_str() == name)
+            .ok_or_else(|| Error::unknown("head format", name, Self::ALL.into_iter().map(Self::as_str)))
     }
 
     /// Format of the tables that the head is made from, and of the embedding.

@@ -60,7 +60,7 @@ pub struct SessionOptions {
     /// Tokens that the cache can hold.
     pub capacity: usize,
     /// Number format of cached keys and values.
-    pub kv: &'static dyn KvDtype,
+    pub kv: KvDtype,
     /// Attention method of decode steps; prefill is dense and causal.
     pub method: MethodSpec,
 }
@@ -68,13 +68,10 @@ pub struct SessionOptions {
 impl Default for SessionOptions {
     /// 4096 tokens, bf16, dense.
     fn default() -> Self {
-        let known =
-            |r: Result<_>| r.unwrap_or_else(|_| unreachable!("`bf16` and `dense` are in their tables"));
-        SessionOptions {
-            capacity: 4096,
-            kv: kv_dtype("bf16").unwrap_or(crate::kv::KV_DTYPES[0]),
-            method: known(method("dense")),
+        fn known<T>(found: Result<T>) -> T {
+            found.unwrap_or_else(|_| unreachable!("`bf16` and `dense` are in their tables"))
         }
+        SessionOptions { capacity: 4096, kv: known(kv_dtype("bf16")), method: known(method("dense")) }
     }
 }
 
@@ -260,7 +257,8 @@ impl Session {
     /// Runs `tokens` through the model in chunks of [`Session::DEFAULT_CHUNK`]; returns the logits after the last one.
     ///
     /// # Errors
-    /// An unknown token, no token, or a full cache; nothing is changed then.
+    /// An unknown token, no token, or a full cache; nothing is changed then. A key or value that the cache cannot hold; the
+    /// chunks before it stay.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         self.check(tokens)?;
         for chunk in tokens.chunks(Self::DEFAULT_CHUNK) {
@@ -320,7 +318,7 @@ impl Session {
     /// [`Session::set_exact_top`].
     ///
     /// # Errors
-    /// An unknown token or a full cache; nothing is changed then.
+    /// An unknown token, a full cache, or a key or value that the cache cannot hold; nothing is changed then.
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
         self.check(&[token])?;
         self.pass(&[token], Kind::Decode { supplied: None, capture: false })?;
@@ -433,6 +431,10 @@ impl Session {
         // What a pass that panicked had counted does not belong to this one.
         scratch.take_traffic();
         self.team.run(|worker| pass.run(worker));
+        if let Some(error) = scratch.take_failure() {
+            self.rewind(self.cache.len());
+            return Err(error);
+        }
         pass.logits(&mut self.logits);
         self.rescored = pass.rescored();
         if let (Some(profile), Some(clock)) = (&mut self.profiled, clock) {

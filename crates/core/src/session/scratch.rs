@@ -11,6 +11,8 @@ use super::Traffic;
 use super::profile::{Clock, OpTotal};
 use super::stage::Stage;
 use crate::attention::{CHUNK_TOKENS, Selection, partial};
+use crate::error::Error;
+use crate::kv::KvScratch;
 use crate::model::ModelConfig;
 
 /// Tokens of a prefill attention task.
@@ -54,6 +56,8 @@ pub(super) struct Private {
     pub(super) weights: Vec<f32>,
     /// Attention accumulators.
     pub(super) attend: Vec<f32>,
+    /// What the KV dtype needs.
+    pub(super) kv: KvScratch,
     /// Factors of merged partials.
     pub(super) factors: Vec<f32>,
     /// Partials of a prefill block.
@@ -116,6 +120,7 @@ pub(super) struct Scratch {
     /// One a thread.
     pub(super) private: Vec<Mutex<Private>>,
     capture: OnceLock<Shared<f32>>,
+    failure: Mutex<Option<Error>>,
     kv_bytes: AtomicU64,
     index_bytes: AtomicU64,
     rows: AtomicU64,
@@ -169,6 +174,7 @@ impl Scratch {
             vocab,
             private: (0..threads).map(|_| Mutex::default()).collect(),
             capture: OnceLock::new(),
+            failure: Mutex::default(),
             kv_bytes: AtomicU64::new(0),
             index_bytes: AtomicU64::new(0),
             rows: AtomicU64::new(0),
@@ -179,6 +185,23 @@ impl Scratch {
     /// Largest number of tokens.
     pub(super) fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// Keeps what went wrong in a pass; of several things that which stands first in the model.
+    pub(super) fn fail(&self, error: Error) {
+        let place = |error: &Error| match error {
+            Error::Unstorable { layer, kv_head, .. } => (*layer, *kv_head),
+            _ => (0, 0),
+        };
+        let mut kept = self.failure.lock().unwrap_or_else(|e| e.into_inner());
+        if kept.as_ref().is_none_or(|kept| place(&error) < place(kept)) {
+            *kept = Some(error);
+        }
+    }
+
+    /// What went wrong in the pass, if anything did; starts anew.
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        self.failure.lock().unwrap_or_else(|e| e.into_inner()).take()
     }
 
     /// Adds to what the step read.

@@ -31,7 +31,7 @@ const DENSE_CHUNK: usize = 16;
 #[derive(Clone)]
 pub struct Variant {
     /// Number format of keys and values.
-    pub kv: &'static dyn KvDtype,
+    pub kv: KvDtype,
     /// Attention method of the scored steps.
     pub method: MethodSpec,
 }
@@ -46,7 +46,7 @@ impl Variant {
     }
 
     fn is(&self, other: &Variant) -> bool {
-        self.kv.name() == other.kv.name() && self.method.canonical() == other.method.canonical()
+        self.kv == other.kv && self.method.canonical() == other.method.canonical()
     }
 }
 
@@ -226,8 +226,8 @@ fn measure<E: From<Error>>(
     let windows = options.windows(tokens.len());
     let mut sessions: Vec<Session> = Vec::new();
     for tally in &mut tallies {
-        let name = tally.variant.kv.name();
-        tally.session = match sessions.iter().position(|s| s.cache().dtype().name() == name) {
+        let kv = tally.variant.kv;
+        tally.session = match sessions.iter().position(|s| s.cache().dtype() == kv) {
             Some(known) => known,
             None => {
                 let options =
@@ -370,7 +370,7 @@ fn finish(tallies: Vec<Tally>, bytes: usize, with_divergence: bool) -> Vec<Score
         });
         let bits = mean * n / std::f64::consts::LN_2;
         Score {
-            kv: tally.variant.kv.name().into(),
+            kv: tally.variant.kv.to_string(),
             method: tally.variant.method.canonical(),
             nats: tally.nats,
             mean,

@@ -1,4 +1,4 @@
-//! Reductions of one vector: the dot product and the maximum.
+//! Reductions: the dot product of two vectors, the sum and the maximum of one.
 
 use crate::Kernels;
 use crate::vector::{F32x16, load, load_tail};
@@ -13,6 +13,19 @@ pub(crate) fn dot<V: F32x16>(a: &[f32], b: &[f32]) -> f32 {
     }
     if !a_tail.is_empty() {
         acc = load_tail::<V>(a_tail, 0.0).mul_add(load_tail(b_tail, 0.0), acc);
+    }
+    acc.sum()
+}
+
+#[inline(always)]
+pub(crate) fn sum<V: F32x16>(x: &[f32]) -> f32 {
+    let (x, tail) = x.as_chunks();
+    let (mut acc, one) = (V::splat(0.0), V::splat(1.0));
+    for x in x {
+        acc = load::<V>(x).mul_add(one, acc);
+    }
+    if !tail.is_empty() {
+        acc = load_tail::<V>(tail, 0.0).mul_add(one, acc);
     }
     acc.sum()
 }
@@ -51,6 +64,12 @@ impl Kernels {
         assert_eq!(a.len(), b.len(), "dot: the two lengths");
         // SAFETY: this table was handed out against proof of its instruction set.
         unsafe { (self.float.dot)(a, b) }
+    }
+
+    /// The sum of a vector: its dot product with ones.
+    pub fn sum(&self, x: &[f32]) -> f32 {
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.sum)(x) }
     }
 
     /// The largest element, `-inf` for an empty slice. NaN is passed over, and a zero result is `+0.0`.

@@ -264,13 +264,16 @@ impl<'a> Reader<'a> {
 
     fn kv_dtypes(&self, axes: &Section<'a>) -> Option<Vec<String>> {
         let names: Vec<&str> = self.caps.kv_dtypes.iter().map(|k| k.name.as_str()).collect();
-        self.axis(axes, "kv_dtype", |at| match at.value.as_str() {
-            Some(name) if names.contains(&name) => Some(name.to_owned()),
-            Some(name) => {
-                self.source.complain(&at.place, format!("unknown KV dtype {name:?}"), suggest(name, &names));
-                None
+        self.axis(axes, "kv_dtype", |at| {
+            let Some(text) = at.value.as_str() else { return axes.wrong_type(&at, "the name of a KV dtype") };
+            match formats_of(text).find(|name| !names.contains(name)) {
+                None => Some(text.to_owned()),
+                Some(name) => {
+                    let unknown = format!("unknown KV dtype {name:?}");
+                    self.source.complain(&at.place, unknown, suggest(name, &names));
+                    None
+                }
             }
-            None => axes.wrong_type(&at, "the name of a KV dtype"),
         })
     }
 
@@ -457,4 +460,12 @@ fn thread_count<'a>(section: &Section<'a>, at: &At<&'a DeValue<'a>>) -> Option<T
             &format!("\"all\", \"all+1\", \"1..all\" or a whole number from 1 to {MAX_THREADS}"),
         ),
     }
+}
+
+/// The names in a KV dtype: one, or those of keys and values (`k=int8,v=int4`), without options (`+rotate`).
+fn formats_of(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').map(|part| {
+        let name = part.split_once('=').map_or(part, |(_, name)| name);
+        name.split('+').next().unwrap_or_default().trim()
+    })
 }

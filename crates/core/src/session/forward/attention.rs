@@ -8,8 +8,9 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::{CHUNK_TOKENS, GroupQuery, Selection, chunks, gather_chunk, partial, score_chunk};
-use crate::kv::KvHead;
+use crate::attention::{
+    CHUNK_TOKENS, GroupQuery, Selection, chunks, first_of, gather_chunk, partial, score_chunk,
+};
 
 /// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
 /// memory waits. It changes no bits.
@@ -73,8 +74,11 @@ impl Pass<'_> {
             kernels.scale(query, scale);
         }
         let mut kv = self.cache.head_mut(l, kv_head);
-        // Room was checked before the pass; a refusal leaves the head short, which `KvCache::set_len` reports.
-        if kv.append(&p.row[..n * d], &p.row2[..n * d]).is_err() {
+        kv.rotate_queries(&mut queries[..n * width]);
+        if let Err(error) = kv.append(&p.row[..n * d], &p.row2[..n * d]) {
+            // The session takes the whole pass back; until then this head serves what it has.
+            self.scratch.fail(error);
+            self.scratch.selections[kv_head].write().unwrap_or_else(|e| e.into_inner()).clear();
             return;
         }
         let mut state = self.attention.head(l, kv_head);
@@ -88,8 +92,8 @@ impl Pass<'_> {
                 }
                 false => selection.spans.push(0..kv.len()),
             }
-            let rows = selection.tokens() as u64;
-            self.scratch.count(rows * 2 * kv.row_bytes() as u64, selection.index_bytes, rows);
+            let bytes = selection.spans.iter().map(|span| kv.read_bytes(span.clone()) as u64).sum();
+            self.scratch.count(bytes, selection.index_bytes, selection.tokens() as u64);
         }
     }
 
@@ -150,35 +154,38 @@ impl Pass<'_> {
             // What a thread reads first of a task of the same head.
             let first = |slot: usize| {
                 let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
-                task.and_then(|task| KvHead::runs(pieces[task.1.start].clone()).next())
+                task.and_then(|task| kv.runs(pieces[task.1.start].clone()).next())
             };
+            kv.prepare(queries, &mut p.kv);
             for i in slot..last {
                 let next = if i + 1 < last { first(i + 1) } else { None };
                 let upcoming = match (next, first(slot)) {
-                    (Some(next), _) => kv.key_rows(&next),
-                    (None, Some(back)) => kv.value_rows(&back),
+                    (Some(next), _) => first_of(kv.key_parts(&next)),
+                    (None, Some(back)) => first_of(kv.value_parts(&back)),
                     (None, None) => &[],
                 };
                 let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                score_chunk(kernels, queries, &kv, of(i), upcoming, weights, &mut s.partials.write(base + i));
+                let mut partials = s.partials.write(base + i);
+                score_chunk(queries, &kv, of(i), upcoming, &mut p.kv, weights, &mut partials);
             }
             for i in slot..last {
                 let upcoming = match first(i + 1) {
-                    Some(next) if i + 1 < last => kv.value_rows(&next),
-                    Some(next) => kv.key_rows(&next),
+                    Some(next) if i + 1 < last => first_of(kv.value_parts(&next)),
+                    Some(next) => first_of(kv.key_parts(&next)),
                     None => &[],
                 };
                 let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                gather_chunk(&kv, of(i), upcoming, weights, &mut p.attend, &mut s.partials.write(base + i));
+                let mut partials = s.partials.write(base + i);
+                gather_chunk(&kv, of(i), upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
             }
             slot = last;
         }
         p.clock.lap(Op::Attention, || {
-            let mine = &tasks[mine];
-            mine.iter()
-                .flat_map(|(_, range)| &pieces[range.clone()])
-                .map(|piece| 2 * piece.len() * self.cache.head(l, 0).row_bytes())
-                .sum()
+            let bytes = |(kv_head, range): &(usize, Range<usize>)| -> usize {
+                let kv = self.cache.head(l, *kv_head);
+                pieces[range.clone()].iter().map(|piece| kv.read_bytes(piece.clone())).sum()
+            };
+            tasks[mine].iter().map(bytes).sum()
         });
         if !alone {
             self.barrier(worker, p);
@@ -198,6 +205,7 @@ impl Pass<'_> {
             }
             let mut out = s.attn.write(kv_head);
             partial::finish(kernels, &p.partials, d, &mut out);
+            self.cache.head(l, kv_head).restore_outputs(&mut out);
             if self.capture {
                 s.capture(l * self.model.config.kv_heads + kv_head, &out);
             }
@@ -224,7 +232,8 @@ impl Pass<'_> {
             p.weights.resize(CHUNK_TOKENS * config.group(), 0.0);
             let (part, running) = p.partials.split_at_mut(slot);
             partial::clear(running, d);
-            let seen = 0..self.position + mine.end;
+            // A head that refused a row holds fewer.
+            let seen = 0..kv.len().min(self.position + mine.end);
             for chunk in chunks(std::slice::from_ref(&seen)) {
                 for (i, j) in mine.clone().enumerate() {
                     let visible = chunk.start..chunk.end.min(self.position + j + 1);
@@ -233,8 +242,9 @@ impl Pass<'_> {
                     }
                     let query = &queries[j * width..(j + 1) * width];
                     let visible = [visible];
-                    score_chunk(kernels, query, &kv, &visible, &[], &mut p.weights, part);
-                    gather_chunk(&kv, &visible, &[], &p.weights, &mut p.attend, part);
+                    kv.prepare(query, &mut p.kv);
+                    score_chunk(query, &kv, &visible, &[], &mut p.kv, &mut p.weights, part);
+                    gather_chunk(&kv, &visible, &[], &p.weights, &mut p.kv, &mut p.attend, part);
                     let running = &mut running[i * slot..(i + 1) * slot];
                     partial::merge(kernels, running, part, d, &mut p.factors);
                 }
@@ -248,6 +258,7 @@ impl Pass<'_> {
                     &mut out[i * width..(i + 1) * width],
                 );
             }
+            kv.restore_outputs(&mut out[..mine.len() * width]);
         }
         p.clock.lap(Op::Attention, || 0);
     }

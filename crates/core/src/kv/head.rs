@@ -1,0 +1,231 @@
+//! The keys and values of one (layer, KV head).
+
+use std::ops::Range;
+
+use longbit_kernels::Kernels;
+
+use super::side::{Memory, Side};
+use super::{Codec, KvDtype, KvScratch, PAGE_TOKENS};
+use crate::error::{Error, Result};
+
+/// The keys and values of one (layer, KV head).
+///
+/// Rows go in as the model makes them. What comes out, scores and decoded rows, is rotated where the dtype rotates:
+/// [`KvHead::rotate_queries`] and [`KvHead::restore_outputs`] bring queries and outputs over and back.
+pub struct KvHead {
+    kernels: &'static Kernels,
+    /// Layer and KV head, for messages.
+    place: [usize; 2],
+    head_dim: usize,
+    keys: Side,
+    values: Side,
+    len: usize,
+    /// Rows on their way.
+    room: Vec<f32>,
+}
+
+impl KvHead {
+    pub(super) fn new(
+        kernels: &'static Kernels,
+        place: [usize; 2],
+        head_dim: usize,
+        dtype: KvDtype,
+        memory: [Memory; 2],
+    ) -> Self {
+        let [keys, values] = memory;
+        KvHead {
+            kernels,
+            place,
+            head_dim,
+            keys: Side::new(dtype.keys, head_dim, keys),
+            values: Side::new(dtype.values, head_dim, values),
+            len: 0,
+            room: Vec::new(),
+        }
+    }
+
+    /// Cached tokens.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Numbers a row.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// The kernels that it works with.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.keys.pages() * PAGE_TOKENS
+    }
+
+    /// Appends rows `[n][head_dim]` of keys and values.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`], or [`Error::Unstorable`] for a number that is not finite or larger than the format holds; nothing
+    /// is appended then.
+    pub fn append(&mut self, keys: &[f32], values: &[f32]) -> Result<()> {
+        let wanted = self.len + keys.len() / self.head_dim;
+        if wanted > self.capacity() {
+            return Err(Error::CacheFull { capacity: self.capacity(), wanted });
+        }
+        for (side, rows, what) in [(&self.keys, keys, "key"), (&self.values, values, "value")] {
+            let limit = side.dtype().codec().largest();
+            // Rotation spreads a number over the row: sums of up to `sqrt(head_dim)` times the largest.
+            let limit = if side.dtype().rotate() { limit / (self.head_dim as f32).sqrt() } else { limit };
+            if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
+                return Err(Error::Unstorable {
+                    what,
+                    layer: self.place[0],
+                    kv_head: self.place[1],
+                    position: self.len + at / self.head_dim,
+                    value: rows[at],
+                    dtype: side.dtype().to_string(),
+                });
+            }
+        }
+        for (side, rows) in [(&mut self.keys, keys), (&mut self.values, values)] {
+            if side.dtype().rotate() {
+                self.room.clear();
+                self.room.extend_from_slice(rows);
+                hadamard(&mut self.room, self.head_dim);
+                side.append(self.kernels, &self.room);
+            } else {
+                side.append(self.kernels, rows);
+            }
+        }
+        self.len = wanted;
+        Ok(())
+    }
+
+    /// Forgets every token from `len` on. Rows of a format that keeps the newest tokens exactly come back exactly as long
+    /// as no more than a page of tokens is forgotten since the most there were, else as the pages hold them.
+    pub fn truncate(&mut self, len: usize) {
+        self.keys.truncate(self.kernels, len);
+        self.values.truncate(self.kernels, len);
+        self.len = self.len.min(len);
+    }
+
+    /// Splits `tokens` where pages end or rows lie elsewhere: the pieces that [`KvHead::scores`] and the others take.
+    pub fn runs(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let mut start = tokens.start;
+        std::iter::from_fn(move || {
+            (start < tokens.end).then(|| {
+                let end = tokens.end.min(self.keys.cut(start)).min(self.values.cut(start));
+                let run = start..end;
+                start = end;
+                run
+            })
+        })
+    }
+
+    /// The codec of the keys.
+    pub fn key_codec(&self) -> &'static dyn Codec {
+        self.keys.dtype().codec()
+    }
+
+    /// The codec of the values.
+    pub fn value_codec(&self) -> &'static dyn Codec {
+        self.values.dtype().codec()
+    }
+
+    /// The stored bytes of the keys of `run`, one of [`KvHead::runs`], in pieces: the largest first.
+    pub fn key_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        self.keys.parts(run)
+    }
+
+    /// The stored bytes of the values of `run`, one of [`KvHead::runs`], in pieces: the largest first.
+    pub fn value_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        self.values.parts(run)
+    }
+
+    /// Bytes that reading the keys and the values of `tokens` touches.
+    pub fn read_bytes(&self, tokens: Range<usize>) -> usize {
+        let bytes = |run: Range<usize>| -> usize {
+            self.key_parts(&run).chain(self.value_parts(&run)).map(<[u8]>::len).sum()
+        };
+        self.runs(tokens).map(bytes).sum()
+    }
+
+    /// Decodes the keys of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
+    pub fn decode_keys(&self, tokens: Range<usize>, out: &mut [f32]) {
+        self.keys.decode(self.kernels, tokens, out);
+    }
+
+    /// Decodes the values of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
+    pub fn decode_values(&self, tokens: Range<usize>, out: &mut [f32]) {
+        self.values.decode(self.kernels, tokens, out);
+    }
+
+    /// Rotates `queries`, rows of `head_dim`, if the keys are rotated.
+    pub fn rotate_queries(&self, queries: &mut [f32]) {
+        if self.keys.dtype().rotate() {
+            hadamard(queries, self.head_dim);
+        }
+    }
+
+    /// Rotates attention outputs, rows of `head_dim`, back if the values are rotated.
+    pub fn restore_outputs(&self, outputs: &mut [f32]) {
+        if self.values.dtype().rotate() {
+            hadamard(outputs, self.head_dim);
+        }
+    }
+
+    /// Makes `scratch` ready for [`KvHead::scores`] of `queries`, `[group][head_dim]`, rotated if the keys are.
+    pub fn prepare(&self, queries: &[f32], scratch: &mut KvScratch) {
+        self.key_codec().prepare(self.kernels, queries, self.head_dim, scratch);
+    }
+
+    /// Dot products of `queries` `[group][head_dim]`, those of the last [`KvHead::prepare`], with the keys of `run`, one of
+    /// [`KvHead::runs`]: `out` is `[group][run]`. The bytes `upcoming`, which are read next, are requested from memory in
+    /// time.
+    pub fn scores(
+        &self,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        self.keys.scores(self.kernels, queries, run, upcoming, scratch, out);
+    }
+
+    /// Adds the values of `run`, one of [`KvHead::runs`], weighted by `weights` `[group][run]`, to `acc`
+    /// `[group][head_dim]`, rotated if they are. `upcoming` as for [`KvHead::scores`].
+    pub fn accumulate(
+        &self,
+        weights: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        acc: &mut [f32],
+    ) {
+        self.values.accumulate(self.kernels, weights, run, upcoming, scratch, acc);
+    }
+}
+
+fn hadamard(rows: &mut [f32], d: usize) {
+    for row in rows.chunks_exact_mut(d) {
+        let mut half = 1;
+        while half < d {
+            for pair in row.chunks_exact_mut(2 * half) {
+                let (a, b) = pair.split_at_mut(half);
+                for (a, b) in a.iter_mut().zip(b) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+            half *= 2;
+        }
+        row.iter_mut().for_each(|x| *x /= (d as f32).sqrt());
+    }
+}

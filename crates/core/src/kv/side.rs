@@ -1,0 +1,378 @@
+//! One side, keys or values, of one (layer, KV head): encoded pages, and rows that are kept exactly.
+//!
+//! Token `t` lies in one of three places: the first [`SideDtype::exact_first`] tokens and the newest ones, which the codec
+//! has not settled, are kept exactly; the others are encoded in page `t / PAGE_TOKENS`. Which tokens are settled, and
+//! every encoded byte, depend on nothing but the rows and how many there are: appending one by one, in pieces or all
+//! at once gives the same bytes.
+
+use std::ops::Range;
+
+use longbit_kernels::Kernels;
+use longbit_sys::Segment;
+
+use super::{Codec, KvScratch, PAGE_TOKENS, Rows, SideDtype, bf16};
+
+/// How rows are kept that are not encoded.
+pub(super) static EXACT: &dyn Codec = &bf16::Bf16;
+
+/// Memory of a side.
+pub(super) struct Memory {
+    /// Encoded pages, each with its mean behind the rows.
+    pub(super) pages: Vec<Segment>,
+    /// The first rows, then a ring of the newest.
+    pub(super) exact: Segment,
+}
+
+pub(super) struct Side {
+    dtype: SideDtype,
+    head_dim: usize,
+    memory: Memory,
+    /// Cached tokens.
+    len: usize,
+    /// Tokens of which the pages hold the rows.
+    settled: usize,
+    /// Oldest token whose row the ring holds.
+    ring_from: usize,
+    /// Sums of the decoded rows of the page that the last settled token lies in; of a centred side.
+    sums: Vec<f32>,
+    /// Rows on their way from the ring.
+    room: Vec<f32>,
+    /// Decoded rows.
+    room2: Vec<f32>,
+    /// Rows less their mean.
+    less: Vec<f32>,
+}
+
+/// Where the rows of a run lie.
+struct Place<'a> {
+    codec: &'static dyn Codec,
+    rows: Rows<'a>,
+    /// The mean that was taken off, bfloat16.
+    mean: Option<&'a [u16]>,
+}
+
+impl Side {
+    pub(super) fn new(dtype: SideDtype, head_dim: usize, memory: Memory) -> Self {
+        let sums = if dtype.centre() { vec![0.0; head_dim] } else { Vec::new() };
+        Side {
+            dtype,
+            head_dim,
+            memory,
+            len: 0,
+            settled: 0,
+            ring_from: 0,
+            sums,
+            room: Vec::new(),
+            room2: Vec::new(),
+            less: Vec::new(),
+        }
+    }
+
+    pub(super) fn dtype(&self) -> SideDtype {
+        self.dtype
+    }
+
+    pub(super) fn pages(&self) -> usize {
+        self.memory.pages.len()
+    }
+
+    fn codec(&self) -> &'static dyn Codec {
+        self.dtype.codec()
+    }
+
+    fn ring(&self) -> usize {
+        self.dtype.exact_recent()
+    }
+
+    /// Row of the exact memory in which the ring keeps `token`.
+    fn ring_row(&self, token: usize) -> usize {
+        self.dtype.exact_first() + token % self.ring()
+    }
+
+    /// Where the run that begins at `start` ends at the latest, as far as this side is concerned.
+    pub(super) fn cut(&self, start: usize) -> usize {
+        let mut end = (start / PAGE_TOKENS + 1) * PAGE_TOKENS;
+        let first = self.dtype.exact_first();
+        if start < first {
+            end = end.min(first);
+        } else if start < self.settled {
+            end = end.min(self.settled);
+        } else if self.ring() > 0 {
+            end = end.min((start / self.ring() + 1) * self.ring());
+        }
+        end
+    }
+
+    fn place(&self, run: &Range<usize>) -> Place<'_> {
+        debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
+        let exact = |row: usize| Place {
+            codec: EXACT,
+            rows: self.rows(&self.memory.exact, row..row + run.len()),
+            mean: None,
+        };
+        if run.start < self.dtype.exact_first() {
+            exact(run.start)
+        } else if run.start >= self.settled {
+            exact(self.ring_row(run.start))
+        } else {
+            let page = run.start / PAGE_TOKENS;
+            let row = run.start % PAGE_TOKENS;
+            Place {
+                codec: self.codec(),
+                rows: self.rows(self.encoded(page), row..row + run.len()),
+                mean: self.dtype.centre().then(|| self.mean(page)),
+            }
+        }
+    }
+
+    fn rows<'a>(&self, page: &'a [u8], range: Range<usize>) -> Rows<'a> {
+        Rows { page, range, head_dim: self.head_dim, upcoming: &[] }
+    }
+
+    /// The rows of a page.
+    fn encoded(&self, page: usize) -> &[u8] {
+        &self.memory.pages[page][..self.codec().page_bytes(self.head_dim)]
+    }
+
+    /// The mean of a page of a centred side.
+    fn mean(&self, page: usize) -> &[u16] {
+        bytemuck::cast_slice(&self.memory.pages[page][self.codec().page_bytes(self.head_dim)..])
+    }
+
+    /// Appends `rows`, `[n][head_dim]`; the caller has checked that they fit and are finite.
+    pub(super) fn append(&mut self, kernels: &Kernels, rows: &[f32]) {
+        let d = self.head_dim;
+        let n = rows.len() / d;
+        let first = self.dtype.exact_first();
+        if self.len < first {
+            let take = n.min(first - self.len);
+            EXACT.encode(kernels, &rows[..take * d], d, &mut self.memory.exact, self.len);
+        }
+        if self.ring() == 0 {
+            self.len += n;
+            self.encode(kernels, rows);
+            return;
+        }
+        // As many at a time as the ring can take up without losing a row that is not settled.
+        for rows in rows.chunks((self.ring() - self.codec().unsettled()) * d) {
+            for row in rows.chunks_exact(d) {
+                let at = self.ring_row(self.len);
+                EXACT.encode(kernels, row, d, &mut self.memory.exact, at);
+                self.len += 1;
+            }
+            self.ring_from = self.ring_from.max(self.len.saturating_sub(self.ring()));
+            self.settle(kernels);
+        }
+    }
+
+    /// Encodes what has become settled, from the ring.
+    fn settle(&mut self, kernels: &Kernels) {
+        let d = self.head_dim;
+        let until = self.codec().settled(self.len);
+        if until <= self.settled {
+            return;
+        }
+        let mut room = std::mem::take(&mut self.room);
+        room.clear();
+        room.resize((until - self.settled) * d, 0.0);
+        for (token, out) in (self.settled..until).zip(room.chunks_exact_mut(d)) {
+            let row = self.ring_row(token);
+            EXACT.decode(kernels, &self.rows(&self.memory.exact, row..row + 1), out);
+        }
+        self.encode(kernels, &room);
+        self.room = room;
+    }
+
+    /// Encodes `rows` of the tokens that follow the settled ones.
+    fn encode(&mut self, kernels: &Kernels, rows: &[f32]) {
+        let (d, codec, centre) = (self.head_dim, self.codec(), self.dtype.centre());
+        // Rows that are only ever read where they are kept exactly; a group is encoded whole.
+        let unread = if codec.group() == 1 { self.dtype.exact_first() } else { 0 };
+        let mut rest = rows;
+        while !rest.is_empty() {
+            let (page, row) = (self.settled / PAGE_TOKENS, self.settled % PAGE_TOKENS);
+            let end = if self.settled < unread { unread } else { (page + 1) * PAGE_TOKENS };
+            let (rows, others) = rest.split_at((end - self.settled).min(rest.len() / d) * d);
+            rest = others;
+            let n = rows.len() / d;
+            if self.settled >= unread {
+                if centre && (row == 0 || self.settled == unread) {
+                    self.begin_page(kernels, page);
+                }
+                self.encode_in_page(kernels, rows, page, row);
+            }
+            self.settled += n;
+            if centre && self.settled >= unread {
+                self.add_to_sums(kernels, self.settled - n..self.settled);
+            }
+        }
+    }
+
+    /// Encodes `rows` within a page, less its mean.
+    fn encode_in_page(&mut self, kernels: &Kernels, rows: &[f32], page: usize, row: usize) {
+        let (d, codec) = (self.head_dim, self.codec());
+        let (bytes, mean) = self.memory.pages[page].split_at_mut(codec.page_bytes(d));
+        if !self.dtype.centre() {
+            codec.encode(kernels, rows, d, bytes, row);
+            return;
+        }
+        let mean: &[u16] = bytemuck::cast_slice(mean);
+        self.less.clear();
+        for row in rows.chunks_exact(d) {
+            self.less.extend(row.iter().zip(mean).map(|(&x, &m)| x - widen(m)));
+        }
+        codec.encode(kernels, &self.less, d, bytes, row);
+    }
+
+    /// Gives a page of a centred side its mean: that of the rows of the page before it, as they are read; of the rows kept
+    /// exactly for the first page.
+    fn begin_page(&mut self, kernels: &Kernels, page: usize) {
+        let rows = if page == 0 { self.dtype.exact_first() } else { PAGE_TOKENS };
+        if page == 0 {
+            self.sums.fill(0.0);
+            self.add_exact_first(kernels);
+        }
+        let at = self.codec().page_bytes(self.head_dim);
+        let mean: &mut [u16] = bytemuck::cast_slice_mut(&mut self.memory.pages[page][at..]);
+        for (m, sum) in mean.iter_mut().zip(&mut self.sums) {
+            let mut bits = [0u16];
+            kernels.f32_to_bf16(&[*sum / rows as f32], &mut bits);
+            *m = bits[0];
+        }
+        if page > 0 || self.codec().group() > 1 {
+            self.sums.fill(0.0);
+        }
+    }
+
+    fn add_exact_first(&mut self, kernels: &Kernels) {
+        let mut row = vec![0.0; self.head_dim];
+        for token in 0..self.dtype.exact_first() {
+            EXACT.decode(kernels, &self.rows(&self.memory.exact, token..token + 1), &mut row);
+            self.sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += x);
+        }
+    }
+
+    /// Adds the encoded rows `tokens`, which lie in one page, as they are read.
+    fn add_to_sums(&mut self, kernels: &Kernels, tokens: Range<usize>) {
+        let d = self.head_dim;
+        let page = tokens.start / PAGE_TOKENS;
+        let row = tokens.start % PAGE_TOKENS;
+        let mut room = std::mem::take(&mut self.room2);
+        room.resize(tokens.len() * d, 0.0);
+        let rows = self.rows(self.encoded(page), row..row + tokens.len());
+        self.codec().decode(kernels, &rows, &mut room);
+        let mut sums = std::mem::take(&mut self.sums);
+        let mean = self.mean(page);
+        for row in room.chunks_exact(d) {
+            for ((sum, &x), &m) in sums.iter_mut().zip(row).zip(mean) {
+                *sum += x + widen(m);
+            }
+        }
+        self.sums = sums;
+        self.room2 = room;
+    }
+
+    /// Forgets every token from `len` on.
+    pub(super) fn truncate(&mut self, kernels: &Kernels, len: usize) {
+        if len >= self.len {
+            return;
+        }
+        let until = self.codec().settled(len);
+        // Rows that are exact again but have left the ring come back from the pages, as they are read there.
+        let lost = until..self.settled.min(len).min(self.ring_from).max(until);
+        if !lost.is_empty() {
+            let d = self.head_dim;
+            let mut rows = vec![0.0; lost.len() * d];
+            self.decode(kernels, lost.clone(), &mut rows);
+            for (token, row) in lost.zip(rows.chunks_exact(d)) {
+                let at = self.ring_row(token);
+                EXACT.encode(kernels, row, d, &mut self.memory.exact, at);
+            }
+            self.ring_from = until;
+        }
+        (self.len, self.settled) = (len, until);
+        if self.dtype.centre() && until > 0 {
+            let start = (until - 1) / PAGE_TOKENS * PAGE_TOKENS;
+            self.sums.fill(0.0);
+            let unread = if self.codec().group() == 1 { self.dtype.exact_first() } else { 0 };
+            if start == 0 && unread > 0 && until >= unread {
+                self.add_exact_first(kernels);
+            }
+            if start.max(unread) < until {
+                self.add_to_sums(kernels, start.max(unread)..until);
+            }
+        }
+    }
+
+    /// Decodes `tokens` into `out`, `[tokens][head_dim]`, rotated if this side is.
+    pub(super) fn decode(&self, kernels: &Kernels, tokens: Range<usize>, out: &mut [f32]) {
+        let (d, mut start, mut out) = (self.head_dim, tokens.start, out);
+        while start < tokens.end {
+            let run = start..tokens.end.min(self.cut(start));
+            let (rows, rest) = out.split_at_mut(run.len() * d);
+            let place = self.place(&run);
+            place.codec.decode(kernels, &place.rows, rows);
+            if let Some(mean) = place.mean {
+                for row in rows.chunks_exact_mut(d) {
+                    row.iter_mut().zip(mean).for_each(|(x, &m)| *x += widen(m));
+                }
+            }
+            (start, out) = (run.end, rest);
+        }
+    }
+
+    /// The bytes that reading `run` touches.
+    pub(super) fn parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let place = self.place(run);
+        let parts = place.codec.parts(place.rows.page, place.rows.range, self.head_dim);
+        parts.into_iter().chain(place.mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
+    }
+
+    /// See [`super::KvHead::scores`].
+    pub(super) fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        let place = self.place(run);
+        place.codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
+        if let Some(mean) = place.mean {
+            scratch.mean.resize(self.head_dim, 0.0);
+            kernels.bf16_to_f32(mean, &mut scratch.mean);
+            for (query, out) in queries.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(run.len())) {
+                let more = kernels.dot(query, &scratch.mean);
+                out.iter_mut().for_each(|x| *x += more);
+            }
+        }
+    }
+
+    /// See [`super::KvHead::accumulate`].
+    pub(super) fn accumulate(
+        &self,
+        kernels: &Kernels,
+        weights: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        acc: &mut [f32],
+    ) {
+        let place = self.place(run);
+        place.codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows }, scratch, acc);
+        if let Some(mean) = place.mean {
+            scratch.mean.resize(self.head_dim, 0.0);
+            kernels.bf16_to_f32(mean, &mut scratch.mean);
+            for (weights, acc) in weights.chunks_exact(run.len()).zip(acc.chunks_exact_mut(self.head_dim)) {
+                let sum = kernels.sum(weights);
+                kernels.scale_add(acc, 1.0, &scratch.mean, sum);
+            }
+        }
+    }
+}
+
+fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
