@@ -51,6 +51,15 @@ macro_rules! for_each_float_op {
             bf16_to_f32(x: &[u16], out: &mut [f32]) -> () = convert::bf16_to_f32;
             weave_bf16(x: &[f32], d: usize, out: &mut [u16]) -> () = convert::weave_bf16;
             unweave_bf16(x: &[u16], d: usize, out: &mut [f32]) -> () = convert::unweave_bf16;
+            f32_to_f16(x: &[f32], out: &mut [u16]) -> () = half::f32_to_f16;
+            f16_to_f32(x: &[u16], out: &mut [f32]) -> () = half::f16_to_f32;
+            f32_to_e4m3(x: &[f32], out: &mut [u8]) -> () = fp8::f32_to_e4m3;
+            f32_to_e5m2(x: &[f32], out: &mut [u8]) -> () = fp8::f32_to_e5m2;
+            e4m3_to_f32(x: &[u8], out: &mut [f32]) -> () = fp8::e4m3_to_f32;
+            e5m2_to_f32(x: &[u8], out: &mut [f32]) -> () = fp8::e5m2_to_f32;
+            hadamard(rows: &mut [f32], d: usize, before: bool, after: bool) -> () = hadamard::hadamard;
+            runs_above(weights: &[f32], floors: &[f32], min_gap: usize, runs: &mut Vec<std::ops::Range<usize>>) -> ()
+                = runs::runs_above;
             quantize_activations(x: &[f32], codes: &mut [i8]) -> crate::Quantized
                 = quantize::quantize_activations;
             quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()
@@ -61,6 +70,15 @@ macro_rules! for_each_float_op {
                 = attention::accumulate_f32;
             accumulate_bf16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32], upcoming: &[u16]) -> ()
                 = attention::accumulate_bf16;
+            scores_f16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32], upcoming: &[u16]) -> () = attention::scores_f16;
+            accumulate_f16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32], upcoming: &[u16]) -> ()
+                = attention::accumulate_f16;
+            scores_e4m3(queries: &[f32], rows: &[u8], d: usize, out: &mut [f32], upcoming: &[u8]) -> () = attention::scores_e4m3;
+            scores_e5m2(queries: &[f32], rows: &[u8], d: usize, out: &mut [f32], upcoming: &[u8]) -> () = attention::scores_e5m2;
+            accumulate_e4m3(weights: &[f32], scales: Option<&[f32]>, rows: &[u8], d: usize, acc: &mut [f32], upcoming: &[u8]) -> ()
+                = attention::accumulate_e4m3;
+            accumulate_e5m2(weights: &[f32], scales: Option<&[f32]>, rows: &[u8], d: usize, acc: &mut [f32], upcoming: &[u8]) -> ()
+                = attention::accumulate_e5m2;
             head_f32(rows: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_f32;
             head_bf16(rows: &[u16], x: &[f32], out: &mut [f32]) -> () = head::head_bf16;
             head_bf16_rows(table: &[u16], rows: &[u32], x: &[f32], out: &mut [f32]) -> () = head::head_bf16_rows;

@@ -8,6 +8,32 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(crate) struct A16(__m256, __m256);
 
+/// Widens 16 binary16.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen(x: __m256i) -> A16 {
+    A16(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(x)))
+}
+
+/// 16 codes of E4M3 as binary16 of a 256th of their value.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn e4m3_to_f16(codes: __m128i) -> __m256i {
+    // Both upper bits are the sign, then come the seven others of the code. Adding one to those changes bit 14 where
+    // all are set; elsewhere the difference clears it. (An addition and a subtraction run where no multiplication does;
+    // on Zen 4 a three-way logic instruction, which could replace two of these, would take the place of one.)
+    let word = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
+    let carried = _mm256_add_epi16(word, _mm256_set1_epi16(0x80));
+    _mm256_sub_epi16(word, _mm256_and_si256(carried, _mm256_set1_epi16(0x4000)))
+}
+
+/// 16 codes of E5M2 as binary16.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn e5m2_to_f16(codes: __m128i) -> __m256i {
+    _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(codes))
+}
+
 impl F32x16 for A16 {
     const WIDE: bool = false;
 
@@ -189,6 +215,65 @@ impl F32x16 for A16 {
             let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
             let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()));
             A16(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> A16 {
+        // SAFETY: F16C is present; the caller gives 16 readable elements.
+        unsafe { widen(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        // SAFETY: F16C is present; the caller gives 16 writable elements.
+        unsafe {
+            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));
+            _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.1));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> A16 {
+        // SAFETY: AVX2 and F16C are present; the caller gives 16 readable elements.
+        unsafe { widen(e4m3_to_f16(_mm_loadu_si128(p.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> A16 {
+        // SAFETY: AVX2 and F16C are present; the caller gives 16 readable elements.
+        unsafe { widen(e5m2_to_f16(_mm_loadu_si128(p.cast()))) }
+    }
+
+    #[inline(always)]
+    fn swap_lanes<const H: usize>(self) -> A16 {
+        // SAFETY: AVX is present (contract of `vector`).
+        unsafe {
+            match H {
+                8 => A16(self.1, self.0),
+                4 => A16(
+                    _mm256_permute2f128_ps::<1>(self.0, self.0),
+                    _mm256_permute2f128_ps::<1>(self.1, self.1),
+                ),
+                2 => A16(
+                    _mm256_permute_ps::<0b01_00_11_10>(self.0),
+                    _mm256_permute_ps::<0b01_00_11_10>(self.1),
+                ),
+                _ => A16(
+                    _mm256_permute_ps::<0b10_11_00_01>(self.0),
+                    _mm256_permute_ps::<0b10_11_00_01>(self.1),
+                ),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn not_at_most(self, floor: A16) -> u16 {
+        // SAFETY: AVX is present (contract of `vector`).
+        unsafe {
+            let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(self.0, floor.0));
+            let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(self.1, floor.1));
+            (low | high << 8) as u16
         }
     }
 }

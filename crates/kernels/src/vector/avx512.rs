@@ -250,4 +250,47 @@ impl F32x16 for Z16 {
         // SAFETY: AVX-512 F is present; the caller gives 16 readable elements.
         Z16(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
     }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Z16 {
+        // SAFETY: AVX-512 F is present; the caller gives 16 readable elements.
+        Z16(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        // SAFETY: AVX-512 F is present; the caller gives 16 writable elements.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Z16 {
+        // SAFETY: AVX-512 F and VL are present; the caller gives 16 readable elements.
+        unsafe { Z16(_mm512_cvtph_ps(super::avx2::e4m3_to_f16(_mm_loadu_si128(p.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> Z16 {
+        // SAFETY: AVX-512 F and VL are present; the caller gives 16 readable elements.
+        unsafe { Z16(_mm512_cvtph_ps(super::avx2::e5m2_to_f16(_mm_loadu_si128(p.cast())))) }
+    }
+
+    #[inline(always)]
+    fn swap_lanes<const H: usize>(self) -> Z16 {
+        // SAFETY: AVX-512 F is present (contract of `vector`).
+        Z16(unsafe {
+            match H {
+                8 => _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0),
+                4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(self.0, self.0),
+                2 => _mm512_permute_ps::<0b01_00_11_10>(self.0),
+                _ => _mm512_permute_ps::<0b10_11_00_01>(self.0),
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn not_at_most(self, floor: Z16) -> u16 {
+        // SAFETY: AVX-512 F is present (contract of `vector`).
+        unsafe { _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(self.0, floor.0) }
+    }
 }

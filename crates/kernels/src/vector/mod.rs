@@ -10,6 +10,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod narrow;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -18,6 +19,7 @@ mod scalar;
 pub(crate) use avx2::A16;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Z16;
+pub(crate) use narrow::{E4m3, E5m2, F16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::N16;
 pub(crate) use scalar::S16;
@@ -116,11 +118,48 @@ pub(crate) trait F32x16: Copy {
     /// # Safety
     /// `p` is readable for 16 elements.
     unsafe fn load_i8(p: *const i8) -> Self;
+
+    /// Widens 16 numbers of IEEE binary16, exactly.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load_f16(p: *const u16) -> Self;
+
+    /// Rounds to IEEE binary16, to nearest with ties to even; overflow becomes infinity, a NaN stays one (quiet, with
+    /// the upper bits of its payload).
+    ///
+    /// # Safety
+    /// `p` is writable for 16 elements.
+    unsafe fn store_f16(self, p: *mut u16);
+
+    /// Widens 16 codes of E4M3, divided by 256: the seven bits below the sign, moved up by seven, are those of a
+    /// binary16 that is so much smaller, subnormal codes included; a carry out of 127 marks the NaN.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load_e4m3(p: *const u8) -> Self;
+
+    /// Widens 16 codes of E5M2, the upper bytes of binary16.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn load_e5m2(p: *const u8) -> Self;
+
+    /// Lane `i` of the result is lane `i ^ H`, for `H` 1, 2, 4 or 8.
+    fn swap_lanes<const H: usize>(self) -> Self;
+
+    /// Bit `i` is clear where lane `i` is at most that of `floor`, and set where it is not: also for a NaN.
+    fn not_at_most(self, floor: Self) -> u16;
 }
 
 /// A number that rows are stored in, widened to `f32` lanes as it is read. Lanes of a row come in an order of the
 /// element's own; what meets them is brought into the same order once, and the sums know of it.
 pub(crate) trait Element: Copy + Default {
+    /// What a loaded number must be multiplied by: a power of two.
+    const FACTOR: f32 = 1.0;
+    /// Whether widening costs enough that four heads should share it, not two.
+    const COSTLY: bool = false;
+
     /// # Safety
     /// `p` is readable for 16 elements.
     unsafe fn load<V: F32x16>(p: *const Self) -> V;

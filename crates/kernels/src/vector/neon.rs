@@ -58,6 +58,37 @@ fn to_two_lanes(a: float32x4_t, b: float32x4_t) -> float32x4_t {
     vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(a, b)), vreinterpretq_f32_f64(vzip2q_f64(a, b)))
 }
 
+/// The sum of those of four bits whose lane is not at most its floor.
+#[inline]
+#[target_feature(enable = "neon")]
+fn marks(x: float32x4_t, floor: float32x4_t, bits: uint32x4_t) -> u32 {
+    vaddvq_u32(vbicq_u32(bits, vcleq_f32(x, floor)))
+}
+
+/// Widens 16 binary16.
+#[inline]
+#[target_feature(enable = "neon")]
+fn widen(low: uint16x8_t, high: uint16x8_t) -> N16 {
+    let (low, high) = (vreinterpretq_f16_u16(low), vreinterpretq_f16_u16(high));
+    N16(
+        vcvt_f32_f16(vget_low_f16(low)),
+        vcvt_high_f32_f16(low),
+        vcvt_f32_f16(vget_low_f16(high)),
+        vcvt_high_f32_f16(high),
+    )
+}
+
+/// Eight codes of E4M3 as binary16 of a 256th of their value.
+#[inline]
+#[target_feature(enable = "neon")]
+fn e4m3_to_f16(codes: int8x8_t) -> uint16x8_t {
+    // Both upper bits are the sign, then come the seven others of the code. Adding one to those changes bit 14 where
+    // all are set; elsewhere the difference clears it.
+    let word = vreinterpretq_u16_s16(vshll_n_s8::<7>(codes));
+    let carried = vaddq_u16(word, vdupq_n_u16(0x80));
+    veorq_u16(word, vandq_u16(carried, vdupq_n_u16(0x4000)))
+}
+
 impl F32x16 for N16 {
     // There are 32 registers, but sixteen lanes take four of them.
     const WIDE: bool = false;
@@ -220,6 +251,69 @@ impl F32x16 for N16 {
                 vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
                 vcvtq_f32_s32(vmovl_high_s16(high)),
             )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> N16 {
+        // SAFETY: NEON is present; the caller gives 16 readable elements.
+        unsafe { widen(vld1q_u16(p), vld1q_u16(p.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        // SAFETY: NEON is present; the caller gives 16 writable elements.
+        unsafe {
+            for (i, quarter) in [self.0, self.1, self.2, self.3].into_iter().enumerate() {
+                vst1_u16(p.add(4 * i), vreinterpret_u16_f16(vcvt_f16_f32(quarter)));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> N16 {
+        // SAFETY: NEON is present; the caller gives 16 readable elements.
+        unsafe {
+            let codes = vreinterpretq_s8_u8(vld1q_u8(p));
+            widen(e4m3_to_f16(vget_low_s8(codes)), e4m3_to_f16(vget_high_s8(codes)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> N16 {
+        // SAFETY: NEON is present; the caller gives 16 readable elements.
+        unsafe {
+            let (zero, codes) = (vdupq_n_u8(0), vld1q_u8(p));
+            widen(vreinterpretq_u16_u8(vzip1q_u8(zero, codes)), vreinterpretq_u16_u8(vzip2q_u8(zero, codes)))
+        }
+    }
+
+    #[inline(always)]
+    fn swap_lanes<const H: usize>(self) -> N16 {
+        // SAFETY: NEON is present (contract of `vector`).
+        unsafe {
+            match H {
+                8 => N16(self.2, self.3, self.0, self.1),
+                4 => N16(self.1, self.0, self.3, self.2),
+                2 => N16(
+                    vextq_f32::<2>(self.0, self.0),
+                    vextq_f32::<2>(self.1, self.1),
+                    vextq_f32::<2>(self.2, self.2),
+                    vextq_f32::<2>(self.3, self.3),
+                ),
+                _ => quarters!(vrev64q_f32: self),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn not_at_most(self, floor: N16) -> u16 {
+        // SAFETY: NEON is present (contract of `vector`).
+        unsafe {
+            let bits = vld1q_u32([1, 2, 4, 8].as_ptr());
+            let low = marks(self.0, floor.0, bits) | marks(self.1, floor.1, bits) << 4;
+            let high = marks(self.2, floor.2, bits) | marks(self.3, floor.3, bits) << 4;
+            (low | high << 8) as u16
         }
     }
 }

@@ -6,6 +6,33 @@ use super::{F32x16, LANES};
 #[derive(Clone, Copy)]
 pub(crate) struct S16([f32; LANES]);
 
+/// The number that the bits of a binary16 mean.
+#[inline(always)]
+fn widen(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let special = if magnitude >= 0x7c00 << 13 { 0xff << 23 } else { 0 };
+    // As an f32 the bits mean too little by a power of two, also where they are those of a subnormal.
+    let number = (f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23)).to_bits();
+    f32::from_bits(u32::from(bits & 0x8000) << 16 | number | special)
+}
+
+/// The bits of the nearest binary16, the even one of two.
+#[inline(always)]
+fn narrow(x: f32) -> u16 {
+    let (sign, magnitude) = ((x.to_bits() >> 16) as u16 & 0x8000, x.to_bits() & 0x7fff_ffff);
+    let code = if magnitude > 0x7f80_0000 {
+        0x7e00 | (magnitude >> 13 & 0x3ff) // quiet
+    } else if magnitude >= (127 + 16) << 23 {
+        0x7c00
+    } else if magnitude < (127 - 14) << 23 {
+        // The last place of 0.5 is the smallest subnormal: the addition rounds.
+        (f32::from_bits(magnitude) + 0.5).to_bits() - 0.5f32.to_bits()
+    } else {
+        ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)
+    };
+    sign | code as u16
+}
+
 macro_rules! lanewise {
     ($lane:ident, $value:expr) => {{
         let mut out = [0.0f32; LANES];
@@ -127,5 +154,52 @@ impl F32x16 for S16 {
         // SAFETY: the caller gives 16 readable elements.
         let x = unsafe { p.cast::<[i8; LANES]>().read_unaligned() };
         lanewise!(i, f32::from(x[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        let x = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        lanewise!(i, widen(x[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        let mut out = [0; LANES];
+        for i in 0..LANES {
+            out[i] = narrow(self.0[i]);
+        }
+        // SAFETY: the caller gives 16 writable elements.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(out) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        let x = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        let nan = |code: u8| u16::from(code & 0x7f == 0x7f) << 14;
+        lanewise!(i, widen(u16::from(x[i] & 0x80) << 8 | u16::from(x[i] & 0x7f) << 7 | nan(x[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> S16 {
+        // SAFETY: the caller gives 16 readable elements.
+        let x = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        lanewise!(i, widen(u16::from(x[i]) << 8))
+    }
+
+    #[inline(always)]
+    fn swap_lanes<const H: usize>(self) -> S16 {
+        lanewise!(i, self.0[i ^ H])
+    }
+
+    #[inline(always)]
+    fn not_at_most(self, floor: S16) -> u16 {
+        let mut mask = 0;
+        for i in 0..LANES {
+            let at_most = self.0[i] <= floor.0[i];
+            mask |= u16::from(!at_most) << i;
+        }
+        mask
     }
 }

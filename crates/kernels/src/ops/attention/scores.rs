@@ -18,7 +18,14 @@ const ROW_BLOCK: usize = 16;
 #[repr(align(64))]
 struct Queries([MaybeUninit<f32>; 4 * KEPT * LANES]);
 
-/// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. With `FIXED`, `d` is [`KEPT`] vectors.
+/// Multiplies by the factor of the element, if it has one.
+#[inline(always)]
+fn factored<V: F32x16, E: Element>(x: V) -> V {
+    if E::FACTOR == 1.0 { x } else { x.mul(V::splat(E::FACTOR)) }
+}
+
+/// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. With `FIXED`, `d` is [`KEPT`] vectors,
+/// and the queries are multiplied by the factor of the element.
 ///
 /// # Safety
 /// `q` is readable for `G` heads of `d`, `rows` for `N * d` elements, and `out` is writable at those places.
@@ -52,7 +59,10 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
             let mut acc = [V::splat(0.0); G];
             let mut j = 0;
             while j + 2 * LANES <= d {
-                let [x, y] = E::load_two::<V>(row.add(j));
+                let [mut x, mut y] = E::load_two::<V>(row.add(j));
+                if !FIXED {
+                    (x, y) = (factored::<V, E>(x), factored::<V, E>(y));
+                }
                 for h in 0..G {
                     let q = q.add(h * d + j);
                     let keep = FIXED && h < KEPT_HEADS;
@@ -63,14 +73,14 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
                 j += 2 * LANES;
             }
             if !FIXED && j + LANES <= d {
-                let x = E::load::<V>(row.add(j));
+                let x = factored::<V, E>(E::load(row.add(j)));
                 for h in 0..G {
                     acc[h] = x.mul_add(V::load(q.add(h * d + j)), acc[h]);
                 }
                 j += LANES;
             }
             if !FIXED && j < d {
-                let x = E::load_n::<V>(row.add(j), d - j);
+                let x = factored::<V, E>(E::load_n(row.add(j), d - j));
                 for h in 0..G {
                     acc[h] = x.mul_add(f32::load_n(q.add(h * d + j), d - j), acc[h]);
                 }
@@ -114,7 +124,9 @@ unsafe fn kept_rows<V: F32x16, E: Element, const G: usize, const N: usize>(
     let mut t = 0;
     // SAFETY: G heads fit the room; the rows t.. of a tile are within n.
     unsafe {
-        std::ptr::copy_nonoverlapping(queries, q, G * D);
+        for i in 0..G * KEPT {
+            factored::<V, E>(V::load(queries.add(i * LANES))).store(q.add(i * LANES));
+        }
         while t + N <= n {
             let here = rows.add(t * D);
             upcoming.request::<V, E>(here, (n - t) * row, N * row);
