@@ -4,6 +4,12 @@ use longbit_kernels::{CodeBits, CodeShape, Isa, Kernels, QueryBits, QueryCodes, 
 use proptest::prelude::*;
 
 const DIMS: [usize; 11] = [8, 16, 32, 48, 64, 96, 128, 160, 248, 256, 512];
+/// A codebook, consecutive codes, and those but for the last ones.
+const TABLES: [[i8; 16]; 3] = [
+    TABLE,
+    [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7],
+    [112, 113, 114, 115, 116, 117, 118, 119, 0, 1, 2, 3, 4, 5, 6, 9],
+];
 const TABLE: [i8; 16] = [-128, -93, -71, -50, -33, -20, -9, -1, 3, 12, 25, 41, 60, 80, 104, 127];
 
 fn tables() -> Vec<&'static Kernels> {
@@ -31,13 +37,20 @@ fn random_codes(n: usize, seed: u64) -> Vec<i8> {
     floats(n, seed).iter().map(|x| (x * 128.0).floor().clamp(-128.0, 127.0) as i8).collect()
 }
 
-/// Packs `codes` (or indices), and compares the scores of `queries` with every kind of scale and table.
+/// [`check_table`] for a codebook and for uniform steps.
 fn check(shape: CodeShape, codes: &[i8], queries: &[f32], seed: u64) {
+    for table in if shape.bits.is_signed() { &TABLES[..1] } else { &TABLES } {
+        check_table(shape, table, codes, queries, seed);
+    }
+}
+
+/// Packs `codes` (or indices), and compares the scores of `queries` with every kind of scale on every instruction set.
+fn check_table(shape: CodeShape, table: &[i8; 16], codes: &[i8], queries: &[f32], seed: u64) {
     let (n, g) = (codes.len() / shape.dims, queries.len() / shape.dims);
     let low = if shape.bits == CodeBits::Planes { n * shape.row_bytes() } else { 0 };
     let (mut data, mut low) = (vec![0; n * shape.row_bytes()], vec![0; low]);
     Kernels::best().pack_codes(shape, codes, &mut data, &mut low);
-    let rows = Rows { codes: &data, low: &low, table: &TABLE };
+    let rows = Rows { codes: &data, low: &low, table };
     let mut codes = vec![0; n * shape.dims];
     shape.unpack(rows, &mut codes);
     let (of_rows, of_blocks) = (floats(n, seed + 1), floats(n * shape.blocks(), seed + 2));

@@ -10,6 +10,8 @@ pub(crate) const FOUR: u8 = 1;
 pub(crate) const THREE: u8 = 2;
 pub(crate) const TWO: u8 = 3;
 pub(crate) const PLANES: u8 = 4;
+/// Added to the formats of indices: the table is left out, the indices themselves are the bytes.
+pub(crate) const BARE: u8 = 8;
 
 /// Rows of one shape, ready to be read.
 #[derive(Clone, Copy)]
@@ -30,8 +32,15 @@ impl<'a> Reader<'a> {
         Reader { shape, rows, table }
     }
 
-    /// The biased bytes of segment `s` of row `t` at the positions of a whole segment. Where a number does not exist the
-    /// byte is that of an index 0, or of a code 0.
+    /// The code of index 0 where the codes are consecutive, so that the indices are as good as the codes.
+    pub(crate) fn origin(&self) -> Option<i32> {
+        let (table, width) = (self.rows.table, self.shape.bits.width());
+        let origin = i32::from(table[0]);
+        let follow = || table.iter().zip(origin..).take(1 << width).all(|(&code, i)| i32::from(code) == i);
+        (!self.shape.bits.is_signed() && follow()).then_some(origin)
+    }
+
+    /// The biased bytes of segment `s` of row `t`, whose positions are 128; bare indices with [`BARE`].
     ///
     /// # Safety
     /// There is such a row, with such a segment, and `BITS` are those of the shape.
@@ -40,17 +49,13 @@ impl<'a> Reader<'a> {
     pub(crate) unsafe fn segment<const BITS: u8>(&self, t: usize, s: usize) -> [__m512i; 2] {
         let flip = _mm512_set1_epi8(-128);
         let low = _mm512_set1_epi8(15);
-        if self.shape.padded() < (s + 1) * SEGMENT {
-            // SAFETY: the caller's row.
-            return unsafe { self.short::<BITS>(t, s) };
-        }
         let width = self.shape.bits.width();
         let at = t * self.shape.row_bytes() + s * (SEGMENT * width / 8);
         debug_assert!(at + SEGMENT * width / 8 <= self.rows.codes.len());
         // SAFETY: a whole segment lies here, of 128, 64, 48 or 32 bytes, and in two planes the same in the lower one.
         unsafe {
             let codes = self.rows.codes.as_ptr().add(at);
-            match BITS {
+            match BITS & !BARE {
                 EIGHT => {
                     let a = _mm512_loadu_si512(codes.cast());
                     let b = _mm512_loadu_si512(codes.add(64).cast());
@@ -60,7 +65,7 @@ impl<'a> Reader<'a> {
                     let x = _mm512_loadu_si512(codes.cast());
                     let a = _mm512_and_si512(x, low);
                     let b = _mm512_and_si512(_mm512_srli_epi16::<4>(x), low);
-                    [_mm512_shuffle_epi8(self.table, a), _mm512_shuffle_epi8(self.table, b)]
+                    self.look_up::<BITS>([a, b])
                 }
                 PLANES => {
                     let hi = _mm512_loadu_si512(codes.cast());
@@ -75,37 +80,60 @@ impl<'a> Reader<'a> {
                     let three = _mm512_set1_epi8(3);
                     let [p, q] = [_mm512_srlv_epi16(x, halves(0, 2)), _mm512_srlv_epi16(x, halves(4, 6))];
                     let [mut p, mut q] = [_mm512_and_si512(p, three), _mm512_and_si512(q, three)];
-                    if BITS == THREE {
+                    if BITS & !BARE == THREE {
                         let four = _mm512_set1_epi8(4);
                         let upper = codes.add(32).cast::<u64>();
                         p = _mm512_mask_add_epi8(p, upper.read_unaligned(), p, four);
                         q = _mm512_mask_add_epi8(q, upper.add(1).read_unaligned(), q, four);
                     }
-                    [_mm512_shuffle_epi8(self.table, p), _mm512_shuffle_epi8(self.table, q)]
+                    self.look_up::<BITS>([p, q])
                 }
             }
         }
     }
 
-    /// The last segment of a row, of less than 128 numbers.
+    /// The biased codes of indices, or the indices.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn look_up<const BITS: u8>(&self, [a, b]: [__m512i; 2]) -> [__m512i; 2] {
+        if BITS & BARE != 0 {
+            [a, b]
+        } else {
+            [_mm512_shuffle_epi8(self.table, a), _mm512_shuffle_epi8(self.table, b)]
+        }
+    }
+
+    /// The biased bytes of a segment of any length and any format, at the positions of a whole one. Where a number does not
+    /// exist the byte is that of an index 0, or of a code 0.
     ///
     /// # Safety
-    /// As [`Reader::segment`].
+    /// There is such a row, with such a segment.
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn short<const BITS: u8>(&self, t: usize, s: usize) -> [__m512i; 2] {
+    pub(crate) unsafe fn any_segment(&self, t: usize, s: usize) -> [__m512i; 2] {
+        if (s + 1) * SEGMENT <= self.shape.padded() {
+            // SAFETY: the caller's row, with a whole segment.
+            return unsafe {
+                match self.shape.bits {
+                    CodeBits::Eight => self.segment::<EIGHT>(t, s),
+                    CodeBits::Four => self.segment::<FOUR>(t, s),
+                    CodeBits::Three => self.segment::<THREE>(t, s),
+                    CodeBits::Two => self.segment::<TWO>(t, s),
+                    CodeBits::Planes => self.segment::<PLANES>(t, s),
+                }
+            };
+        }
         let mut bytes = [0u8; SEGMENT];
-        let shape = CodeShape { bits: bits_of(BITS), ..self.shape };
-        spread(Segment::new(shape, self.rows, t, s), &mut bytes);
+        spread(Segment::new(self.shape, self.rows, t, s), &mut bytes);
         // SAFETY: there are 128 bytes.
         let [a, b] = unsafe {
             [_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_loadu_si512(bytes.as_ptr().add(64).cast())]
         };
-        if matches!(BITS, EIGHT | PLANES) {
+        if self.shape.bits.is_signed() {
             let flip = _mm512_set1_epi8(-128);
             [_mm512_xor_si512(a, flip), _mm512_xor_si512(b, flip)]
         } else {
-            [_mm512_shuffle_epi8(self.table, a), _mm512_shuffle_epi8(self.table, b)]
+            self.look_up::<FOUR>([a, b])
         }
     }
 }
@@ -115,15 +143,4 @@ impl<'a> Reader<'a> {
 #[target_feature(enable = "avx512f,avx512bw")]
 fn halves(a: i16, b: i16) -> __m512i {
     _mm512_inserti64x4::<1>(_mm512_set1_epi16(a), _mm256_set1_epi16(b))
-}
-
-/// The [`CodeBits`] of a constant.
-pub(crate) const fn bits_of(bits: u8) -> CodeBits {
-    match bits {
-        EIGHT => CodeBits::Eight,
-        FOUR => CodeBits::Four,
-        THREE => CodeBits::Three,
-        TWO => CodeBits::Two,
-        _ => CodeBits::Planes,
-    }
 }

@@ -1,33 +1,22 @@
-//! Scores with AVX-512 VNNI: a quarter of a segment is broadcast to four heads, and sixteen registers hold the queries.
+//! Scores with AVX-512 VNNI: a quarter of a segment meets four heads at once, and sixteen registers hold the queries.
 //!
-//! For 128 numbers and four heads in two planes a token costs sixteen products, two operations to join the planes, and a
-//! quarter of the nine that turn four tokens into sums. Products are the limit where there is one unit for them.
+//! For 128 numbers and four heads in two planes a token costs sixteen products, eight shuffles that repeat a quarter for
+//! every head, two operations to join the planes, and a quarter of the nine that turn four tokens into sums; in one plane
+//! eight products, and six operations that bring the heads of four rotations together. Bytes that are first stored and then
+//! broadcast by loads were slower, and so was a register for each head, whose sums are longer.
 
-use super::super::avx512::{EIGHT, FOUR, PLANES, Reader, THREE, TWO};
+use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO};
 use super::super::query::{HEADS, QUARTERS, QuerySegment};
 use super::super::{CodeBits, QueryBits, SEGMENT, Scales};
-use super::{MOST_SEGMENTS, QueryCodes, ScoreTable, Work};
+use super::{QueryCodes, ScoreTable, Work};
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 pub(crate) static TABLE: ScoreTable = ScoreTable { wide: false, quantize, scores };
 
-/// Tokens whose bytes are made before they meet the queries.
-const CHUNK: usize = 16;
+/// Tokens that every group of four heads meets before the next ones: they stay in the first-level cache.
+const CHUNK: usize = 256;
 /// Tokens whose sums are joined.
-const FOUR_TOKENS: usize = 4;
-
-/// Rows as biased bytes: `[segment][token][position]`.
-#[repr(C, align(64))]
-struct Scratch(MaybeUninit<[[[u8; SEGMENT]; CHUNK]; MOST_SEGMENTS]>);
-
-impl Scratch {
-    #[inline(always)]
-    fn row(&mut self, s: usize, t: usize) -> *mut u8 {
-        // Within the array as s < 4 and t < 16.
-        self.0.as_mut_ptr().cast::<u8>().wrapping_add((s * CHUNK + t) * SEGMENT)
-    }
-}
+const TOKENS: usize = 4;
 
 const ONE: u8 = 0;
 const ROW: u8 = 1;
@@ -36,244 +25,390 @@ const BLOCK: u8 = 2;
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn scores(work: Work<'_>, out: &mut [f32]) {
     match work.query.bits {
-        QueryBits::Sixteen => planes::<true>(work, out),
-        QueryBits::Eight => planes::<false>(work, out),
+        QueryBits::Sixteen => with_planes::<true>(work, out),
+        QueryBits::Eight => with_planes::<false>(work, out),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn planes<const BOTH: bool>(work: Work<'_>, out: &mut [f32]) {
+fn with_planes<const BOTH: bool>(work: Work<'_>, out: &mut [f32]) {
     match work.scales {
-        Scales::One => chunks::<BOTH, ONE>(work, &[], out),
-        Scales::Row(scales) => chunks::<BOTH, ROW>(work, scales, out),
-        Scales::Block(scales) => chunks::<BOTH, BLOCK>(work, scales, out),
+        Scales::One => with_scales::<BOTH, ONE>(work, &[], out),
+        Scales::Row(scales) => with_scales::<BOTH, ROW>(work, scales, out),
+        Scales::Block(scales) => with_scales::<BOTH, BLOCK>(work, scales, out),
     }
 }
 
-/// Writes the bytes of tokens `first..first + count` of segment `s`.
-///
-/// # Safety
-/// There are these tokens, at most [`CHUNK`], and `BITS` are those of the shape.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn unpack<const BITS: u8>(
-    reader: &Reader<'_>,
-    scratch: &mut Scratch,
-    s: usize,
-    first: usize,
-    count: usize,
+fn with_scales<const BOTH: bool, const KIND: u8>(work: Work<'_>, scales: &[f32], out: &mut [f32]) {
+    let (n, blocks) = (work.n, work.shape.blocks());
+    assert!(out.len() == work.query.heads * n);
+    match KIND {
+        ROW => assert!(scales.len() == n),
+        BLOCK => assert!(scales.len() == n * blocks),
+        _ => {}
+    }
+    let whole = if work.shape.dims == SEGMENT { n / TOKENS * TOKENS } else { 0 };
+    let origin = Reader::new(work.shape, work.rows).origin();
+    match work.shape.bits {
+        CodeBits::Eight => segments_of_128::<BOTH, KIND, EIGHT>(work, scales, None, whole, out),
+        CodeBits::Four if origin.is_some() => {
+            segments_of_128::<BOTH, KIND, { FOUR | BARE }>(work, scales, origin, whole, out)
+        }
+        CodeBits::Four => segments_of_128::<BOTH, KIND, FOUR>(work, scales, None, whole, out),
+        CodeBits::Three if origin.is_some() => {
+            segments_of_128::<BOTH, KIND, { THREE | BARE }>(work, scales, origin, whole, out)
+        }
+        CodeBits::Three => segments_of_128::<BOTH, KIND, THREE>(work, scales, None, whole, out),
+        CodeBits::Two if origin.is_some() => {
+            segments_of_128::<BOTH, KIND, { TWO | BARE }>(work, scales, origin, whole, out)
+        }
+        CodeBits::Two => segments_of_128::<BOTH, KIND, TWO>(work, scales, None, whole, out),
+        CodeBits::Planes => segments_of_128::<BOTH, KIND, PLANES>(work, scales, None, whole, out),
+    }
+    if whole < n {
+        any::<BOTH, KIND>(work, scales, whole, out);
+    }
+}
+
+/// Rows of 128 numbers from the first to `end`, a multiple of four.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
+    work: Work<'_>,
+    scales: &[f32],
+    origin: Option<i32>,
+    end: usize,
+    out: &mut [f32],
 ) {
-    for t in 0..count {
-        let to = scratch.row(s, t);
-        // SAFETY: the caller's token; a row of the scratch has 128 bytes.
-        unsafe {
-            let [a, b] = reader.segment::<BITS>(first + t, s);
-            _mm512_store_si512(to.cast(), a);
-            _mm512_store_si512(to.add(64).cast(), b);
+    let n = work.n;
+    let reader = Reader::new(work.shape, work.rows);
+    for first in (0..end).step_by(CHUNK) {
+        for (group, segment) in work.query.segments.iter().enumerate() {
+            let heads = HEADS.min(work.query.heads - group * HEADS);
+            let step = steps(work.query, group);
+            let query = Query::load::<BOTH>(segment, origin);
+            for t in (first..end.min(first + CHUNK)).step_by(TOKENS) {
+                let mut dots = [query.bias; TOKENS];
+                for j in 0..TOKENS {
+                    // SAFETY: four rows are left, of one segment.
+                    dots[j] = query.products::<BOTH>(unsafe { reader.segment::<BITS>(t + j, 0) });
+                }
+                // SAFETY: four rows of four blocks have their scales, and all heads the places of four rows.
+                unsafe {
+                    let sum = if KIND == BLOCK {
+                        of_blocks(scales.as_ptr().add(4 * t), 4, 4, TOKENS, dots, step)
+                    } else {
+                        _mm512_castsi512_ps(pair(pair(dots[0], dots[1]), pair(dots[2], dots[3])))
+                    };
+                    let scores = finish::<KIND>(sum, step, scales.as_ptr().wrapping_add(t), TOKENS);
+                    put(scores, out.as_mut_ptr().add(group * HEADS * n + t), n, heads, TOKENS);
+                }
+            }
         }
     }
 }
 
+/// Rows of any length from `start` on.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn chunks<const BOTH: bool, const KIND: u8>(work: Work<'_>, scales: &[f32], out: &mut [f32]) {
+fn any<const BOTH: bool, const KIND: u8>(work: Work<'_>, scales: &[f32], start: usize, out: &mut [f32]) {
+    let (n, blocks) = (work.n, work.shape.blocks());
     let reader = Reader::new(work.shape, work.rows);
     let segments = work.query.row_segments();
-    let mut scratch = Scratch(MaybeUninit::uninit());
-    for first in (0..work.n).step_by(CHUNK) {
-        let count = CHUNK.min(work.n - first);
-        for s in 0..segments {
-            // SAFETY: first + count <= n, s is a segment of a row, and the bits are matched.
-            unsafe {
-                match work.shape.bits {
-                    CodeBits::Eight => unpack::<EIGHT>(&reader, &mut scratch, s, first, count),
-                    CodeBits::Four => unpack::<FOUR>(&reader, &mut scratch, s, first, count),
-                    CodeBits::Three => unpack::<THREE>(&reader, &mut scratch, s, first, count),
-                    CodeBits::Two => unpack::<TWO>(&reader, &mut scratch, s, first, count),
-                    CodeBits::Planes => unpack::<PLANES>(&reader, &mut scratch, s, first, count),
-                }
-            }
-            for t in count..count.next_multiple_of(FOUR_TOKENS) {
-                // SAFETY: count <= 16, and what is not a multiple of four is below it.
-                unsafe { scratch.row(s, t).write_bytes(0, SEGMENT) };
-            }
-        }
-        for (group, steps) in work.query.steps.chunks_exact(HEADS).enumerate() {
-            let mut sums = [_mm512_setzero_si512(); CHUNK / FOUR_TOKENS];
-            // SAFETY: four steps.
-            let step = unsafe { _mm_loadu_ps(steps.as_ptr()) };
-            // One step in the four lanes of each head.
-            let spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-            let step = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(step));
-            for s in 0..segments {
-                let block = ScaleBlock { scales, blocks: work.shape.blocks(), first, n: work.n, s };
-                let segment = &work.query.segments[group * segments + s];
-                // SAFETY: the scratch has the bytes of this segment for whole fours of tokens.
-                unsafe { fours::<BOTH, KIND>(&mut scratch, segment, count, step, block, &mut sums) };
-            }
+    for first in (start..n).step_by(CHUNK) {
+        for (group, queries) in work.query.segments.chunks_exact(segments).enumerate() {
             let heads = HEADS.min(work.query.heads - group * HEADS);
-            for (i, &sum) in sums.iter().enumerate().take(count.div_ceil(FOUR_TOKENS)) {
-                let t = first + FOUR_TOKENS * i;
-                let left = (work.n - t).min(FOUR_TOKENS);
-                let scores = match KIND {
-                    BLOCK => _mm512_castsi512_ps(sum),
-                    _ => _mm512_mul_ps(_mm512_cvtepi32_ps(sum), step),
-                };
-                let scores = if KIND == ROW {
-                    let mut four = [0.0f32; FOUR_TOKENS];
-                    // SAFETY: an array of four; the whole four are within the scales where they are read at once.
-                    let four = unsafe {
-                        if left == FOUR_TOKENS {
-                            _mm_loadu_ps(scales[t..t + FOUR_TOKENS].as_ptr())
-                        } else {
-                            four[..left].copy_from_slice(&scales[t..]);
-                            _mm_loadu_ps(four.as_ptr())
-                        }
-                    };
-                    _mm512_mul_ps(scores, _mm512_broadcast_f32x4(four))
-                } else {
-                    scores
-                };
-                let scores = [
-                    _mm512_castps512_ps128(scores),
-                    _mm512_extractf32x4_ps::<1>(scores),
-                    _mm512_extractf32x4_ps::<2>(scores),
-                    _mm512_extractf32x4_ps::<3>(scores),
-                ];
-                for h in 0..heads {
-                    let out = &mut out[(group * HEADS + h) * work.n + t..][..left];
-                    // SAFETY: four places, in the results or in an array.
-                    unsafe {
-                        if left == FOUR_TOKENS {
-                            _mm_storeu_ps(out.as_mut_ptr(), scores[h]);
-                        } else {
-                            let mut four = [0.0f32; FOUR_TOKENS];
-                            _mm_storeu_ps(four.as_mut_ptr(), scores[h]);
-                            out.copy_from_slice(&four[..left]);
-                        }
+            let step = steps(work.query, group);
+            for t in (first..n.min(first + CHUNK)).step_by(TOKENS) {
+                let left = (n - t).min(TOKENS);
+                let mut sum = _mm512_setzero_ps();
+                for (s, segment) in queries.iter().enumerate() {
+                    let mut bytes = [[_mm512_setzero_si512(); 2]; TOKENS];
+                    for j in 0..left {
+                        // SAFETY: such a row is left.
+                        bytes[j] = unsafe { reader.any_segment(t + j, s) };
                     }
+                    let query = Query::load::<BOTH>(segment, None);
+                    let mut dots = [query.bias; TOKENS];
+                    for j in 0..TOKENS {
+                        dots[j] = query.products::<BOTH>(bytes[j]);
+                    }
+                    sum = if KIND == BLOCK {
+                        // SAFETY: the rows that are left have scales; a segment that is not the last has four blocks.
+                        let new = unsafe {
+                            let these = scales.as_ptr().add(t * blocks + 4 * s);
+                            of_blocks(these, blocks, blocks - 4 * s, left, dots, step)
+                        };
+                        if s == 0 { new } else { _mm512_add_ps(sum, new) }
+                    } else {
+                        let new = pair(pair(dots[0], dots[1]), pair(dots[2], dots[3]));
+                        _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sum), new))
+                    };
+                }
+                // SAFETY: the rows that are left have scales, and all heads have their places.
+                unsafe {
+                    let scores = finish::<KIND>(sum, step, scales.as_ptr().wrapping_add(t), left);
+                    put(scores, out.as_mut_ptr().add(group * HEADS * n + t), n, heads, left);
                 }
             }
         }
     }
 }
 
-/// Where the scales of a chunk and a segment lie.
-#[derive(Clone, Copy)]
-struct ScaleBlock<'a> {
-    scales: &'a [f32],
-    blocks: usize,
-    first: usize,
-    n: usize,
-    s: usize,
+/// The steps of a group, in the four lanes of each head.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn steps(query: &QueryCodes, group: usize) -> __m512 {
+    let four = &query.steps[group * HEADS..][..HEADS];
+    // SAFETY: there are four.
+    let four = unsafe { _mm_loadu_ps(four.as_ptr()) };
+    let heads = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    _mm512_permutexvar_ps(heads, _mm512_castps128_ps512(four))
 }
 
-impl ScaleBlock<'_> {
-    /// The scales of token `t` of the chunk, once for each head. Beyond the rows they are those of the last one.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vl")]
-    fn load(&self, t: usize) -> __m512 {
-        let row = (self.first + t).min(self.n - 1);
-        let these = &self.scales[row * self.blocks + 4 * self.s..(row + 1) * self.blocks];
-        let four = if let Some(four) = these.first_chunk::<4>() {
-            // SAFETY: four scales.
-            unsafe { _mm_loadu_ps(four.as_ptr()) }
-        } else {
-            // SAFETY: those that there are.
-            unsafe { _mm_maskz_loadu_ps((1 << these.len()) - 1, these.as_ptr()) }
-        };
-        _mm512_broadcast_f32x4(four)
-    }
-}
-
-/// Adds to the sums of a chunk, four tokens a register as `[head][token]`: exact integers, or with scales of blocks the
-/// scores themselves.
+/// The scores `[head][token]` of a segment from its products `[head][block]` of four tokens, of which `left` exist.
 ///
 /// # Safety
-/// The scratch has the bytes of this segment for `count` tokens, in whole fours.
+/// `scales` is readable for `left` rows `stride` apart, of `blocks` but no more than four each.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn fours<const BOTH: bool, const KIND: u8>(
-    scratch: &mut Scratch,
-    query: &QuerySegment,
-    count: usize,
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn of_blocks(
+    scales: *const f32,
+    stride: usize,
+    blocks: usize,
+    left: usize,
+    dots: [__m512i; TOKENS],
     step: __m512,
-    block: ScaleBlock<'_>,
-    sums: &mut [__m512i; CHUNK / FOUR_TOKENS],
-) {
-    let [mut hi, mut lo] = [[_mm512_setzero_si512(); QUARTERS]; 2];
-    for q in 0..QUARTERS {
-        // SAFETY: four heads of sixteen bytes.
-        unsafe {
-            hi[q] = _mm512_load_si512(query.hi[q].as_ptr().cast());
-            if BOTH {
-                lo[q] = _mm512_load_si512(query.lo[q].as_ptr().cast());
+) -> __m512 {
+    let mut p = [_mm512_setzero_ps(); TOKENS];
+    for j in 0..TOKENS {
+        // SAFETY: the caller's; a row that does not exist is the last one again.
+        let scales = unsafe { four_scales(scales.add(j.min(left - 1) * stride), blocks) };
+        p[j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots[j]), step), scales);
+    }
+    pair_ps(pair_ps(p[0], p[1]), pair_ps(p[2], p[3]))
+}
+
+/// Scores from what was summed `[head][token]`: integers, or with scales of blocks the scores.
+///
+/// # Safety
+/// `scales` is readable for `left` of them, where they belong to rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn finish<const KIND: u8>(sum: __m512, step: __m512, scales: *const f32, left: usize) -> __m512 {
+    if KIND == BLOCK {
+        return sum;
+    }
+    let scores = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(sum)), step);
+    // SAFETY: the caller's.
+    if KIND == ROW { _mm512_mul_ps(scores, unsafe { four_scales(scales, left) }) } else { scores }
+}
+
+/// Stores scores `[head][token]`, as many as there are.
+///
+/// # Safety
+/// `to` is writable for `left` tokens of each of `heads`, which are `n` apart.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn put(scores: __m512, to: *mut f32, n: usize, heads: usize, left: usize) {
+    let scores = [
+        _mm512_castps512_ps128(scores),
+        _mm512_extractf32x4_ps::<1>(scores),
+        _mm512_extractf32x4_ps::<2>(scores),
+        _mm512_extractf32x4_ps::<3>(scores),
+    ];
+    // SAFETY: the caller's.
+    unsafe {
+        if left == TOKENS && heads == HEADS {
+            for h in 0..HEADS {
+                _mm_storeu_ps(to.add(h * n), scores[h]);
+            }
+            return;
+        }
+        for h in 0..HEADS {
+            if h < heads {
+                _mm_mask_storeu_ps(to.add(h * n), (1 << left) - 1, scores[h]);
             }
         }
     }
-    // SAFETY: sixteen sums.
-    let bias = unsafe { _mm512_load_si512(query.bias.as_ptr().cast()) };
-    for (i, sum) in sums.iter_mut().enumerate().take(count.div_ceil(FOUR_TOKENS)) {
-        let mut dots = [bias; FOUR_TOKENS];
-        for j in 0..FOUR_TOKENS {
-            let row = scratch.row(block.s, FOUR_TOKENS * i + j);
-            let mut upper = _mm512_setzero_si512();
-            for q in 0..QUARTERS {
-                // SAFETY: a row of the scratch has eight quarters.
-                let bytes = unsafe { _mm512_broadcast_i32x4(_mm_load_si128(row.add(16 * q).cast())) };
+}
+
+/// Up to four scales, once for each head, and zeros.
+///
+/// # Safety
+/// `p` is readable for `n` scales, but for no more than four.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn four_scales(p: *const f32, n: usize) -> __m512 {
+    // SAFETY: the caller's.
+    let four = unsafe { if n >= 4 { _mm_loadu_ps(p) } else { _mm_maskz_loadu_ps((1 << n) - 1, p) } };
+    _mm512_broadcast_f32x4(four)
+}
+
+/// A segment of four heads in registers.
+#[derive(Clone, Copy)]
+struct Query {
+    /// In two planes one quarter of four heads a register. In one plane `[rotation][half]`: quarter `k` of a half for head
+    /// `(k + rotation) % 4`, so that no byte has to be repeated.
+    hi: [__m512i; QUARTERS],
+    lo: [__m512i; QUARTERS],
+    /// What sums begin with, for the bytes are not the codes.
+    bias: __m512i,
+}
+
+impl Query {
+    /// `origin` is the code that bare indices begin with.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load<const BOTH: bool>(segment: &QuerySegment, origin: Option<i32>) -> Query {
+        let [mut hi, mut lo] = [[_mm512_setzero_si512(); QUARTERS]; 2];
+        for q in 0..QUARTERS {
+            // SAFETY: four heads of sixteen bytes.
+            unsafe {
                 if BOTH {
-                    upper = _mm512_dpbusd_epi32(upper, bytes, hi[q]);
-                    dots[j] = _mm512_dpbusd_epi32(dots[j], bytes, lo[q]);
+                    hi[q] = _mm512_load_si512(segment.hi[q].as_ptr().cast());
+                    lo[q] = _mm512_load_si512(segment.lo[q].as_ptr().cast());
                 } else {
-                    dots[j] = _mm512_dpbusd_epi32(dots[j], bytes, hi[q]);
+                    let (rotation, half) = (q / 2, q % 2);
+                    let part = |k: usize| segment.hi[4 * half + k][(k + rotation) % HEADS].as_ptr();
+                    let [a, b, c, d] = [part(0), part(1), part(2), part(3)];
+                    let ab = _mm256_loadu2_m128i(b.cast(), a.cast());
+                    let cd = _mm256_loadu2_m128i(d.cast(), c.cast());
+                    hi[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
                 }
             }
-            if BOTH {
-                dots[j] = _mm512_add_epi32(dots[j], _mm512_slli_epi32::<8>(upper));
-            }
         }
-        if KIND == BLOCK {
-            let mut p = [_mm512_setzero_ps(); FOUR_TOKENS];
-            for j in 0..FOUR_TOKENS {
-                let scales = block.load(FOUR_TOKENS * i + j);
-                p[j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots[j]), step), scales);
-            }
-            let four = _mm512_add_ps(even(p[0], p[1]), odd(p[0], p[1]));
-            let more = _mm512_add_ps(even(p[2], p[3]), odd(p[2], p[3]));
-            let new = _mm512_add_ps(even(four, more), odd(four, more));
-            let new = if block.s == 0 { new } else { _mm512_add_ps(_mm512_castsi512_ps(*sum), new) };
-            *sum = _mm512_castps_si512(new);
-        } else {
-            let four = pair(dots[0], dots[1]);
-            let more = pair(dots[2], dots[3]);
-            *sum = _mm512_add_epi32(*sum, pair(four, more));
-        }
+        // SAFETY: sixteen sums.
+        let bias = unsafe { _mm512_load_si512(segment.bias.as_ptr().cast()) };
+        // The bias is -128 times the sum of the query.
+        let bias = match origin {
+            Some(origin) => _mm512_mullo_epi32(_mm512_srai_epi32::<7>(bias), _mm512_set1_epi32(-origin)),
+            None => bias,
+        };
+        Query { hi, lo, bias }
     }
-}
 
-/// Lanes 0 and 2 of each four of `a`, then of `b`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn even(a: __m512, b: __m512) -> __m512 {
-    _mm512_shuffle_ps::<0x88>(a, b)
-}
-
-/// Lanes 1 and 3 of each four of `a`, then of `b`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn odd(a: __m512, b: __m512) -> __m512 {
-    _mm512_shuffle_ps::<0xdd>(a, b)
+    /// The products `[head][block]` of a token.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn products<const BOTH: bool>(&self, bytes: [__m512i; 2]) -> __m512i {
+        if !BOTH {
+            let mut acc = [self.bias; HEADS];
+            for r in 0..HEADS {
+                let start = if r == 0 { self.bias } else { _mm512_setzero_si512() };
+                acc[r] = _mm512_dpbusd_epi32(start, bytes[0], self.hi[2 * r]);
+                acc[r] = _mm512_dpbusd_epi32(acc[r], bytes[1], self.hi[2 * r + 1]);
+            }
+            let ahead = _mm512_add_epi32(acc[0], _mm512_shuffle_i32x4::<0x93>(acc[1], acc[1]));
+            let two = _mm512_shuffle_i32x4::<0x4e>(acc[2], acc[2]);
+            return _mm512_add_epi32(
+                ahead,
+                _mm512_add_epi32(two, _mm512_shuffle_i32x4::<0x39>(acc[3], acc[3])),
+            );
+        }
+        let (mut upper, mut lower) = (_mm512_setzero_si512(), self.bias);
+        for half in 0..2 {
+            let x = bytes[half];
+            let quarters = [
+                _mm512_shuffle_i32x4::<0x00>(x, x),
+                _mm512_shuffle_i32x4::<0x55>(x, x),
+                _mm512_shuffle_i32x4::<0xaa>(x, x),
+                _mm512_shuffle_i32x4::<0xff>(x, x),
+            ];
+            for i in 0..4 {
+                let (q, bytes) = (4 * half + i, quarters[i]);
+                upper = _mm512_dpbusd_epi32(upper, bytes, self.hi[q]);
+                lower = _mm512_dpbusd_epi32(lower, bytes, self.lo[q]);
+            }
+        }
+        _mm512_add_epi32(lower, _mm512_slli_epi32::<8>(upper))
+    }
 }
 
 /// Sums of neighbouring lanes: of each four, two of `a`, then two of `b`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pair(a: __m512i, b: __m512i) -> __m512i {
-    let (a, b) = (_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
-    _mm512_add_epi32(_mm512_castps_si512(even(a, b)), _mm512_castps_si512(odd(a, b)))
+fn pair_ps(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
 }
 
+/// The same of integers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pair(a: __m512i, b: __m512i) -> __m512i {
+    let (a, b) = (_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
+    let [x, y] = [_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b)];
+    _mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y))
+}
+
+/// Queries with AVX-512: packing in lanes of sixteen bytes brings the four blocks of a quarter side by side.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn quantize(queries: &[f32], out: &mut QueryCodes) {
-    super::super::query::quantize(queries, out, false);
+    if out.dims != SEGMENT {
+        return super::super::query::quantize(queries, out, false);
+    }
+    let both = out.bits == QueryBits::Sixteen;
+    for (h, query) in queries.chunks_exact(out.dims).enumerate() {
+        let (group, head) = (h / HEADS, h % HEADS);
+        let segment = &mut out.segments[group];
+        let load = |i: usize| {
+            // SAFETY: a query has 128 numbers, and i < 8.
+            unsafe { _mm512_loadu_ps(query.as_ptr().add(16 * i)) }
+        };
+        let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+        let mut largest = _mm512_setzero_si512();
+        for i in 0..8 {
+            let bits = _mm512_and_si512(_mm512_castps_si512(load(i)), magnitude);
+            largest = _mm512_max_epu32(largest, bits);
+        }
+        let found = super::super::query::factor(_mm512_reduce_max_epu32(largest), out.bits);
+        let (factor, step) = found.unwrap_or((0.0, f32::NAN));
+        out.steps[h] = step;
+        let factor = _mm512_set1_ps(factor);
+        let mut bias = _mm_setzero_si128();
+        for half in 0..2 {
+            let mut v = [_mm512_setzero_si512(); 4];
+            for b in 0..4 {
+                let x = load(2 * b + half);
+                v[b] = _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
+                if found.is_none() {
+                    v[b] = _mm512_setzero_si512();
+                }
+            }
+            // In each lane of sixteen bytes: four numbers of block 0, four of block 1; and of the blocks 2 and 3.
+            let [a, b] = [_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3])];
+            let ones = _mm512_set1_epi16(1);
+            let zero = _mm512_setzero_si512();
+            let (hi, lo) = if both {
+                let round = _mm512_set1_epi16(128);
+                let upper = [a, b].map(|v| _mm512_srai_epi16::<8>(_mm512_add_epi16(v, round)));
+                let lower = [a, b].map(|v| _mm512_and_si512(v, _mm512_set1_epi16(255)));
+                (_mm512_packs_epi16(upper[0], upper[1]), _mm512_packus_epi16(lower[0], lower[1]))
+            } else {
+                (_mm512_packs_epi16(a, b), zero)
+            };
+            // Sums of pairs of 16 bits, of two pairs, and of the four lanes: one a block.
+            let [a, b] = [_mm512_madd_epi16(a, ones), _mm512_madd_epi16(b, ones)];
+            let sums = pair(a, b);
+            let sums = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64::<1>(sums));
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            bias = _mm_add_epi32(bias, sums);
+            for (plane, bytes) in [(&mut segment.hi, hi), (&mut segment.lo, lo)] {
+                let quarters = [
+                    _mm512_castsi512_si128(bytes),
+                    _mm512_extracti32x4_epi32::<1>(bytes),
+                    _mm512_extracti32x4_epi32::<2>(bytes),
+                    _mm512_extracti32x4_epi32::<3>(bytes),
+                ];
+                for (quarter, bytes) in plane[4 * half..4 * half + 4].iter_mut().zip(quarters) {
+                    // SAFETY: sixteen places.
+                    unsafe { _mm_storeu_si128(quarter[head].as_mut_ptr().cast(), bytes) };
+                }
+            }
+        }
+        let bias = _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32::<7>(bias));
+        // SAFETY: four places.
+        unsafe { _mm_storeu_si128(segment.bias[head].as_mut_ptr().cast(), bias) };
+    }
 }
