@@ -73,8 +73,10 @@ macro_rules! for_each_float_op {
             scores_f16(queries: &[f32], rows: &[u16], d: usize, out: &mut [f32], upcoming: &[u16]) -> () = attention::scores_f16;
             accumulate_f16(weights: &[f32], rows: &[u16], d: usize, acc: &mut [f32], upcoming: &[u16]) -> ()
                 = attention::accumulate_f16;
-            scores_e4m3(queries: &[f32], rows: &[u8], d: usize, out: &mut [f32], upcoming: &[u8]) -> () = attention::scores_e4m3;
-            scores_e5m2(queries: &[f32], rows: &[u8], d: usize, out: &mut [f32], upcoming: &[u8]) -> () = attention::scores_e5m2;
+            scores_e4m3(queries: &[f32], rows: &[u8], d: usize, scales: Option<&[f32]>, out: &mut [f32], upcoming: &[u8]) -> ()
+                = attention::scores_e4m3;
+            scores_e5m2(queries: &[f32], rows: &[u8], d: usize, scales: Option<&[f32]>, out: &mut [f32], upcoming: &[u8]) -> ()
+                = attention::scores_e5m2;
             accumulate_e4m3(weights: &[f32], scales: Option<&[f32]>, rows: &[u8], d: usize, acc: &mut [f32], upcoming: &[u8]) -> ()
                 = attention::accumulate_e4m3;
             accumulate_e5m2(weights: &[f32], scales: Option<&[f32]>, rows: &[u8], d: usize, acc: &mut [f32], upcoming: &[u8]) -> ()

@@ -124,7 +124,9 @@ fn short<V: F32x16>(x: &mut [f32], before: bool, after: bool, scale: f32) {
 #[inline(always)]
 pub(crate) fn hadamard<V: F32x16>(rows: &mut [f32], d: usize, before: bool, after: bool) {
     const PART: usize = 8 * LANES;
-    let scale = (1.0 / (d as f64).sqrt()) as f32;
+    let half = f32::from_bits((127 - d.trailing_zeros() / 2) << 23);
+    let scale =
+        if d.trailing_zeros().is_multiple_of(2) { half } else { half * std::f32::consts::FRAC_1_SQRT_2 };
     let signs = |wanted: bool, at: usize| wanted.then(|| &SIGNS[at % PERIOD..]);
     for row in rows.chunks_exact_mut(d) {
         match d {

@@ -30,6 +30,17 @@ static WIDEN: [u8; 64] = {
     index
 };
 
+/// The byte shuffle that moves 16 bytes, in each half of a register, to the upper halves of 16 words.
+static UPPER: [u8; 64] = {
+    let mut index = [0x80; 64];
+    let mut word = 0;
+    while word < 16 {
+        index[2 * word + 1] = word as u8;
+        word += 1;
+    }
+    index
+};
+
 /// The mask, out of sight of the optimiser. It would split a masked permutation into a permutation and an AND, and turn
 /// blends, which have two ports, into shuffles, which have one.
 #[inline(always)]
@@ -266,13 +277,24 @@ impl F32x16 for Z16 {
     #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Z16 {
         // SAFETY: AVX-512 F and VL are present; the caller gives 16 readable elements.
-        unsafe { Z16(_mm512_cvtph_ps(super::avx2::e4m3_to_f16(_mm_loadu_si128(p.cast())))) }
+        unsafe {
+            // As for AVX2; the difference is an exclusive or here.
+            let word = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            let carried = _mm256_add_epi16(word, _mm256_set1_epi16(0x80));
+            let half = _mm256_ternarylogic_epi64::<0b0111_1000>(word, carried, _mm256_set1_epi16(0x4000));
+            Z16(_mm512_cvtph_ps(half))
+        }
     }
 
     #[inline(always)]
     unsafe fn load_e5m2(p: *const u8) -> Z16 {
-        // SAFETY: AVX-512 F and VL are present; the caller gives 16 readable elements.
-        unsafe { Z16(_mm512_cvtph_ps(super::avx2::e5m2_to_f16(_mm_loadu_si128(p.cast())))) }
+        // SAFETY: AVX-512 F and VL are present; the caller gives 16 readable elements; the table has 64 bytes.
+        unsafe {
+            // One shuffle, where zero-extension and a shift would be two instructions.
+            let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast()));
+            let index = _mm256_loadu_si256(opaque_table(&UPPER).cast());
+            Z16(_mm512_cvtph_ps(_mm256_shuffle_epi8(twice, index)))
+        }
     }
 
     #[inline(always)]

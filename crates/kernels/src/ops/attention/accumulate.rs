@@ -11,6 +11,7 @@ use crate::vector::{Element, F32x16, LANES};
 const HEADS: usize = 4;
 /// Rows whose weights are scaled at a time.
 const SCALED_ROWS: usize = 64;
+static ONES: [f32; SCALED_ROWS] = [1.0; SCALED_ROWS];
 
 /// Adds `n` weighted rows to `G` accumulators, over `C` pairs of vectors.
 ///
@@ -146,7 +147,8 @@ pub(super) fn accumulate<V: F32x16, E: Element>(
     let as_given = E::FACTOR == 1.0 && scales.is_none();
     let mut room = [0.0; HEADS * SCALED_ROWS];
     // So few that the stream of the first heads stops only for a moment while the others have their turn.
-    let block = (DISTANCE / row).clamp(1, if as_given { DISTANCE } else { SCALED_ROWS });
+    let stop = if size_of::<E>() == 1 { 2 * DISTANCE } else { DISTANCE };
+    let block = (stop / row).clamp(1, if as_given { DISTANCE } else { SCALED_ROWS });
     // With so few columns the sums of all heads fit.
     let heads = if d < 2 * LANES || V::WIDE && E::COSTLY { HEADS } else { 2 };
     for t in (0..n).step_by(block) {
@@ -164,13 +166,9 @@ pub(super) fn accumulate<V: F32x16, E: Element>(
                     for i in 0..together {
                         let given = std::slice::from_raw_parts(weights.0.add(i * n), some);
                         let scaled = &mut room[i * SCALED_ROWS..i * SCALED_ROWS + some];
-                        match scales {
-                            None => scaled.iter_mut().zip(given).for_each(|(s, w)| *s = w * E::FACTOR),
-                            Some(scales) => {
-                                for (i, s) in scaled.iter_mut().enumerate() {
-                                    *s = given[i] * scales[t + i] * E::FACTOR;
-                                }
-                            }
+                        let scales = scales.map_or(&ONES[..some], |scales| &scales[t..t + some]);
+                        for ((scaled, weight), scale) in scaled.iter_mut().zip(given).zip(scales) {
+                            *scaled = weight * scale * E::FACTOR;
                         }
                     }
                     weights = (room.as_ptr(), SCALED_ROWS);

@@ -89,10 +89,18 @@ macro_rules! fp8 {
             queries: &[f32],
             rows: &[u8],
             d: usize,
+            scales: Option<&[f32]>,
             out: &mut [f32],
             upcoming: &[u8],
         ) {
             scores::<V, $element>(queries, $element::of(rows), d, out, $element::of(upcoming));
+            if let Some(scales) = scales.filter(|scales| !scales.is_empty()) {
+                for scores in out.chunks_exact_mut(scales.len()) {
+                    for (score, scale) in scores.iter_mut().zip(scales) {
+                        *score *= scale;
+                    }
+                }
+            }
         }
 
         #[inline(always)]
@@ -192,13 +200,8 @@ impl Kernels {
         // SAFETY: this table was handed out against proof of its instruction set.
         unsafe {
             match format {
-                Fp8::E4m3 => (self.float.scores_e4m3)(queries, rows, d, out, upcoming),
-                Fp8::E5m2 => (self.float.scores_e5m2)(queries, rows, d, out, upcoming),
-            }
-        }
-        if let Some(scales) = scales.filter(|scales| !scales.is_empty()) {
-            for scores in out.chunks_exact_mut(n) {
-                scores.iter_mut().zip(scales).for_each(|(score, scale)| *score *= scale);
+                Fp8::E4m3 => (self.float.scores_e4m3)(queries, rows, d, scales, out, upcoming),
+                Fp8::E5m2 => (self.float.scores_e5m2)(queries, rows, d, scales, out, upcoming),
             }
         }
     }

@@ -25,12 +25,19 @@ fn factored<V: F32x16, E: Element>(x: V) -> V {
 }
 
 /// The dot products of `G` queries with `N` rows, `G * N <= 16`, into `out[h * stride + r]`. With `FIXED`, `d` is [`KEPT`] vectors,
-/// and the queries are multiplied by the factor of the element.
+/// and the queries are multiplied by the factor of the element. `P` rows, which divides `N`, are read side by side.
 ///
 /// # Safety
 /// `q` is readable for `G` heads of `d`, `rows` for `N * d` elements, and `out` is writable at those places.
 #[inline(always)]
-unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, const FIXED: bool>(
+unsafe fn score_tile<
+    V: F32x16,
+    E: Element,
+    const G: usize,
+    const N: usize,
+    const P: usize,
+    const FIXED: bool,
+>(
     q: *const f32,
     rows: *const E,
     d: usize,
@@ -56,39 +63,50 @@ unsafe fn score_tile<V: F32x16, E: Element, const G: usize, const N: usize, cons
         let end = unknown(rows.add(N * d));
         let (mut row, mut to) = (rows, flat.as_mut_ptr().cast::<V>());
         while row < end {
-            let mut acc = [V::splat(0.0); G];
+            let mut acc = [[V::splat(0.0); G]; P];
             let mut j = 0;
             while j + 2 * LANES <= d {
-                let [mut x, mut y] = E::load_two::<V>(row.add(j));
-                if !FIXED {
-                    (x, y) = (factored::<V, E>(x), factored::<V, E>(y));
+                let mut x = [[V::splat(0.0); 2]; P];
+                for p in 0..P {
+                    x[p] = E::load_two::<V>(row.add(p * d + j));
+                    if !FIXED {
+                        x[p] = [factored::<V, E>(x[p][0]), factored::<V, E>(x[p][1])];
+                    }
                 }
                 for h in 0..G {
                     let q = q.add(h * d + j);
                     let keep = FIXED && h < KEPT_HEADS;
                     let a = if keep { kept[h][j / LANES] } else { V::load(q) };
                     let b = if keep { kept[h][j / LANES + 1] } else { V::load(q.add(LANES)) };
-                    acc[h] = y.mul_add(b, x.mul_add(a, acc[h]));
+                    for p in 0..P {
+                        acc[p][h] = x[p][1].mul_add(b, x[p][0].mul_add(a, acc[p][h]));
+                    }
                 }
                 j += 2 * LANES;
             }
             if !FIXED && j + LANES <= d {
-                let x = factored::<V, E>(E::load(row.add(j)));
-                for h in 0..G {
-                    acc[h] = x.mul_add(V::load(q.add(h * d + j)), acc[h]);
+                for p in 0..P {
+                    let x = factored::<V, E>(E::load(row.add(p * d + j)));
+                    for h in 0..G {
+                        acc[p][h] = x.mul_add(V::load(q.add(h * d + j)), acc[p][h]);
+                    }
                 }
                 j += LANES;
             }
             if !FIXED && j < d {
-                let x = factored::<V, E>(E::load_n(row.add(j), d - j));
-                for h in 0..G {
-                    acc[h] = x.mul_add(f32::load_n(q.add(h * d + j), d - j), acc[h]);
+                for p in 0..P {
+                    let x = factored::<V, E>(E::load_n(row.add(p * d + j), d - j));
+                    for h in 0..G {
+                        acc[p][h] = x.mul_add(f32::load_n(q.add(h * d + j), d - j), acc[p][h]);
+                    }
                 }
             }
-            for h in 0..G {
-                *to.add(h * N) = acc[h];
+            for p in 0..P {
+                for h in 0..G {
+                    *to.add(h * N + p) = acc[p][h];
+                }
             }
-            (row, to) = (row.add(d), to.add(1));
+            (row, to) = (row.add(P * d), to.add(P));
         }
         let flat = flat.as_ptr().cast::<[V; 16]>().read();
         let mut sums = [0.0; 16];
@@ -130,11 +148,15 @@ unsafe fn kept_rows<V: F32x16, E: Element, const G: usize, const N: usize>(
         while t + N <= n {
             let here = rows.add(t * D);
             upcoming.request::<V, E>(here, (n - t) * row, N * row);
-            score_tile::<V, E, G, N, true>(q, here, D, (out.add(t), stride));
+            if E::COSTLY && size_of::<E>() == 1 {
+                score_tile::<V, E, G, N, 2, true>(q, here, D, (out.add(t), stride));
+            } else {
+                score_tile::<V, E, G, N, 1, true>(q, here, D, (out.add(t), stride));
+            }
             t += N;
         }
         while t < n {
-            score_tile::<V, E, G, 1, true>(q, rows.add(t * D), D, (out.add(t), stride));
+            score_tile::<V, E, G, 1, 1, true>(q, rows.add(t * D), D, (out.add(t), stride));
             t += 1;
         }
     }
@@ -157,10 +179,10 @@ unsafe fn any_tile<V: F32x16, E: Element, const N: usize>(
         while h < g {
             let (q, to) = (q.add(h * d), (out.add(h * stride), stride));
             match g - h {
-                1 => score_tile::<V, E, 1, N, false>(q, rows, d, to),
-                2 => score_tile::<V, E, 2, N, false>(q, rows, d, to),
-                3 => score_tile::<V, E, 3, N, false>(q, rows, d, to),
-                _ => score_tile::<V, E, 4, N, false>(q, rows, d, to),
+                1 => score_tile::<V, E, 1, N, 1, false>(q, rows, d, to),
+                2 => score_tile::<V, E, 2, N, 1, false>(q, rows, d, to),
+                3 => score_tile::<V, E, 3, N, 1, false>(q, rows, d, to),
+                _ => score_tile::<V, E, 4, N, 1, false>(q, rows, d, to),
             }
             h += 4;
         }
