@@ -84,7 +84,7 @@ fn queries(k: &Kernels, shape: CodeShape, bits: QueryBits) -> QueryCodes {
 /// A byte pattern without runs.
 fn fill(bytes: &mut [u8]) {
     for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = (i * 89 >> 3) as u8;
+        *byte = ((i * 89) >> 3) as u8;
     }
 }
 
@@ -165,6 +165,19 @@ fn queries_and_encoding(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new(format!("{bits:?}"), k.isa()), |b| {
                 let shape = CodeShape { dims: D, bits: CodeBits::Eight };
                 b.iter(|| k.quantize_queries(shape, bits, black_box(&numbers), &mut codes));
+            });
+        }
+    }
+    group.finish();
+    let mut group = quick(c, "codes/encode 4 rows");
+    for k in Isa::available().into_iter().filter_map(Kernels::for_isa) {
+        for blocks in [false, true] {
+            let shape = CodeShape { dims: D, bits: CodeBits::Eight };
+            let mut out = vec![0u8; HEADS * shape.row_bytes()];
+            let mut scales = vec![0.0; HEADS * if blocks { 4 } else { 1 }];
+            let name = if blocks { "int8, scales of blocks" } else { "int8, scales of rows" };
+            group.bench_function(BenchmarkId::new(name, k.isa()), |b| {
+                b.iter(|| k.encode_int8(shape, blocks, black_box(&numbers), &mut out, &mut [], &mut scales));
             });
         }
     }

@@ -89,6 +89,11 @@ macro_rules! for_each_float_op {
             quantize_planes(x: &[f32], zero: i32, dither: &[i16], planes: &mut [crate::blocks::PlaneBlock]) -> f32
                 = blocks::quantize_planes;
             pack_codes(shape: crate::CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) -> () = codes::pack;
+            magnitudes(x: &[f32], run: usize, out: &mut [f32]) -> () = codes::magnitudes;
+            round_codes(x: &[f32], run: usize, offsets: &[f32], factors: &[f32], limits: [f32; 2], codes: &mut [i8]) -> ()
+                = codes::round_codes;
+            encode_int8(shape: crate::CodeShape, blocks: bool, rows: &[f32], out: &mut [u8], low: &mut [u8], scales: &mut [f32])
+                -> () = codes::encode_int8;
             head_int8(rows: &[i8], scales: &[f32], x: &[f32], out: &mut [f32]) -> () = head::head_int8;
         }
     };

@@ -29,7 +29,7 @@ fn to_positions<const B: usize>(numbers: &[u8; SEGMENT], out: &mut [u8; SEGMENT]
 
 /// The same, for what is left of a row: at most 128 numbers, padded with zeros. Returns the length of the segment.
 #[inline(always)]
-pub(crate) fn segment_positions(numbers: &[i8], out: &mut [u8; SEGMENT]) -> usize {
+fn segment_positions(numbers: &[i8], out: &mut [u8; SEGMENT]) -> usize {
     let mut padded = [0u8; SEGMENT];
     for (to, &from) in padded.iter_mut().zip(numbers) {
         *to = from as u8;
@@ -63,10 +63,12 @@ fn pairs(x: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Packs one segment of positions. Its bytes are the first of `out` (and of `low`).
+/// Packs the numbers of one segment: its bytes are the first of `out` (and of `low`). Returns how many they are.
 #[inline(always)]
-fn pack_segment(bits: CodeBits, x: &[u8], out: &mut [u8], low: &mut [u8]) {
-    let m = x.len();
+pub(crate) fn pack_segment(bits: CodeBits, numbers: &[i8], out: &mut [u8], low: &mut [u8]) -> usize {
+    let mut x = [0u8; SEGMENT];
+    let m = segment_positions(numbers, &mut x);
+    let x = &x[..m];
     match bits {
         CodeBits::Eight => out[..m].copy_from_slice(x),
         CodeBits::Four => nibbles::<0>(x, &mut out[..m / 2]),
@@ -86,6 +88,7 @@ fn pack_segment(bits: CodeBits, x: &[u8], out: &mut [u8], low: &mut [u8]) {
             nibbles::<0>(x, &mut low[..m / 2]);
         }
     }
+    m * bits.width() / 8
 }
 
 /// The bytes of one segment of a row.
@@ -163,14 +166,12 @@ fn to_whole<const B: usize>(x: &[u8; SEGMENT], out: &mut [u8; SEGMENT]) {
 /// Packs `rows` `[n][dims]`; compiled for each instruction set by the table of float operations.
 #[inline(always)]
 pub(crate) fn pack<V: F32x16>(shape: CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) {
-    let (bytes, mut x) = (shape.row_bytes(), [0u8; SEGMENT]);
+    let bytes = shape.row_bytes();
     for (t, row) in rows.chunks_exact(shape.dims).enumerate() {
         let mut at = t * bytes;
         for numbers in row.chunks(SEGMENT) {
-            let m = segment_positions(numbers, &mut x);
             let low = if shape.bits == CodeBits::Planes { &mut low[at..] } else { &mut [][..] };
-            pack_segment(shape.bits, &x[..m], &mut out[at..], low);
-            at += m * shape.bits.width() / 8;
+            at += pack_segment(shape.bits, numbers, &mut out[at..], low);
         }
     }
 }

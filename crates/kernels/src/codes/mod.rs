@@ -23,10 +23,12 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod encode;
 mod layout;
 pub(crate) mod query;
 pub(crate) mod scores;
 
+pub(crate) use encode::{encode_int8, magnitudes, round_codes};
 pub(crate) use layout::pack;
 pub use layout::position;
 pub use query::{QueryBits, QueryCodes};
