@@ -154,11 +154,11 @@ impl Certificate {
         if bound < LARGEST_BOUND { bound } else { f32::INFINITY }
     }
 
-    /// The largest `k` of all `score - bound`, in any order; fewer where there are fewer.
+    /// Adds the largest of all `score - bound` to `best`, which keeps the `k` largest in any order; fewer where there are
+    /// fewer.
     pub(crate) fn largest_lower(self, scores: &[f32], rows: &[[f32; 2]], k: usize, best: &mut Vec<f32>) {
-        best.clear();
         // Nothing that is not above it counts; a NaN is not above anything.
-        let mut enough = f32::NEG_INFINITY;
+        let mut enough = if best.len() < k { f32::NEG_INFINITY } else { keep(best, k) };
         let mut lower = [f32::NEG_INFINITY; CHUNK];
         for (scores, rows) in scores.chunks(CHUNK).zip(rows.chunks(CHUNK)) {
             let mut any = 0;

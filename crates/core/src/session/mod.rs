@@ -92,7 +92,10 @@ pub struct Session {
     attention: Attention,
     decode: Scratch,
     prefill: Option<Scratch>,
+    /// Logits of a pass of several tokens; those of one stay where the threads wrote them.
     logits: Vec<f32>,
+    /// Whether the last pass took a single token.
+    single: bool,
     traffic: Traffic,
     /// How many of the likeliest tokens a two-stage head finds exactly.
     exact_top: usize,
@@ -130,6 +133,7 @@ impl Session {
             decode,
             prefill: None,
             logits: Vec::new(),
+            single: false,
             traffic: Traffic::default(),
             exact_top: 1,
             lower_bounds,
@@ -264,7 +268,7 @@ impl Session {
         for chunk in tokens.chunks(Self::DEFAULT_CHUNK) {
             self.pass(chunk, Kind::Prefill(Want::Last))?;
         }
-        Ok(&self.logits)
+        Ok(self.last_logits())
     }
 
     /// As [`Session::prefill`], with all tokens in one pass: what serving a batch of them together costs.
@@ -274,7 +278,7 @@ impl Session {
     pub fn prefill_at_once(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         self.check(tokens)?;
         self.pass(tokens, Kind::Prefill(Want::Last))?;
-        Ok(&self.logits)
+        Ok(self.last_logits())
     }
 
     /// Tokens that prefill takes at a time: enough to reuse a row of weights often, few enough for the caches.
@@ -296,7 +300,7 @@ impl Session {
         self.check(tokens)?;
         for piece in tokens.chunks(chunk) {
             self.pass(piece, Kind::Prefill(Want::All))?;
-            each(&self.logits)?;
+            each(self.last_logits())?;
         }
         Ok(())
     }
@@ -322,7 +326,7 @@ impl Session {
     pub fn decode(&mut self, token: u32) -> Result<&[f32]> {
         self.check(&[token])?;
         self.pass(&[token], Kind::Decode { supplied: None, capture: false })?;
-        Ok(&self.logits)
+        Ok(self.last_logits())
     }
 
     /// As [`Session::decode`], with queries, keys and values from outside. With `capture`,
@@ -342,7 +346,7 @@ impl Session {
             )));
         }
         self.pass(&[token], Kind::Decode { supplied: Some(supplied), capture })?;
-        Ok(&self.logits)
+        Ok(self.last_logits())
     }
 
     /// The residual stream after each layer, `[layers][tokens][hidden]`, with the stream before each layer replaced by
@@ -371,6 +375,11 @@ impl Session {
     /// What attention returned in the last captured step, `[layers][heads][head_dim]`.
     pub fn attention_output(&self) -> Vec<f32> {
         self.decode.captured()
+    }
+
+    /// The logits of the last pass.
+    fn last_logits(&mut self) -> &[f32] {
+        if self.single { self.decode.logits.as_mut_slice() } else { &self.logits }
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {
@@ -430,6 +439,8 @@ impl Session {
         let clock = self.profiled.is_some().then(std::time::Instant::now);
         // What a pass that panicked had counted does not belong to this one.
         scratch.take_traffic();
+        scratch.reset_tickets();
+        self.single = tokens.len() == 1;
         self.team.run(|worker| pass.run(worker));
         if let Some(error) = scratch.take_failure() {
             self.rewind(self.cache.len());

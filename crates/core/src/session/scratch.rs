@@ -1,15 +1,15 @@
 //! Everything a pass writes beside the KV cache, allocated once for a number of tokens and threads.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, RwLock};
 
 use longbit_kernels::{ColumnShape, Planes, Quantized, TILE_ROWS, TernaryShape};
-use longbit_sys::Shared;
+use longbit_sys::{Shared, Worker};
 
 use super::Traffic;
 use super::profile::{Clock, OpTotal};
-use super::stage::Stage;
+use super::stage::{Stage, shares, stripes};
 use crate::attention::{CHUNK_TOKENS, Selection, partial};
 use crate::error::Error;
 use crate::kv::KvScratch;
@@ -70,12 +70,14 @@ pub(super) struct Private {
     pub(super) listed: Vec<u32>,
     /// What the head multiplies, rounded for rows in blocks.
     pub(super) planes: Planes,
-    /// Rows of a two-stage head that the pass scored exactly after the coarse ones, and their logits.
+    /// Rows of a two-stage head that are scored exactly after the coarse ones, and their logits.
     pub(super) survivors: Vec<u32>,
     /// One a survivor.
     pub(super) exact: Vec<f32>,
     /// Lower bounds of logits.
     pub(super) lower: Vec<f32>,
+    /// Stripes of the vocabulary that the thread scored.
+    pub(super) scored: Vec<usize>,
     /// Rows of a two-stage head that the pass scored with the bf16 table.
     pub(super) rescored: u64,
     /// Laps of a profile.
@@ -113,12 +115,14 @@ pub(super) struct Scratch {
     pub(super) blocks: usize,
     /// Normalised rows that the head reads, one stripe a token.
     pub(super) normed: Shared<f32>,
-    /// Logits `[thread][tokens][vocabulary share]`.
+    /// Logits `[stripe][tokens][rows of the stripe]`; of one token `[vocab]`.
     pub(super) logits: Shared<f32>,
-    /// First number of each stripe of `logits`.
+    /// Rows of each stripe of `logits`: the shares of the threads, then the rest; see [`Stage`].
     pub(super) vocab: Vec<Range<usize>>,
     /// One a thread.
     pub(super) private: Vec<Mutex<Private>>,
+    /// One a phase of a pass.
+    tickets: Vec<Ticket>,
     capture: OnceLock<Shared<f32>>,
     failure: Mutex<Option<Error>>,
     kv_bytes: AtomicU64,
@@ -127,10 +131,53 @@ pub(super) struct Scratch {
     skipped: AtomicU64,
 }
 
-/// Rows of the head that thread `w` owns: whole tiles, for the formats that have them.
-fn vocabulary_share(vocab: usize, w: usize, threads: usize) -> Range<usize> {
-    let tiles = longbit_sys::share(vocab.div_ceil(TILE_ROWS), w, threads);
-    vocab.min(tiles.start * TILE_ROWS)..vocab.min(tiles.end * TILE_ROWS)
+/// Hands out the numbers from 0, each once a pass; on lines of its own (two, for the adjacent-line prefetcher).
+#[derive(Default)]
+#[repr(align(128))]
+struct Ticket(AtomicUsize);
+
+/// A phase of a pass whose rest of work goes to whoever comes first.
+#[derive(Clone, Copy)]
+pub(super) enum Phase {
+    /// Query, key and value projections of a layer.
+    Qkv(usize),
+    /// Output projection of a layer.
+    Output(usize),
+    /// Gate and up projections of a layer.
+    GateUp(usize),
+    /// Down projection of a layer.
+    Down(usize),
+    /// The head.
+    Head,
+}
+
+impl Phase {
+    /// Phases of a pass through `layers`.
+    fn count(layers: usize) -> usize {
+        1 + 4 * layers
+    }
+
+    fn place(self) -> usize {
+        match self {
+            Phase::Head => 0,
+            Phase::Qkv(l) => 1 + 4 * l,
+            Phase::Output(l) => 2 + 4 * l,
+            Phase::GateUp(l) => 3 + 4 * l,
+            Phase::Down(l) => 4 + 4 * l,
+        }
+    }
+}
+
+/// Rows of the vocabulary in stripes of whole tiles, for the head formats that have them.
+fn vocabulary_stripes(vocab: usize, threads: usize, tokens: usize) -> Vec<Range<usize>> {
+    /// Tiles of the rest in percent of all.
+    const REST: usize = 12;
+    /// Tiles of a stripe of the rest.
+    const BLOCK: usize = 32;
+    let tiles = vocab.div_ceil(TILE_ROWS);
+    let stripes = if tokens == 1 { stripes(tiles, threads, REST, BLOCK) } else { shares(tiles, threads) };
+    let rows = |tiles: Range<usize>| vocab.min(tiles.start * TILE_ROWS)..vocab.min(tiles.end * TILE_ROWS);
+    stripes.into_iter().map(rows).collect()
 }
 
 /// Largest number of tasks that one KV head's selection makes: two consecutive tasks hold more than a chunk together.
@@ -149,7 +196,7 @@ impl Scratch {
         let slots = if tokens == 1 { heads * max_tasks(capacity) } else { 0 };
         // Prefill reads the matrices whole.
         let sums = if tokens == 1 { ColumnShape { rows: config.hidden, cols: 1 }.padded_rows() } else { 1 };
-        let vocab: Vec<_> = (0..threads).map(|w| vocabulary_share(config.vocab, w, threads)).collect();
+        let vocab = vocabulary_stripes(config.vocab, threads, tokens);
         let mut bounds = vec![0];
         for share in &vocab {
             bounds.push(bounds[bounds.len() - 1] + share.len() * tokens);
@@ -170,9 +217,10 @@ impl Scratch {
             attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0).named("attention output"),
             blocks,
             normed: Shared::even(tokens, config.hidden, tokens, 0.0).named("normalised rows"),
-            logits: Shared::striped(bounds[threads], &bounds, 0.0).named("logits"),
+            logits: Shared::striped(bounds[bounds.len() - 1], &bounds, 0.0).named("logits"),
             vocab,
             private: (0..threads).map(|_| Mutex::default()).collect(),
+            tickets: (0..Phase::count(config.layers)).map(|_| Ticket::default()).collect(),
             capture: OnceLock::new(),
             failure: Mutex::default(),
             kv_bytes: AtomicU64::new(0),
@@ -211,9 +259,32 @@ impl Scratch {
         self.rows.fetch_add(rows, Relaxed);
     }
 
-    /// Adds to the bytes of weights that the step did not read.
-    pub(super) fn count_skipped(&self, bytes: usize) {
-        self.skipped.fetch_add(bytes as u64, Relaxed);
+    /// Adds to the bytes of weights that the step did not read: those of a matrix, less those that a thread did read. The
+    /// sum over the threads is not negative.
+    pub(super) fn count_skipped(&self, whole: usize, read: usize) {
+        self.skipped.fetch_add((whole as u64).wrapping_sub(read as u64), Relaxed);
+    }
+
+    /// A pass begins.
+    pub(super) fn reset_tickets(&self) {
+        self.tickets.iter().for_each(|ticket| ticket.0.store(0, Relaxed));
+    }
+
+    /// The next number of a phase that no thread has had yet. What is done with it is ordered by barriers alone.
+    pub(super) fn ticket(&self, phase: Phase) -> usize {
+        self.tickets[phase.place()].0.fetch_add(1, Relaxed)
+    }
+
+    /// The stripes out of `count` that the worker takes: its own, and of the rest what no other has taken yet.
+    pub(super) fn stripes<'a>(
+        &'a self,
+        phase: Phase,
+        worker: &Worker<'_>,
+        count: usize,
+    ) -> impl Iterator<Item = usize> + 'a {
+        let threads = worker.count();
+        let rest = move || (count > threads).then(|| threads + self.ticket(phase)).filter(|&i| i < count);
+        std::iter::once(worker.index()).chain(std::iter::from_fn(rest))
     }
 
     /// What the step read; starts counting anew.

@@ -1,7 +1,9 @@
 //! The output of one or more ternary projections that share an input, split over the threads by rows.
 //!
-//! Rows of all parts are numbered one after another. Thread `w` owns a contiguous range of row tiles; its stripe of the
-//! shared buffer holds, for each part that the range touches, `[tokens][rows]`.
+//! Rows of all parts are numbered one after another and cut into *stripes* of consecutive row tiles; a stripe of the shared
+//! buffer holds, for each part that it touches, `[tokens][rows]`. Stripe `w` is the share of thread `w`. In a decode step
+//! the shares leave a rest, cut into small stripes that go to whoever comes first, so that threads which are not equally
+//! fast (another guest on the same core, an interrupt) end together. Who computes a row changes none of its bits.
 
 use std::ops::Range;
 
@@ -18,7 +20,12 @@ pub(super) struct Acts<'a> {
     pub(super) quantized: &'a [Quantized],
 }
 
-/// Rows of one part in one thread's stripe.
+/// Tiles of the rest in percent of all.
+const REST: usize = 25;
+/// Bytes of a stripe of the rest, about, at two bits a weight.
+const STRIPE_BYTES: usize = 48 << 10;
+
+/// Rows of one part in one stripe.
 struct Piece {
     part: usize,
     tiles: Range<usize>,
@@ -27,6 +34,22 @@ struct Piece {
     rows: usize,
     /// Rows of this stripe before this piece.
     before: usize,
+}
+
+/// One stripe of tiles a thread.
+pub(super) fn shares(tiles: usize, threads: usize) -> Vec<Range<usize>> {
+    (0..threads).map(|w| share(tiles, w, threads)).collect()
+}
+
+/// One stripe of tiles a thread, then those of the rest: `rest` percent of all in stripes of `block` tiles, or of a
+/// sixteenth of all where that is less.
+pub(super) fn stripes(tiles: usize, threads: usize, rest: usize, block: usize) -> Vec<Range<usize>> {
+    let block = block.min(tiles / 16).max(1);
+    let blocks = if threads > 1 { tiles * rest / 100 / block } else { 0 };
+    let first = tiles - blocks * block;
+    let mut stripes = shares(first, threads);
+    stripes.extend((0..blocks).map(|i| first + i * block..first + (i + 1) * block));
+    stripes
 }
 
 /// See the module.
@@ -41,10 +64,12 @@ pub(super) struct Stage {
 impl Stage {
     pub(super) fn new(name: &'static str, parts: &[TernaryShape], tokens: usize, threads: usize) -> Self {
         let total: usize = parts.iter().map(|p| p.tiles()).sum();
-        let mut pieces = Vec::with_capacity(threads);
+        let cols = parts.iter().map(|p| p.cols).max().unwrap_or(1);
+        let block = (STRIPE_BYTES / cols.max(1)).max(1);
+        let stripes = if tokens == 1 { stripes(total, threads, REST, block) } else { shares(total, threads) };
+        let mut pieces = Vec::with_capacity(stripes.len());
         let mut starts = vec![0];
-        for w in 0..threads {
-            let mine = share(total, w, threads);
+        for mine in stripes {
             let (mut owned, mut before, mut first_tile, mut first_row) = (Vec::new(), 0, 0, 0);
             for (part, shape) in parts.iter().enumerate() {
                 let start = mine.start.max(first_tile);
@@ -59,10 +84,10 @@ impl Stage {
                 first_tile += shape.tiles();
                 first_row += shape.rows;
             }
-            starts.push(starts[w] + before * tokens);
+            starts.push(starts[starts.len() - 1] + before * tokens);
             pieces.push(owned);
         }
-        let len = starts[threads];
+        let len = starts[starts.len() - 1];
         let shared = Shared::striped(len, &starts, 0.0).named(name);
         Stage { shared, starts, pieces, rows: parts.iter().map(|p| p.rows).sum() }
     }
@@ -72,22 +97,27 @@ impl Stage {
         self.rows
     }
 
-    /// Rows that thread `w` owns.
-    pub(super) fn owned_rows(&self, w: usize) -> usize {
+    /// Number of stripes.
+    pub(super) fn stripes(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Rows of stripe `w`.
+    pub(super) fn stripe_rows(&self, w: usize) -> usize {
         self.pieces[w].iter().map(|p| p.rows).sum()
     }
 
-    /// Rows that thread `w` owns of a stage with one part.
+    /// Rows of stripe `w` of a stage with one part.
     pub(super) fn rows_of(&self, w: usize) -> Range<usize> {
         self.pieces[w].first().map_or(0..0, |piece| piece.row..piece.row + piece.rows)
     }
 
-    /// Bytes of weights that thread `w` reads for `linears`.
+    /// Bytes of weights that stripe `w` takes of `linears`.
     pub(super) fn bytes(&self, w: usize, linears: &[&TernaryLinear]) -> usize {
         self.pieces[w].iter().map(|p| p.tiles.len() * linears[p.part].tile_bytes()).sum()
     }
 
-    /// Computes the rows of thread `w` of `linears` into `out`, laid out as the stripe is.
+    /// Computes the rows of stripe `w` of `linears` into `out`, laid out as the stripe is.
     pub(super) fn project(
         &self,
         kernels: &Kernels,
@@ -111,9 +141,9 @@ impl Stage {
         }
     }
 
-    /// Runs `fill` on the stripe of thread `w`, cut to `tokens`.
+    /// Runs `fill` on stripe `w`, cut to `tokens`.
     pub(super) fn write(&self, w: usize, tokens: usize, fill: impl FnOnce(&mut [f32])) {
-        let rows = self.owned_rows(w);
+        let rows = self.stripe_rows(w);
         fill(&mut self.shared.write(w)[..rows * tokens]);
     }
 
@@ -132,5 +162,48 @@ impl Stage {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stripes_cover_all_tiles_once_and_in_order() {
+        for (tiles, threads, rest, block, count) in [
+            (1728, 2, 25, 19, 24),
+            (100, 1, 25, 4, 1),
+            (40, 3, 25, 99, 8),
+            (3, 2, 25, 8, 2),
+            (0, 4, 12, 32, 4),
+        ] {
+            let stripes = stripes(tiles, threads, rest, block);
+            assert_eq!(stripes.len(), count, "{tiles} tiles");
+            let ends =
+                stripes.iter().scan(0, |end, stripe| Some((std::mem::replace(end, stripe.end), stripe)));
+            assert!(ends.clone().all(|(end, stripe)| end == stripe.start), "{stripes:?}");
+            assert_eq!(stripes.last().map(|s| s.end), Some(tiles));
+        }
+    }
+
+    #[test]
+    fn a_stage_that_hands_out_its_rest_gathers_the_rows_in_their_order() {
+        let parts = [TernaryShape { rows: 150, cols: 64 }, TernaryShape { rows: 33, cols: 64 }];
+        let stage = Stage::new("test", &parts, 1, 2);
+        assert!(stage.stripes() > 2);
+        let mut next = 0.0;
+        for stripe in 0..stage.stripes() {
+            stage.write(stripe, 1, |out| {
+                for out in out {
+                    *out = next;
+                    next += 1.0;
+                }
+            });
+        }
+        let mut rows = [0.0; 183];
+        stage.gather(0, 1, 0..183, &mut rows);
+        assert!(rows.iter().enumerate().all(|(i, &row)| row == i as f32), "{rows:?}");
+        assert_eq!((0..stage.stripes()).map(|i| stage.stripe_rows(i)).sum::<usize>(), stage.rows());
     }
 }

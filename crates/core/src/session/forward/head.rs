@@ -7,7 +7,7 @@ use longbit_sys::Worker;
 use longbit_kernels::TILE_ROWS;
 
 use super::super::profile::Op;
-use super::super::scratch::Private;
+use super::super::scratch::{Phase, Private};
 use super::{Pass, Want};
 use crate::model::two_stage::{Certificate, keep};
 use crate::model::{Head, TwoStage};
@@ -35,7 +35,6 @@ impl Pass<'_> {
             let row = std::mem::take(&mut p.row);
             self.head_rows(worker, p, &row[..hidden]);
             p.row = row;
-            self.lap_head(worker, p);
             return;
         }
         for (i, token) in self.owned(worker).enumerate() {
@@ -44,39 +43,50 @@ impl Pass<'_> {
         self.barrier(worker, p);
         let wanted = self.wanted();
         self.head_rows(worker, p, &s.normed.read()[wanted.start * hidden..wanted.end * hidden]);
-        self.lap_head(worker, p);
     }
 
-    /// Ends the lap of the head: its whole share, or of a two-stage head what followed the coarse scan.
-    fn lap_head(&self, worker: &Worker<'_>, p: &mut Private) {
-        let row = 2 * self.model.config.hidden;
+    /// Ends the lap of the head, which read `rows` rows in its own format and scored others exactly.
+    fn lap_head(&self, p: &mut Private, rows: usize) {
+        let hidden = self.model.config.hidden;
         let rescored = p.rescored as usize;
         p.clock.lap(Op::Head, || match self.model.head {
-            Head::TwoStage(_) => rescored * row,
-            _ => self.head_bytes(worker),
+            Head::TwoStage(_) if rows == 0 => 2 * rescored * hidden,
+            _ => self.model.head_format.bytes(rows, hidden) as usize,
         });
     }
 
-    /// Bytes of the head that the thread reads.
-    fn head_bytes(&self, worker: &Worker<'_>) -> usize {
-        let rows = self.scratch.vocab[worker.index()].len();
-        self.model.head_format.bytes(rows, self.model.config.hidden) as usize
+    /// Logits of the rows that the thread takes, for the rows of `normed`.
+    fn head_rows(&self, worker: &Worker<'_>, p: &mut Private, normed: &[f32]) {
+        p.rescored = 0;
+        if let Head::TwoStage(head) = &self.model.head
+            && self.want == Want::Last
+            && self.exact_top < self.model.config.vocab
+        {
+            return self.two_stage(worker, p, head, normed);
+        }
+        let (s, hidden) = (self.scratch, self.model.config.hidden);
+        if let Head::Blocks(matrix) = &self.model.head
+            && normed.len() == hidden
+        {
+            self.kernels().quantize_planes(matrix.shape.format, normed, &mut p.planes);
+        }
+        let mut taken = 0;
+        for stripe in s.stripes(Phase::Head, worker, s.vocab.len()) {
+            self.score_stripe(p, stripe, normed);
+            taken += s.vocab[stripe].len();
+        }
+        if let Head::TwoStage(_) = &self.model.head {
+            p.rescored = (taken * normed.len() / hidden) as u64;
+            taken = 0;
+        }
+        self.lap_head(p, taken);
     }
 
-    /// Logits of the thread's share of the vocabulary for the rows of `normed`.
-    fn head_rows(&self, worker: &Worker<'_>, p: &mut Private, normed: &[f32]) {
+    /// Logits of one stripe of the vocabulary for the rows of `normed`.
+    fn score_stripe(&self, p: &mut Private, stripe: usize, normed: &[f32]) {
         let (s, kernels, hidden) = (self.scratch, self.kernels(), self.model.config.hidden);
-        let share = s.vocab[worker.index()].clone();
-        p.survivors.clear();
-        p.exact.clear();
-        p.rescored = 0;
-        if let Head::TwoStage(head) = &self.model.head {
-            if self.want == Want::Last && self.exact_top < self.model.config.vocab {
-                return self.two_stage(worker, p, head, normed);
-            }
-            p.rescored = (share.len() * normed.len() / hidden) as u64;
-        }
-        let mut out = s.logits.write(worker.index());
+        let share = s.vocab[stripe].clone();
+        let mut out = s.logits.write(stripe);
         let mut start = share.start;
         while start < share.end {
             // One token streams its whole share at once; several reuse a block of rows from cache.
@@ -94,7 +104,9 @@ impl Pass<'_> {
                     Head::Blocks(matrix) => {
                         // Every block of rows begins with a tile, as the share does.
                         let tiles = start / TILE_ROWS..(start + rows).div_ceil(TILE_ROWS);
-                        kernels.quantize_planes(matrix.shape.format, x, &mut p.planes);
+                        if normed.len() > hidden {
+                            kernels.quantize_planes(matrix.shape.format, x, &mut p.planes);
+                        }
                         kernels.head_blocks(matrix.shape, &matrix.data, tiles, &p.planes, out);
                     }
                     Head::Int8 { codes, scales } => {
@@ -107,38 +119,64 @@ impl Pass<'_> {
         }
     }
 
-    /// Coarse scores of the thread's share for one token, and the bf16 logits of those that can be among the likeliest.
+    /// Coarse scores of the rows that the thread takes, for one token, and the bf16 logits of those that can be among the
+    /// likeliest. All other rows keep their coarse score: with its bound it is below the k-th of all lower bounds, so it is
+    /// below the k-th largest logit.
     fn two_stage(&self, worker: &Worker<'_>, p: &mut Private, head: &TwoStage, x: &[f32]) {
         let (s, kernels, top) = (self.scratch, self.kernels(), self.exact_top);
         let table = head.own.as_ref().unwrap_or(&self.model.embedding);
-        let share = s.vocab[worker.index()].clone();
-        let mut out = s.logits.write(worker.index());
-        let scores = &mut out[..share.len()];
         kernels.quantize_planes(head.coarse.shape.format, x, &mut p.planes);
         // Every thread has the same activations and so the same certificate, or none.
         let Some(certificate) = Certificate::new(head.coarse.shape, x, &p.planes) else {
-            table.times(kernels, share.clone(), x, scores);
-            p.rescored = share.len() as u64;
-            return;
+            for stripe in s.stripes(Phase::Head, worker, s.vocab.len()) {
+                self.score_stripe(p, stripe, x);
+                p.rescored += s.vocab[stripe].len() as u64;
+            }
+            return self.lap_head(p, 0);
         };
-        // The last shares may be empty.
-        let tiles = share.start.div_ceil(TILE_ROWS)..share.end.div_ceil(TILE_ROWS);
-        kernels.head_blocks(head.coarse.shape, &head.coarse.data, tiles, &p.planes, scores);
-        let bounds = &head.bounds[share.clone()];
-        certificate.largest_lower(scores, bounds, top, &mut p.lower);
+        p.lower.clear();
+        p.scored.clear();
+        let mut taken = 0;
+        for stripe in s.stripes(Phase::Head, worker, s.vocab.len()) {
+            let rows = s.vocab[stripe].clone();
+            // The last shares may be empty.
+            let tiles = rows.start.div_ceil(TILE_ROWS)..rows.end.div_ceil(TILE_ROWS);
+            let mut out = s.logits.write(stripe);
+            let scores = &mut out[..rows.len()];
+            kernels.head_blocks(head.coarse.shape, &head.coarse.data, tiles, &p.planes, scores);
+            certificate.largest_lower(scores, &head.bounds[rows], top, &mut p.lower);
+            taken += scores.len();
+            p.scored.push(stripe);
+        }
         // Fewer rows than asked for: there is nothing that the rest could be below of.
         p.lower.resize(top, f32::NEG_INFINITY);
         self.lower_bounds.write(worker.index()).copy_from_slice(&p.lower);
-        p.clock.lap(Op::Head, || self.head_bytes(worker));
+        self.lap_head(p, taken);
         self.barrier(worker, p);
         p.lower.clear();
         p.lower.extend_from_slice(&self.lower_bounds.read());
         let threshold = keep(&mut p.lower, top);
-        certificate.survivors(scores, bounds, threshold, share.start, &mut p.survivors);
-        p.exact.resize(p.survivors.len(), 0.0);
-        let rows = bytemuck::cast_slice(table.bytes(0..table.rows()));
-        kernels.head_bf16_rows(rows, &p.survivors, x, &mut p.exact);
-        p.rescored = p.survivors.len() as u64;
+        let numbers = bytemuck::cast_slice(table.bytes(0..table.rows()));
+        for &stripe in &p.scored {
+            let rows = s.vocab[stripe].clone();
+            let mut out = s.logits.write(stripe);
+            let scores = &mut out[..rows.len()];
+            p.survivors.clear();
+            certificate.survivors(
+                scores,
+                &head.bounds[rows.clone()],
+                threshold,
+                rows.start,
+                &mut p.survivors,
+            );
+            p.exact.resize(p.survivors.len(), 0.0);
+            kernels.head_bf16_rows(numbers, &p.survivors, x, &mut p.exact);
+            for (&row, &logit) in p.survivors.iter().zip(&p.exact) {
+                scores[row as usize - rows.start] = logit;
+            }
+            p.rescored += p.survivors.len() as u64;
+        }
+        self.lap_head(p, 0);
     }
 
     /// Rows of a two-stage head that this pass scored with the bf16 table.
@@ -147,31 +185,13 @@ impl Pass<'_> {
         self.scratch.private.iter().map(private).sum()
     }
 
-    /// Puts the exact logits of a two-stage head over the coarse ones, which are held below the least of the likeliest.
-    fn finish_two_stage(&self, out: &mut [f32]) {
-        let threads: Vec<_> =
-            self.scratch.private.iter().map(|p| p.lock().unwrap_or_else(|e| e.into_inner())).collect();
-        let mut exact: Vec<f32> = threads.iter().flat_map(|p| p.exact.iter().copied()).collect();
-        if exact.is_empty() {
-            return;
-        }
-        if exact.len() >= self.exact_top {
-            // A NaN is no limit: comparisons with it fail.
-            let limit = keep(&mut exact, self.exact_top).next_down();
-            for score in out.iter_mut() {
-                *score = if *score > limit { limit } else { *score };
-            }
-        }
-        for p in &threads {
-            for (&row, &logit) in p.survivors.iter().zip(&p.exact) {
-                out[row as usize] = logit;
-            }
-        }
-    }
-
-    /// Collects the wanted logits, `[wanted][vocab]`, after the team has left.
+    /// Collects the wanted logits of several tokens, `[wanted][vocab]`, after the team has left. Those of a single token
+    /// are in their place already: the stripes of `Scratch::logits` follow one another.
     pub(in super::super) fn logits(&self, out: &mut Vec<f32>) {
         let (s, vocab) = (self.scratch, self.model.config.vocab);
+        if self.tokens.len() == 1 {
+            return;
+        }
         out.resize(self.wanted().len() * vocab, 0.0);
         let logits = s.logits.read();
         let mut stripe = 0;
@@ -181,9 +201,6 @@ impl Pass<'_> {
                 row[share.clone()].copy_from_slice(&logits[from..from + share.len()]);
             }
             stripe += share.len() * s.tokens();
-        }
-        if matches!(self.model.head, Head::TwoStage(_)) {
-            self.finish_two_stage(out);
         }
     }
 }

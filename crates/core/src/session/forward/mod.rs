@@ -14,8 +14,8 @@ use longbit_kernels::{Kernels, Quantized};
 use longbit_sys::{Shared, Worker};
 
 use super::Supplied;
-use super::profile::Op;
-use super::scratch::{ActBuffer, Private, Scratch};
+use super::profile::{Clock, Op};
+use super::scratch::{ActBuffer, Phase, Private, Scratch};
 use super::stage::{Acts, Stage};
 use crate::attention::Attention;
 use crate::kv::KvCache;
@@ -90,7 +90,7 @@ impl Pass<'_> {
                 p.residual.copy_from_slice(&forced[numbers]);
             }
             self.attention_block(worker, p, l, layer);
-            self.ffn_block(worker, p, layer);
+            self.ffn_block(worker, p, l, layer);
             if let Some(tracing) = self.tracing {
                 for (row, token) in p.residual.chunks_exact(hidden).zip(self.owned(worker)) {
                     tracing.out.write(l * self.tokens.len() + token).copy_from_slice(row);
@@ -103,7 +103,11 @@ impl Pass<'_> {
     /// Residual += O(attention(norm(residual))).
     fn attention_block(&self, worker: &Worker<'_>, p: &mut Private, l: usize, layer: &Layer) {
         let s = self.scratch;
-        self.project_residual(worker, p, &layer.input_norm, &s.qkv, &[&layer.q, &layer.k, &layer.v]);
+        let linears = [&layer.q, &layer.k, &layer.v];
+        self.with_residual_acts(worker, p, &layer.input_norm, |acts, clock| {
+            let read = self.stripes(worker, Phase::Qkv(l), &s.qkv, &linears, acts);
+            clock.lap(Op::Qkv, || read);
+        });
         self.barrier(worker, p);
         for kv_head in worker.range(self.model.config.kv_heads) {
             self.append(p, l, kv_head);
@@ -119,8 +123,10 @@ impl Pass<'_> {
         }
         self.barrier(worker, p);
         let norm = layer.attn_sub_norm.as_deref();
-        self.project(worker, p, Op::Output, norm, &s.attn_acts, &s.o, &[&layer.o], |token, row| {
-            self.gather_heads(token, row)
+        let gather = |token: usize, row: &mut [f32]| self.gather_heads(token, row);
+        self.with_acts(worker, p, norm, &s.attn_acts, layer.o.shape.cols, gather, |acts, clock| {
+            let read = self.stripes(worker, Phase::Output(l), &s.o, &[&layer.o], acts);
+            clock.lap(Op::Output, || read);
         });
         self.barrier(worker, p);
         self.add_to_residual(worker, p, &s.o);
@@ -132,7 +138,7 @@ impl Pass<'_> {
         worker: &Worker<'_>,
         p: &mut Private,
         norm: &[f32],
-        then: impl FnOnce(&Acts<'_>),
+        then: impl FnOnce(&Acts<'_>, &mut Clock),
     ) {
         let residual = std::mem::take(&mut p.residual);
         let first = self.owned(worker).start;
@@ -144,45 +150,29 @@ impl Pass<'_> {
         p.residual = residual;
     }
 
-    fn project_residual(
+    /// Computes the rows of `linears` that the thread takes; returns the bytes of weights that it read.
+    fn stripes(
         &self,
         worker: &Worker<'_>,
-        p: &mut Private,
-        norm: &[f32],
+        phase: Phase,
         stage: &Stage,
         linears: &[&TernaryLinear],
-    ) {
-        let (w, tokens) = (worker.index(), self.tokens.len());
-        self.with_residual_acts(worker, p, norm, |acts| {
-            stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
-        });
-        p.clock.lap(Op::Qkv, || stage.bytes(w, linears));
+        acts: &Acts<'_>,
+    ) -> usize {
+        let mut read = 0;
+        for stripe in self.scratch.stripes(phase, worker, stage.stripes()) {
+            stage.write(stripe, self.tokens.len(), |out| {
+                stage.project(self.kernels(), stripe, linears, acts, out);
+            });
+            read += stage.bytes(stripe, linears);
+        }
+        read
     }
 
     /// Waits for the other threads.
     fn barrier(&self, worker: &Worker<'_>, p: &mut Private) {
         worker.barrier();
         p.clock.lap(Op::Wait, || 0);
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "one call site each for attention and feed-forward")]
-    fn project(
-        &self,
-        worker: &Worker<'_>,
-        p: &mut Private,
-        op: Op,
-        norm: Option<&[f32]>,
-        buffer: &ActBuffer,
-        stage: &Stage,
-        linears: &[&TernaryLinear],
-        source: impl Fn(usize, &mut [f32]),
-    ) {
-        let (w, tokens) = (worker.index(), self.tokens.len());
-        let cols = linears[0].shape.cols;
-        self.with_acts(worker, p, norm, buffer, cols, source, |acts| {
-            stage.write(w, tokens, |out| stage.project(self.kernels(), w, linears, acts, out));
-        });
-        p.clock.lap(op, || stage.bytes(w, linears));
     }
 
     /// Normalises and quantises one row of `cols` numbers a token, taken from `source`, and gives all of them to `then`.
@@ -196,7 +186,7 @@ impl Pass<'_> {
         buffer: &ActBuffer,
         cols: usize,
         source: impl Fn(usize, &mut [f32]),
-        then: impl FnOnce(&Acts<'_>),
+        then: impl FnOnce(&Acts<'_>, &mut Clock),
     ) {
         let kernels = self.kernels();
         let eps = self.model.config.rms_eps;
@@ -217,7 +207,7 @@ impl Pass<'_> {
             p.codes.resize(TernaryLinear::room(cols), 0);
             let quantized = [quantize(0, &mut p.codes)];
             p.clock.lap(Op::Norm, || 0);
-            then(&Acts { codes: &p.codes, quantized: &quantized });
+            then(&Acts { codes: &p.codes, quantized: &quantized }, &mut p.clock);
         } else {
             for token in self.owned(worker) {
                 let quantized = quantize(token, &mut buffer.codes.write(token));
@@ -227,7 +217,7 @@ impl Pass<'_> {
             self.barrier(worker, p);
             let n = self.tokens.len();
             let (codes, quantized) = (buffer.codes.read(), buffer.quantized.read());
-            then(&Acts { codes: &codes[..n * buffer.padded], quantized: &quantized[..n] });
+            then(&Acts { codes: &codes[..n * buffer.padded], quantized: &quantized[..n] }, &mut p.clock);
         }
     }
 
