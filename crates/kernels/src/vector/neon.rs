@@ -290,19 +290,11 @@ impl F32x16 for N16 {
 
     #[inline(always)]
     fn swap_lanes<const H: usize>(self) -> N16 {
-        // SAFETY: NEON is present (contract of `vector`).
-        unsafe {
-            match H {
-                8 => N16(self.2, self.3, self.0, self.1),
-                4 => N16(self.1, self.0, self.3, self.2),
-                2 => N16(
-                    vextq_f32::<2>(self.0, self.0),
-                    vextq_f32::<2>(self.1, self.1),
-                    vextq_f32::<2>(self.2, self.2),
-                    vextq_f32::<2>(self.3, self.3),
-                ),
-                _ => quarters!(vrev64q_f32: self),
-            }
+        match H {
+            8 => N16(self.2, self.3, self.0, self.1),
+            4 => N16(self.1, self.0, self.3, self.2),
+            2 => quarters!(vextq_f32::<2>: self, self),
+            _ => quarters!(vrev64q_f32: self),
         }
     }
 

@@ -4,6 +4,11 @@
 //! heads, or the queries, stay in registers. Work on a row of 128 numbers and four heads: 32 fused multiply-adds of 512
 //! bits in each half, 64 cycles where a core does one a cycle (Zen 4), 32 where it does two. For bfloat16 that is 512
 //! bytes in 64 cycles.
+//!
+//! Rows of binary16 and of 8-bit floats lie in their plain order: the processor widens binary16 beside its
+//! multiply-adds, and a code of 8 bits becomes a binary16 by a shuffle (E5M2, whose codes are upper bytes of it) or in
+//! four instructions (E4M3, a 256th of it; the factor is in the queries or the weights). A row of codes is half as many
+//! bytes for the same multiply-adds, so the core is the limit, not memory.
 
 mod accumulate;
 mod ahead;
