@@ -2,7 +2,8 @@
 //!
 //! Threads own tokens (norms, residual), rows (projections), KV heads (rotation, append, selection) and attention
 //! tasks, each by a fixed range, and meet at a barrier where one kind of ownership hands over to the next. With a single
-//! token every thread keeps the residual stream itself: repeating a norm costs less than another barrier.
+//! token every thread keeps the residual stream itself, for repeating a norm costs less than another barrier, and some rows
+//! of each projection belong to whoever comes first (`stage`).
 
 mod attention;
 mod ffn;
