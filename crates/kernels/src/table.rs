@@ -4,6 +4,7 @@
 //! call through the table.
 
 use crate::blocks::{BlockTable, scalar as blocks_scalar};
+use crate::codes::accumulate::{self, Accumulate};
 use crate::codes::scores::{self, ScoreTable};
 use crate::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::ternary::TernaryTable;
@@ -28,6 +29,7 @@ pub struct Kernels {
     pub(crate) ternary: &'static TernaryTable,
     pub(crate) blocks: &'static BlockTable,
     pub(crate) code_scores: &'static ScoreTable,
+    pub(crate) code_accumulate: Accumulate,
     pub(crate) trits: &'static trits::TritTable,
     pub(crate) sparse: &'static sparse::SparseTable,
 }
@@ -152,6 +154,7 @@ static NEON: Kernels = Kernels {
     float: &neon::TABLE,
     blocks: &blocks_scalar::TABLE,
     code_scores: &scores::neon::TABLE,
+    code_accumulate: accumulate::neon::accumulate,
     ternary: &ternary_neon::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,
@@ -162,6 +165,7 @@ static AVX2: Kernels = Kernels {
     float: &avx2::TABLE,
     blocks: &blocks_avx2::TABLE,
     code_scores: &scores::avx2::TABLE,
+    code_accumulate: accumulate::avx2::plain::accumulate,
     ternary: &ternary_avx2::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -172,6 +176,7 @@ static AVX512: Kernels = Kernels {
     float: &avx512::TABLE,
     blocks: &blocks_avx512::bw::TABLE,
     code_scores: &scores::avx2::bw::TABLE,
+    code_accumulate: accumulate::avx512::bw::accumulate,
     ternary: &ternary_avx512::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX512,
@@ -182,6 +187,7 @@ static AVX512_VNNI: Kernels = Kernels {
     float: &avx512::TABLE,
     blocks: &blocks_avx512::vnni::TABLE,
     code_scores: &scores::vnni::TABLE,
+    code_accumulate: accumulate::avx512::vnni::accumulate,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::vnni::TABLE,
@@ -192,6 +198,7 @@ static AVX512_VBMI: Kernels = Kernels {
     float: &avx512::TABLE,
     blocks: &blocks_avx512::vnni::TABLE,
     code_scores: &scores::vnni::TABLE,
+    code_accumulate: accumulate::avx512::vnni::accumulate,
     ternary: &ternary_vnni::TABLE,
     trits: &trits::vbmi::TABLE,
     sparse: &sparse::vnni::TABLE,
@@ -202,6 +209,7 @@ static AVX_VNNI: Kernels = Kernels {
     float: &avx2::TABLE,
     blocks: &blocks_avx2::TABLE,
     code_scores: &scores::avx2::TABLE,
+    code_accumulate: accumulate::avx2::vnni::accumulate,
     ternary: &ternary_avxvnni::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::AVX2,
@@ -212,6 +220,7 @@ static SCALAR: Kernels = Kernels {
     float: &scalar::TABLE,
     blocks: &blocks_scalar::TABLE,
     code_scores: &scores::portable::TABLE,
+    code_accumulate: accumulate::scalar::accumulate,
     ternary: &crate::ternary::scalar::TABLE,
     trits: &trits::PORTABLE,
     sparse: &sparse::PORTABLE,

@@ -21,6 +21,7 @@
 //!
 //! Scales lie elsewhere ([`Scales`]), so that a run of rows may begin at any row.
 
+pub(crate) mod accumulate;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod encode;
@@ -28,6 +29,7 @@ mod layout;
 pub(crate) mod query;
 pub(crate) mod scores;
 
+pub use accumulate::MOST_ROWS;
 pub(crate) use encode::{encode_int8, magnitudes, round_codes};
 pub(crate) use layout::pack;
 pub use layout::position;

@@ -4,11 +4,13 @@
 //! the same name.
 
 mod blocks;
+mod code_accumulate;
 mod codes;
 mod floats;
 mod ternary;
 
 pub use blocks::{head_blocks, quantize_planes, quantize_row};
+pub use code_accumulate::code_accumulate;
 pub use codes::{code_score, quantize_query};
 pub use floats::{
     accumulate_f16, accumulate_fp8, f16_to_f32, f32_to_f16, f32_to_fp8, fp8_to_f32, hadamard, runs_above,

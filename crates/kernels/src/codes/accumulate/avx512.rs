@@ -1,0 +1,488 @@
+//! Weighted sums with AVX-512: with VNNI two products a lane and an addition are one instruction, without it two.
+//!
+//! For four rows of 128 bytes and four heads with scales of blocks: 64 dot products, 16 shuffles to bring four rows side by
+//! side, 16 operations to words, 48 loads, and about 30 operations to round the weights. Two loads a product are free; what
+//! shares their two ports is not: masked shuffles in place of the interleaving cost a third of the speed.
+
+use super::super::{CodeShape, Rows, Scales};
+use super::lanes::{FOUR, HEADS, Lanes, PLANES, THREE, TWO};
+use super::pass::accumulate;
+use super::prepare::{Factors, Prepare, Steps, Weights};
+use std::arch::x86_64::*;
+
+/// 64 bytes of each of four rows.
+///
+/// # Safety
+/// They are readable, `at` bytes behind the pointers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_four(rows: [*const u8; 4], at: usize) -> [__m512i; 4] {
+    // SAFETY: the caller's.
+    unsafe { rows.map(|row| _mm512_loadu_si512(row.wrapping_add(at).cast())) }
+}
+
+/// 32 bytes of each of four rows, twice in a register.
+///
+/// # Safety
+/// They are readable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn halves_twice(rows: [*const u8; 4]) -> [__m512i; 4] {
+    // SAFETY: the caller's.
+    unsafe { rows.map(|row| _mm512_broadcast_i64x4(_mm256_loadu_si256(row.cast()))) }
+}
+
+/// The bytes of four rows beside each other: quarters `2 * pass` and `2 * pass + 1`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn interleaved([a, b, c, d]: [__m512i; 4], pass: usize) -> [__m512i; 2] {
+    let (ab, cd) = if pass == 0 {
+        (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d))
+    } else {
+        (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d))
+    };
+    [_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd)]
+}
+
+/// Even bytes plus 128 and odd bytes, as words.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn words(bytes: __m512i) -> [__m512i; 2] {
+    // (bytes & 255) ^ 128.
+    let even = _mm512_ternarylogic_epi32::<0x6a>(bytes, _mm512_set1_epi16(255), _mm512_set1_epi16(128));
+    [even, _mm512_srai_epi16::<8>(bytes)]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn looked_up(indices: [__m512i; 4], table: __m512i) -> [__m512i; 4] {
+    indices.map(|i| _mm512_shuffle_epi8(table, i))
+}
+
+/// From packed pairs of nibbles to the codes of the lower ones, then of the upper ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn nibbles([a, b]: [__m512i; 2], table: __m512i) -> [__m512i; 4] {
+    let four = _mm512_set1_epi8(15);
+    let all = [a, b, _mm512_srli_epi16::<4>(a), _mm512_srli_epi16::<4>(b)];
+    looked_up(all.map(|x| _mm512_and_si512(x, four)), table)
+}
+
+/// The codes of two planes, those of lower nibbles, then of upper ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn joined(high: [__m512i; 2], low: [__m512i; 2]) -> [__m512i; 4] {
+    let four = _mm512_set1_epi8(15);
+    // Where the mask has ones the lower plane, elsewhere the upper.
+    let lower = |i: usize| _mm512_ternarylogic_epi32::<0xca>(four, low[i], _mm512_slli_epi16::<4>(high[i]));
+    let upper = |i: usize| _mm512_ternarylogic_epi32::<0xca>(four, _mm512_srli_epi16::<4>(low[i]), high[i]);
+    [lower(0), lower(1), upper(0), upper(1)]
+}
+
+/// Pairs of bits of bytes that stand in both halves: the first two quarters of the row, then the last two.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn bits_of_halves([a, b]: [__m512i; 2]) -> [__m512i; 4] {
+    let halves = |low: i16, high: i16| {
+        let low = _mm512_castsi256_si512(_mm256_set1_epi16(low));
+        _mm512_inserti64x4::<1>(low, _mm256_set1_epi16(high))
+    };
+    let (first, last) = (halves(0, 2), halves(4, 6));
+    let all = [
+        _mm512_srlv_epi16(a, first),
+        _mm512_srlv_epi16(b, first),
+        _mm512_srlv_epi16(a, last),
+        _mm512_srlv_epi16(b, last),
+    ];
+    all.map(|x| _mm512_and_si512(x, _mm512_set1_epi8(3)))
+}
+
+/// The indices of a row of three bits.
+///
+/// # Safety
+/// `row` is readable for 48 bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn three_bits(row: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's.
+    unsafe {
+        let x = _mm512_broadcast_i64x4(_mm256_loadu_si256(row.cast()));
+        let [a, _, b, _] = bits_of_halves([x, x]);
+        let upper = row.add(32).cast::<[u64; 2]>().read_unaligned();
+        let four = _mm512_set1_epi8(4);
+        [_mm512_mask_add_epi8(a, upper[0], a, four), _mm512_mask_add_epi8(b, upper[1], b, four)]
+    }
+}
+
+/// Stamps the registers of one instruction set, and its entry; `$dot` adds the products of pairs.
+macro_rules! stamp {
+    ($name:ident, $features:literal, $dot:ident) => {
+        pub(crate) mod $name {
+            use super::*;
+
+            /// 64 bytes, 16 pairs of words or 16 sums.
+            #[derive(Clone, Copy)]
+            struct Z(__m512i);
+
+            // SAFETY of all blocks below: by the contract of the trait, the instruction set is enabled; what is read and
+            // written is the caller's.
+            impl Lanes for Z {
+                const LANES: usize = 16;
+                const SUMS: [usize; 2] = [4, 2];
+                const BIAS: i32 = 128;
+                const PLANES: bool = false;
+
+                /// Two quarters of both chunks.
+                #[inline(always)]
+                fn place(pass: usize, s: usize) -> (usize, usize) {
+                    (s / 2, 2 * pass + s % 2)
+                }
+
+                #[inline(always)]
+                fn zero() -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_setzero_si512()) }
+                }
+
+                #[inline(always)]
+                unsafe fn load(p: *const u8) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_loadu_si512(p.cast())) }
+                }
+
+                #[inline(always)]
+                unsafe fn store(self, p: *mut u8) {
+                    // SAFETY: see above.
+                    unsafe { _mm512_storeu_si512(p.cast(), self.0) }
+                }
+
+                #[inline(always)]
+                fn table(table: &[i8; 16]) -> Z {
+                    // SAFETY: see above; the table has 16 bytes.
+                    unsafe { Z(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()))) }
+                }
+
+                #[inline(always)]
+                fn look_up(table: Z, indices: Z) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_shuffle_epi8(table.0, indices.0)) }
+                }
+
+                #[inline(always)]
+                unsafe fn pairs<const FORMAT: u8, const SINGLE: bool>(
+                    rows: [*const u8; 4],
+                    low: [*const u8; 4],
+                    pass: usize,
+                    table: Z,
+                ) -> [[Z; 4]; 2] {
+                    let mut all = [[table; 4]; 2];
+                    // SAFETY: see above.
+                    unsafe {
+                        let quarters = match FORMAT {
+                            FOUR => nibbles(interleaved(load_four(rows, 0), pass), table.0),
+                            PLANES => {
+                                let high = interleaved(load_four(rows, 0), pass);
+                                joined(high, interleaved(load_four(low, 0), pass))
+                            }
+                            TWO => {
+                                let low = bits_of_halves(interleaved(halves_twice(rows), pass));
+                                looked_up(low, table.0)
+                            }
+                            THREE => {
+                                let mut four = [[table.0; 4]; 2];
+                                for k in 0..4 {
+                                    let three = three_bits(rows[k]);
+                                    (four[0][k], four[1][k]) = (three[0], three[1]);
+                                }
+                                let [a, b] = [interleaved(four[0], pass), interleaved(four[1], pass)];
+                                looked_up([a[0], a[1], b[0], b[1]], table.0)
+                            }
+                            _ => {
+                                let a = interleaved(load_four(rows, 0), pass);
+                                let b = if SINGLE { a } else { interleaved(load_four(rows, 64), pass) };
+                                [a[0], a[1], b[0], b[1]]
+                            }
+                        };
+                        for s in 0..Z::SUMS[usize::from(SINGLE)] {
+                            let [first, last] = words(quarters[s]);
+                            (all[0][s], all[1][s]) = (Z(first), Z(last));
+                        }
+                    }
+                    all
+                }
+
+                #[inline(always)]
+                unsafe fn everywhere(p: *const i16) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
+                }
+
+                #[inline(always)]
+                unsafe fn thirds(p: *const i16, c: usize, j: usize) -> Z {
+                    let lanes: [i32; 16] = std::array::from_fn(|l| ((16 * c + l / 4 * 4 + j) % 3) as i32);
+                    // SAFETY: see above; the array has a register.
+                    unsafe {
+                        let four = _mm512_castsi128_si512(_mm_loadu_si128(p.cast()));
+                        Z(_mm512_permutexvar_epi32(_mm512_loadu_si512(lanes.as_ptr().cast()), four))
+                    }
+                }
+
+                #[inline(always)]
+                fn dot(self, a: Z, b: Z) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z($dot(self.0, a.0, b.0)) }
+                }
+
+                #[inline(always)]
+                fn join(self, low: Z) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_add_epi32(_mm512_slli_epi32::<8>(self.0), low.0)) }
+                }
+
+                #[inline(always)]
+                fn add(self, other: Z) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_add_epi32(self.0, other.0)) }
+                }
+            }
+
+            /// See [`super::super::Accumulate`].
+            #[target_feature(enable = $features)]
+            pub(crate) fn accumulate(
+                shape: CodeShape,
+                weights: &[f32],
+                rows: Rows<'_>,
+                scales: Scales<'_>,
+                acc: &mut [f32],
+            ) {
+                // SAFETY: the lengths agree, and the instruction sets are enabled here.
+                unsafe { super::accumulate::<Z, Rounding>(shape, weights, rows, scales, acc) }
+            }
+        }
+    };
+}
+
+/// Rounds weights, four rows and four blocks to a register.
+struct Rounding;
+
+/// Rows by blocks from blocks by rows (and back): lanes of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposition(blocks: usize) -> __m512i {
+    const LANES: [[i32; 16]; 4] = {
+        let mut all = [[0; 16]; 4];
+        let mut i = 0;
+        while i < 64 {
+            let (blocks, b, k) = (i / 16 + 1, i % 16 / 4, i % 4);
+            all[i / 16][i % 16] = (4 * k + b % blocks) as i32;
+            i += 1;
+        }
+        all
+    };
+    // SAFETY: sixteen numbers.
+    unsafe { _mm512_loadu_si512(LANES[blocks - 1].as_ptr().cast()) }
+}
+
+/// The scales of four rows from `t` on, `[block][row]`; rows that do not exist have zeros.
+///
+/// # Safety
+/// `scales` are those of `factors`, `t < n`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn four_rows(factors: &Factors<'_>, scales: &[f32], t: usize, order: __m512i) -> __m512i {
+    let stride = factors.shape.blocks();
+    let p = scales.as_ptr().wrapping_add(t * stride + factors.first_block);
+    // SAFETY: four rows of four blocks follow each other, or the mask leaves the blocks of the segment in rows below n.
+    unsafe {
+        let rows = if stride == 4 {
+            let some = if t + 4 <= factors.n { !0 } else { (1 << (4 * (factors.n - t))) - 1 };
+            _mm512_maskz_loadu_epi32(some, p.cast())
+        } else {
+            let blocks = (1u8 << factors.blocks) - 1;
+            let row = |k: usize| {
+                let some = if t + k < factors.n { blocks } else { 0 };
+                _mm_maskz_loadu_epi32(some, p.wrapping_add(k * stride).cast())
+            };
+            let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(0)), row(1));
+            let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(2)), row(3));
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        };
+        _mm512_permutexvar_epi32(order, rows)
+    }
+}
+
+/// The weights of head `h` and of four rows from `t` on, in every lane of 128 bits.
+///
+/// # Safety
+/// `weights` has a head `h` of `n` rows, `t < n`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn four_weights(factors: &Factors<'_>, h: usize, t: usize) -> __m512 {
+    let p = factors.weights.as_ptr().wrapping_add(h * factors.n + t);
+    // SAFETY: the mask leaves rows below n.
+    unsafe {
+        let four = if t + 4 <= factors.n {
+            _mm_loadu_ps(p)
+        } else {
+            _mm_maskz_loadu_ps((1 << (factors.n - t)) - 1, p)
+        };
+        _mm512_broadcast_f32x4(four)
+    }
+}
+
+/// The weights of head `h` and of sixteen rows from `t` on, times the scales of rows.
+///
+/// # Safety
+/// As [`four_weights`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn sixteen(factors: &Factors<'_>, h: usize, t: usize) -> __m512 {
+    let some = if t + 16 <= factors.n { !0 } else { (1 << (factors.n - t)) - 1 };
+    let p = factors.weights.as_ptr().wrapping_add(h * factors.n + t);
+    // SAFETY: the mask leaves rows below n.
+    unsafe {
+        let w = _mm512_maskz_loadu_ps(some, p);
+        match factors.scales {
+            Scales::Row(scales) => {
+                _mm512_mul_ps(w, _mm512_maskz_loadu_ps(some, scales.as_ptr().wrapping_add(t)))
+            }
+            _ => w,
+        }
+    }
+}
+
+/// The larger magnitude of each lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn larger(a: __m512, b: __m512) -> __m512 {
+    _mm512_range_ps::<0b1011>(a, b)
+}
+
+// SAFETY of all blocks below: by the contract of the trait, the instruction set is enabled, and the rows are there.
+impl Prepare for Rounding {
+    #[inline(always)]
+    unsafe fn largest<const H: usize>(factors: &Factors<'_>) -> Steps {
+        let (n, mut largest) = (factors.n, [[0.0; 4]; HEADS]);
+        // SAFETY: see above.
+        unsafe {
+            let mut lanes = [_mm512_setzero_ps(); H];
+            if let Scales::Block(scales) = factors.scales {
+                let order = transposition(factors.blocks);
+                for t in (0..n).step_by(4) {
+                    let s = _mm512_castsi512_ps(four_rows(factors, scales, t, order));
+                    for h in 0..H {
+                        lanes[h] = larger(lanes[h], _mm512_mul_ps(four_weights(factors, h, t), s));
+                    }
+                }
+            } else {
+                for t in (0..n).step_by(16) {
+                    for h in 0..H {
+                        lanes[h] = larger(lanes[h], sixteen(factors, h, t));
+                    }
+                }
+                for h in 0..H {
+                    let l = lanes[h];
+                    let l = larger(l, _mm512_shuffle_f32x4::<0b01_00_11_10>(l, l));
+                    lanes[h] = larger(l, _mm512_shuffle_f32x4::<0b10_11_00_01>(l, l));
+                }
+            }
+            for h in 0..H {
+                let l = lanes[h];
+                let l = larger(l, _mm512_permute_ps::<0b01_00_11_10>(l));
+                let l = larger(l, _mm512_permute_ps::<0b10_11_00_01>(l));
+                // The first lane of each quarter.
+                let four = _mm512_maskz_compress_ps(0x1111, l);
+                _mm_storeu_ps(largest[h].as_mut_ptr(), _mm512_castps512_ps128(four));
+            }
+        }
+        super::prepare::steps(largest)
+    }
+
+    #[inline(always)]
+    unsafe fn prepare<const H: usize>(
+        factors: &Factors<'_>,
+        inverse: &[[f32; 4]; HEADS],
+        start: usize,
+        count: usize,
+        out: &mut Weights,
+        bias: &mut [[i32; 4]; HEADS],
+    ) {
+        let words = out.words_mut();
+        // SAFETY: see above; the words of a stretch end with those of its last group, of an even number of heads.
+        unsafe {
+            let mut sums = [_mm512_setzero_si512(); H];
+            let mut inverses = [_mm512_setzero_ps(); H];
+            let each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+            for h in 0..H {
+                let four = _mm512_castps128_ps512(_mm_loadu_ps(inverse[h].as_ptr()));
+                inverses[h] = _mm512_permutexvar_ps(each, four);
+            }
+            if let Scales::Block(scales) = factors.scales {
+                let (order, back) = (transposition(factors.blocks), transposition(4));
+                for g in 0..count.div_ceil(4) {
+                    let t = start + 4 * g;
+                    let s = _mm512_castsi512_ps(four_rows(factors, scales, t, order));
+                    for h in (0..H).step_by(2) {
+                        let mut q = [_mm512_setzero_si512(); 2];
+                        for i in 0..2.min(H - h) {
+                            let u = _mm512_mul_ps(four_weights(factors, h + i, t), s);
+                            q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(u, inverses[h + i]));
+                            sums[h + i] = _mm512_add_epi32(sums[h + i], q[i]);
+                        }
+                        // In a lane of 128 bits, which is a block: the two halves of a head, then of the next.
+                        let both = _mm512_permutexvar_epi32(back, _mm512_packs_epi32(q[0], q[1]));
+                        _mm512_storeu_si512(words.add(Weights::of_blocks(g, h, 0, H)).cast(), both);
+                    }
+                }
+                for h in 0..H {
+                    let pairs = _mm512_add_epi32(sums[h], _mm512_shuffle_epi32::<0b10_11_00_01>(sums[h]));
+                    let four = _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, pairs));
+                    let at = bias[h].as_mut_ptr().cast();
+                    _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), four));
+                }
+            } else {
+                for t in (0..count).step_by(16) {
+                    for h in 0..H {
+                        let u = sixteen(factors, h, start + t);
+                        let q = _mm512_cvtps_epi32(_mm512_mul_ps(u, inverses[h]));
+                        sums[h] = _mm512_add_epi32(sums[h], q);
+                        let to = words.add(Weights::of_row(0, h, 0) + t);
+                        _mm256_storeu_si256(to.cast(), _mm512_cvtsepi32_epi16(q));
+                    }
+                }
+                for h in 0..H {
+                    // Rows 0 and 1 of each group of four.
+                    let sum = _mm512_mask_reduce_add_epi32(0x3333, sums[h]);
+                    bias[h] = bias[h].map(|b| b.wrapping_add(sum));
+                }
+            }
+        }
+    }
+}
+
+/// Two products a lane and their sum, added. As an instruction of its own: the compiler would take it apart.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn dot_add(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the instruction belongs to AVX-512 VNNI, and touches these registers only.
+    unsafe {
+        std::arch::asm!(
+            "vpdpwssd {acc}, {a}, {b}",
+            acc = inout(zmm_reg) acc,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
+/// Two products a lane, and an addition.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn multiply_add(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    _mm512_add_epi32(acc, _mm512_madd_epi16(a, b))
+}
+
+stamp!(bw, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl", multiply_add);
+stamp!(vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni", dot_add);

@@ -1,0 +1,23 @@
+//! Weighted sums of rows of codes, number by number.
+
+use crate::Scales;
+
+/// As [`crate::Kernels::code_accumulate`], from rows that are unpacked: `codes` `[n][dims]`, `acc` `[g][dims]`.
+pub fn code_accumulate(codes: &[i8], dims: usize, weights: &[f32], scales: Scales<'_>, acc: &mut [f32]) {
+    let (n, blocks) = (codes.len() / dims, dims.div_ceil(32));
+    for (weights, acc) in weights.chunks(n).zip(acc.chunks_mut(dims)) {
+        for (i, a) in acc.iter_mut().enumerate() {
+            let u = |t: usize| match scales {
+                Scales::One => weights[t],
+                Scales::Row(scales) => weights[t] * scales[t],
+                Scales::Block(scales) => weights[t] * scales[t * blocks + i / 32],
+            };
+            let largest = (0..n).fold(1e-30f32, |m, t| m.max(u(t).abs()));
+            let factor = 32512.0 / largest;
+            let sum: i64 = (0..n)
+                .map(|t| (u(t) * factor).round_ties_even() as i64 * i64::from(codes[t * dims + i]))
+                .sum();
+            *a = (sum as f32).mul_add(largest / 32512.0, *a);
+        }
+    }
+}
