@@ -134,7 +134,7 @@ fn scores_from_memory(c: &mut Criterion) {
             let shape = CodeShape { dims: D, bits };
             let rows = rows(shape, &bytes);
             let n = count(shape, size);
-            let out = Shared::even(threads * HEADS * PAGE, HEADS * PAGE, threads, 0.0f32);
+            let out = Shared::even(threads, HEADS * PAGE, threads, 0.0f32);
             for query_bits in [QueryBits::Sixteen, QueryBits::Eight] {
                 let query = queries(k, shape, query_bits);
                 for kind in [Kind::Row, Kind::Block] {
