@@ -49,7 +49,8 @@ fn decode_line(kv: &str, context: usize, threads: usize, probe: &ReadProbe, team
         reads.extend([a, d]);
     }
     println!(
-        "decode  {kv:<5} {context:>7} {threads:>7} {:>8.1} {:>10.1} {:>9.2}",
+        "decode  {kv:<12} {context:>7} {threads:>7} {:>8.2} {:>8.1} {:>10.1} {:>9.2}",
+        session.traffic().kv_bytes as f64 / median(speeds.clone()) / 1e6,
         median(speeds),
         median(reads),
         median(ratios)
@@ -77,7 +78,7 @@ fn prefill_line(kv: &str, context: usize, threads: usize) {
 
 fn main() {
     let probe = probe();
-    println!("        kv    context threads     GB/s  read GB/s  fraction");
+    println!("        kv           context threads  ms/step     GB/s  read GB/s  fraction");
     for kv in listed("LONGBIT_KV", "bf16,f32") {
         for context in listed("LONGBIT_CONTEXTS", if smoke() { "256" } else { "2048,8192,32768" }) {
             let context = context.parse().expect("a number of tokens");

@@ -1,7 +1,7 @@
 //! Ternary (BitNet b1.58) inference on CPUs.
 //!
 //! A [`Model`] is built from a preset or loaded from a checkpoint; a [`Session`] owns a KV cache and a thread team and
-//! turns tokens into logits, with any KV dtype of [`kv::KV_DTYPES`] and any attention method of [`attention::METHODS`].
+//! turns tokens into logits, with any KV dtype of [`kv::KV_FORMATS`] and any attention method of [`attention::METHODS`].
 //! [`workload`] supplies queries, keys and values with stated statistics where no trained model is at hand, and
 //! [`mod@reference`] is the readable forward pass that every fast path is held against.
 //!

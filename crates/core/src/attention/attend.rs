@@ -102,6 +102,46 @@ pub(crate) fn gather_chunk(
     }
 }
 
+/// Tokens between two that are read which are read too rather than jumped over.
+const NEAR: usize = 4;
+
+/// As [`gather_chunk`], but of the values whose weight is above the floor of their head for some head. `floors` has one a
+/// head, in terms of the weights that [`score_chunk`] left. Returns the bytes of values read.
+pub(crate) fn gather_above(
+    kv: &KvHead,
+    pieces: &[Range<usize>],
+    floors: &[f32],
+    weights: &[f32],
+    scratch: &mut KvScratch,
+    sums: &mut Vec<f32>,
+    partials: &mut [f32],
+) -> usize {
+    let (d, kernels) = (kv.head_dim(), kv.kernels());
+    let group = partials.len() / stride(d);
+    sums.clear();
+    sums.resize(group * d, 0.0);
+    let (mut kept, mut some, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let mut rest = weights;
+    for run in pieces.iter().cloned().flat_map(|piece| kv.runs(piece)) {
+        let (weights, others) = rest.split_at(group * run.len());
+        rest = others;
+        kernels.runs_above(weights, floors, NEAR, &mut kept);
+        for kept in &kept {
+            some.clear();
+            for weights in weights.chunks_exact(run.len()) {
+                some.extend_from_slice(&weights[kept.clone()]);
+            }
+            let tokens = run.start + kept.start..run.start + kept.end;
+            kv.accumulate(&some, &tokens, &[], scratch, sums);
+            bytes += kv.value_parts(&tokens).map(<[u8]>::len).sum::<usize>();
+        }
+    }
+    for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {
+        partial[2..].copy_from_slice(acc);
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,11 +7,12 @@
 
 mod attend;
 mod dense;
+mod dense_skip;
 mod params;
 pub mod partial;
 mod window;
 
-pub(crate) use attend::{CHUNK_TOKENS, chunks, first_of, gather_chunk, score_chunk};
+pub(crate) use attend::{CHUNK_TOKENS, chunks, first_of, gather_above, gather_chunk, score_chunk};
 pub use params::{Kind, MethodSpec, ParamSpec, Params};
 
 use std::ops::Range;
@@ -43,6 +44,9 @@ pub struct Selection {
     pub spans: Vec<Range<usize>>,
     /// The estimated rest: nothing, or `group` partials as [`partial`] lays them out.
     pub tail: Vec<f32>,
+    /// Values are left unread whose weight is below this share of the largest one of the head, for every head of the group;
+    /// 0 reads all. Sums of weights still count them.
+    pub skip_below: f32,
     /// Bytes of indexes and summaries that the decision read.
     pub index_bytes: u64,
 }
@@ -52,6 +56,7 @@ impl Selection {
     pub fn clear(&mut self) {
         self.spans.clear();
         self.tail.clear();
+        self.skip_below = 0.0;
         self.index_bytes = 0;
     }
 
@@ -97,7 +102,7 @@ pub struct Method {
 }
 
 /// Every method.
-pub static METHODS: &[Method] = &[dense::METHOD, window::METHOD];
+pub static METHODS: &[Method] = &[dense::METHOD, dense_skip::METHOD, window::METHOD];
 
 impl MethodSpec {
     /// The state of one (layer, KV head).

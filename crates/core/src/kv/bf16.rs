@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
-use super::{Codec, KvFormat, KvScratch, PAGE_TOKENS, Rows, slice_rows};
+use super::{Codec, KeyCodec, KvFormat, KvScratch, PAGE_TOKENS, Rows, ValueCodec, slice_rows};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "bf16",
@@ -50,7 +50,9 @@ impl Codec for Bf16 {
     fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3] {
         [slice_rows(page, 0, size_of::<u16>() * head_dim, &rows), &[], &[]]
     }
+}
 
+impl KeyCodec for Bf16 {
     fn scores(
         &self,
         kernels: &Kernels,
@@ -62,7 +64,9 @@ impl Codec for Bf16 {
         let upcoming = bytemuck::try_cast_slice(rows.upcoming).unwrap_or_default();
         kernels.scores_bf16(queries, Self::rows(rows), rows.head_dim, out, upcoming);
     }
+}
 
+impl ValueCodec for Bf16 {
     fn accumulate(
         &self,
         kernels: &Kernels,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Codec, KV_FORMATS, PAGE_TOKENS};
+use super::{Codec, KV_FORMATS, KeyCodec, PAGE_TOKENS, ValueCodec};
 use crate::error::{Error, Result};
 
 /// First tokens of a centred side that are kept exactly: they hold attention sinks, whose rows are unlike any other, and
@@ -16,9 +16,9 @@ pub struct KvFormat {
     /// One line: the layout and its error bound.
     pub summary: &'static str,
     /// How keys are stored.
-    pub keys: &'static dyn Codec,
+    pub keys: &'static dyn KeyCodec,
     /// How values are stored.
-    pub values: &'static dyn Codec,
+    pub values: &'static dyn ValueCodec,
     /// Rows are rotated unless the text says otherwise.
     pub rotate: bool,
     /// Rows are centred unless the text says otherwise.
@@ -44,6 +44,25 @@ impl SideDtype {
     /// The codec.
     pub fn codec(&self) -> &'static dyn Codec {
         self.codec
+    }
+
+    /// The codec of the format's keys: of this side, if it is that of the keys.
+    pub fn key_codec(&self) -> &'static dyn KeyCodec {
+        self.format.keys
+    }
+
+    /// The codec of the format's values: of this side, if it is that of the values.
+    pub fn value_codec(&self) -> &'static dyn ValueCodec {
+        self.format.values
+    }
+
+    /// The largest magnitude that a number of a row may have.
+    pub fn largest(&self, head_dim: usize) -> f32 {
+        let exact = self.exact_first() + self.exact_recent() > 0;
+        let stored = self.codec.largest().min(if exact { super::side::EXACT.largest() } else { f32::MAX });
+        // Rotation adds all numbers of a row up, and a mean is taken off: sums of up to `sqrt(head_dim)` and twice that.
+        let rotated = if self.rotate { stored / (head_dim as f32).sqrt() } else { stored };
+        if self.centre { rotated / 2.0 } else { rotated }
     }
 
     /// Whether rows are rotated.
@@ -95,7 +114,7 @@ impl SideDtype {
             .iter()
             .find(|f| f.name == name)
             .ok_or_else(|| Error::unknown("KV dtype", name, KV_FORMATS.iter().map(|f| f.name)))?;
-        let codec = if keys { format.keys } else { format.values };
+        let codec: &dyn Codec = if keys { format.keys } else { format.values };
         let mut side = SideDtype { format, codec, rotate: format.rotate, centre: format.centre };
         for word in words {
             match word {
@@ -221,6 +240,10 @@ mod tests {
             ("bf16+centre+rotate", "bf16+rotate+centre"),
             ("bf16+rotate+plain", "bf16"),
             ("k=bf16+rotate,v=f32+centre", "k=bf16+rotate,v=f32+centre"),
+            ("int4+rotate", "int4"),
+            ("int4+plain", "int4+plain"),
+            ("k=int4+plain+centre,v=int4", "k=int4+plain+centre,v=int4"),
+            ("lm4+centre", "lm4+centre"),
         ] {
             let dtype = kv_dtype(text).unwrap();
             assert_eq!(dtype.to_string(), printed, "{text}");
@@ -231,7 +254,7 @@ mod tests {
     #[test]
     fn what_is_no_dtype_says_why() {
         for (text, says) in [
-            ("bf61", "there is no KV dtype `bf61`: did you mean `bf16`? known: f32, bf16"),
+            ("bf61", "there is no KV dtype `bf61`: did you mean `bf16`? known: f32, f16, bf16"),
             ("", "there is no KV dtype ``"),
             ("bf16+spin", "`+spin` is not an option"),
             ("k=bf16", "given once each"),

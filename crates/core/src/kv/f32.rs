@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
-use super::{Codec, KvFormat, KvScratch, PAGE_TOKENS, Rows, slice_rows};
+use super::{Codec, KeyCodec, KvFormat, KvScratch, PAGE_TOKENS, Rows, ValueCodec, slice_rows};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "f32",
@@ -41,7 +41,9 @@ impl Codec for F32 {
     fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3] {
         [slice_rows(page, 0, size_of::<f32>() * head_dim, &rows), &[], &[]]
     }
+}
 
+impl KeyCodec for F32 {
     fn scores(
         &self,
         kernels: &Kernels,
@@ -53,7 +55,9 @@ impl Codec for F32 {
         let upcoming = bytemuck::try_cast_slice(rows.upcoming).unwrap_or_default();
         kernels.scores_f32(queries, Self::rows(rows), rows.head_dim, out, upcoming);
     }
+}
 
+impl ValueCodec for F32 {
     fn accumulate(
         &self,
         kernels: &Kernels,

@@ -5,7 +5,7 @@ use std::ops::Range;
 use longbit_kernels::Kernels;
 
 use super::side::{Memory, Side};
-use super::{Codec, KvDtype, KvScratch, PAGE_TOKENS};
+use super::{KvDtype, KvScratch, PAGE_TOKENS};
 use crate::error::{Error, Result};
 
 /// The keys and values of one (layer, KV head).
@@ -80,9 +80,7 @@ impl KvHead {
             return Err(Error::CacheFull { capacity: self.capacity(), wanted });
         }
         for (side, rows, what) in [(&self.keys, keys, "key"), (&self.values, values, "value")] {
-            let limit = side.dtype().codec().largest();
-            // Rotation spreads a number over the row: sums of up to `sqrt(head_dim)` times the largest.
-            let limit = if side.dtype().rotate() { limit / (self.head_dim as f32).sqrt() } else { limit };
+            let limit = side.dtype().largest(self.head_dim);
             if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
                 return Err(Error::Unstorable {
                     what,
@@ -98,7 +96,7 @@ impl KvHead {
             if side.dtype().rotate() {
                 self.room.clear();
                 self.room.extend_from_slice(rows);
-                hadamard(&mut self.room, self.head_dim);
+                self.kernels.hadamard_signed(&mut self.room, self.head_dim);
                 side.append(self.kernels, &self.room);
             } else {
                 side.append(self.kernels, rows);
@@ -129,16 +127,6 @@ impl KvHead {
         })
     }
 
-    /// The codec of the keys.
-    pub fn key_codec(&self) -> &'static dyn Codec {
-        self.keys.dtype().codec()
-    }
-
-    /// The codec of the values.
-    pub fn value_codec(&self) -> &'static dyn Codec {
-        self.values.dtype().codec()
-    }
-
     /// The stored bytes of the keys of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn key_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
         self.keys.parts(run)
@@ -157,6 +145,11 @@ impl KvHead {
         self.runs(tokens).map(bytes).sum()
     }
 
+    /// Bytes that reading the keys of `tokens` touches.
+    pub fn read_key_bytes(&self, tokens: Range<usize>) -> usize {
+        self.runs(tokens).map(|run| self.key_parts(&run).map(<[u8]>::len).sum::<usize>()).sum()
+    }
+
     /// Decodes the keys of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
     pub fn decode_keys(&self, tokens: Range<usize>, out: &mut [f32]) {
         self.keys.decode(self.kernels, tokens, out);
@@ -170,20 +163,20 @@ impl KvHead {
     /// Rotates `queries`, rows of `head_dim`, if the keys are rotated.
     pub fn rotate_queries(&self, queries: &mut [f32]) {
         if self.keys.dtype().rotate() {
-            hadamard(queries, self.head_dim);
+            self.kernels.hadamard_signed(queries, self.head_dim);
         }
     }
 
     /// Rotates attention outputs, rows of `head_dim`, back if the values are rotated.
     pub fn restore_outputs(&self, outputs: &mut [f32]) {
         if self.values.dtype().rotate() {
-            hadamard(outputs, self.head_dim);
+            self.kernels.hadamard_unsigned(outputs, self.head_dim);
         }
     }
 
     /// Makes `scratch` ready for [`KvHead::scores`] of `queries`, `[group][head_dim]`, rotated if the keys are.
     pub fn prepare(&self, queries: &[f32], scratch: &mut KvScratch) {
-        self.key_codec().prepare(self.kernels, queries, self.head_dim, scratch);
+        self.keys.dtype().key_codec().prepare(self.kernels, queries, self.head_dim, scratch);
     }
 
     /// Dot products of `queries` `[group][head_dim]`, those of the last [`KvHead::prepare`], with the keys of `run`, one of
@@ -211,21 +204,5 @@ impl KvHead {
         acc: &mut [f32],
     ) {
         self.values.accumulate(self.kernels, weights, run, upcoming, scratch, acc);
-    }
-}
-
-fn hadamard(rows: &mut [f32], d: usize) {
-    for row in rows.chunks_exact_mut(d) {
-        let mut half = 1;
-        while half < d {
-            for pair in row.chunks_exact_mut(2 * half) {
-                let (a, b) = pair.split_at_mut(half);
-                for (a, b) in a.iter_mut().zip(b) {
-                    (*a, *b) = (*a + *b, *a - *b);
-                }
-            }
-            half *= 2;
-        }
-        row.iter_mut().for_each(|x| *x /= (d as f32).sqrt());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A [`KvDtype`] says how the keys and how the values of a cache are stored: a [`KvFormat`] for each, and whether rows are
 //! rotated and centred first. A format is one file and one line in [`KV_FORMATS`]; what it does with bytes is a
-//! [`Codec`] for each side. Codecs are called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic dispatch costs nothing.
+//! [`KeyCodec`] and a [`ValueCodec`]. Codecs are called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic dispatch costs nothing.
 //!
 //! # Rotation and centring
 //! Both are exact for attention, and both make rows easier to round. *Rotated* rows are `H x` with the normalised
@@ -12,9 +12,19 @@
 
 mod bf16;
 mod cache;
+mod coded;
 mod dtype;
+mod f16;
 mod f32;
+mod fp8;
 mod head;
+mod int4;
+mod int8;
+mod int8_channel;
+mod kivi;
+mod lm;
+mod planes8;
+mod q_0;
 mod side;
 
 pub use cache::{CacheShape, KvCache};
@@ -23,13 +33,32 @@ pub use head::KvHead;
 
 use std::ops::Range;
 
-use longbit_kernels::Kernels;
+use longbit_kernels::{CodeShape, Kernels, QueryBits, QueryCodes};
 
 /// Rows a page.
 pub const PAGE_TOKENS: usize = 256;
 
 /// Every number format of cached rows.
-pub static KV_FORMATS: &[KvFormat] = &[f32::FORMAT, bf16::FORMAT];
+pub static KV_FORMATS: &[KvFormat] = &[
+    f32::FORMAT,
+    f16::FORMAT,
+    bf16::FORMAT,
+    fp8::E4M3,
+    fp8::E4M3_ROW,
+    fp8::E5M2,
+    fp8::E5M2_ROW,
+    int8::FORMAT,
+    int8_channel::FORMAT,
+    q_0::Q8_0,
+    planes8::FORMAT,
+    int4::FORMAT,
+    q_0::Q4_0,
+    kivi::KIVI4,
+    lm::LM4,
+    lm::LM3,
+    lm::LM2,
+    kivi::KIVI2,
+];
 
 /// Rows that a [`Codec`] reads.
 #[derive(Clone, Debug)]
@@ -45,13 +74,32 @@ pub struct Rows<'a> {
 }
 
 /// What codecs need room for while they work; one a thread. Buffers grow as needed and keep nothing but the query that
-/// [`Codec::prepare`] left.
+/// [`KeyCodec::prepare`] left.
 #[derive(Default)]
 pub struct KvScratch {
+    /// The query that [`KeyCodec::prepare`] left.
+    query: QueryCodes,
+    /// A query with scales of channels in it.
+    folded_query: QueryCodes,
+    /// The same before it is rounded.
+    folded: Vec<f32>,
     /// Any numbers, such as scales.
-    pub floats: Vec<f32>,
+    floats: Vec<f32>,
+    /// Scores or sums of a group.
+    group: Vec<f32>,
     /// The mean of a page.
     mean: Vec<f32>,
+}
+
+impl KvScratch {
+    /// Multiplies each of `queries` by `floats`, channel by channel, and rounds them into `folded_query`.
+    fn fold(&mut self, kernels: &Kernels, shape: CodeShape, bits: QueryBits, queries: &[f32]) {
+        self.folded.clear();
+        for query in queries.chunks_exact(shape.dims) {
+            self.folded.extend(query.iter().zip(&self.floats).map(|(x, scale)| x * scale));
+        }
+        kernels.quantize_queries(shape, bits, &self.folded, &mut self.folded_query);
+    }
 }
 
 /// How the rows of one side of the cache, keys or values, become bytes, and how attention reads those.
@@ -94,15 +142,18 @@ pub trait Codec: Send + Sync {
 
     /// The bytes of `page` that reading `rows` touches: what is largest first.
     fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3];
+}
 
-    /// Brings `queries`, `[group][head_dim]`, into the form that [`Codec::scores`] multiplies, which `scratch` keeps until
-    /// the next call.
+/// A [`Codec`] whose rows can be keys.
+pub trait KeyCodec: Codec {
+    /// Brings `queries`, `[group][head_dim]`, into the form that [`KeyCodec::scores`] multiplies, which `scratch` keeps
+    /// until the next call.
     fn prepare(&self, kernels: &Kernels, queries: &[f32], head_dim: usize, scratch: &mut KvScratch) {
         let _ = (kernels, queries, head_dim, scratch);
     }
 
     /// Dot products: `out[h][t] = queries[h] . rows[t]`, with `queries` `[group][head_dim]`, those of the last
-    /// [`Codec::prepare`], and `out` `[group][n]`.
+    /// [`KeyCodec::prepare`], and `out` `[group][n]`.
     fn scores(
         &self,
         kernels: &Kernels,
@@ -111,7 +162,10 @@ pub trait Codec: Send + Sync {
         scratch: &mut KvScratch,
         out: &mut [f32],
     );
+}
 
+/// A [`Codec`] whose rows can be values.
+pub trait ValueCodec: Codec {
     /// Weighted sum: `acc[h] += sum_t weights[h][t] * rows[t]`, with `weights` `[group][n]` and `acc`
     /// `[group][head_dim]`.
     fn accumulate(

@@ -10,10 +10,10 @@ use std::ops::Range;
 use longbit_kernels::Kernels;
 use longbit_sys::Segment;
 
-use super::{Codec, KvScratch, PAGE_TOKENS, Rows, SideDtype, bf16};
+use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, SideDtype, ValueCodec, f16};
 
 /// How rows are kept that are not encoded.
-pub(super) static EXACT: &dyn Codec = &bf16::Bf16;
+pub(super) static EXACT: f16::F16 = f16::F16;
 
 /// Memory of a side.
 pub(super) struct Memory {
@@ -45,7 +45,7 @@ pub(super) struct Side {
 
 /// Where the rows of a run lie.
 struct Place<'a> {
-    codec: &'static dyn Codec,
+    exact: bool,
     rows: Rows<'a>,
     /// The mean that was taken off, bfloat16.
     mean: Option<&'a [u16]>,
@@ -106,7 +106,7 @@ impl Side {
     fn place(&self, run: &Range<usize>) -> Place<'_> {
         debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
         let exact = |row: usize| Place {
-            codec: EXACT,
+            exact: true,
             rows: self.rows(&self.memory.exact, row..row + run.len()),
             mean: None,
         };
@@ -118,7 +118,7 @@ impl Side {
             let page = run.start / PAGE_TOKENS;
             let row = run.start % PAGE_TOKENS;
             Place {
-                codec: self.codec(),
+                exact: false,
                 rows: self.rows(self.encoded(page), row..row + run.len()),
                 mean: self.dtype.centre().then(|| self.mean(page)),
             }
@@ -311,7 +311,8 @@ impl Side {
             let run = start..tokens.end.min(self.cut(start));
             let (rows, rest) = out.split_at_mut(run.len() * d);
             let place = self.place(&run);
-            place.codec.decode(kernels, &place.rows, rows);
+            let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
+            codec.decode(kernels, &place.rows, rows);
             if let Some(mean) = place.mean {
                 for row in rows.chunks_exact_mut(d) {
                     row.iter_mut().zip(mean).for_each(|(x, &m)| *x += widen(m));
@@ -324,7 +325,8 @@ impl Side {
     /// The bytes that reading `run` touches.
     pub(super) fn parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
         let place = self.place(run);
-        let parts = place.codec.parts(place.rows.page, place.rows.range, self.head_dim);
+        let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
+        let parts = codec.parts(place.rows.page, place.rows.range, self.head_dim);
         parts.into_iter().chain(place.mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
     }
 
@@ -339,7 +341,8 @@ impl Side {
         out: &mut [f32],
     ) {
         let place = self.place(run);
-        place.codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
+        let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
+        codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
         if let Some(mean) = place.mean {
             scratch.mean.resize(self.head_dim, 0.0);
             kernels.bf16_to_f32(mean, &mut scratch.mean);
@@ -361,7 +364,8 @@ impl Side {
         acc: &mut [f32],
     ) {
         let place = self.place(run);
-        place.codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows }, scratch, acc);
+        let codec: &dyn ValueCodec = if place.exact { &EXACT } else { self.dtype.value_codec() };
+        codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows }, scratch, acc);
         if let Some(mean) = place.mean {
             scratch.mean.resize(self.head_dim, 0.0);
             kernels.bf16_to_f32(mean, &mut scratch.mean);

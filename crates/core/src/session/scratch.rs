@@ -109,6 +109,8 @@ pub(super) struct Scratch {
     pub(super) selections: Vec<RwLock<Selection>>,
     /// One stripe a decode attention task.
     pub(super) partials: Shared<f32>,
+    /// Largest logits of a decode attention task, one a head of the group; one stripe a task.
+    pub(super) largest: Shared<f32>,
     /// Attention output `[kv_heads][blocks][BLOCK_TOKENS][group * head_dim]`; one stripe a (KV head, block).
     pub(super) attn: Shared<f32>,
     /// Blocks of tokens a KV head.
@@ -214,6 +216,7 @@ impl Scratch {
             queries: Shared::even(heads, tokens * width, heads, 0.0).named("queries"),
             selections: (0..heads).map(|_| RwLock::default()).collect(),
             partials: Shared::even(slots.max(1), slot, slots.max(1), 0.0).named("partials"),
+            largest: Shared::even(slots.max(1), config.group(), slots.max(1), 0.0).named("largest logits"),
             attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0).named("attention output"),
             blocks,
             normed: Shared::even(tokens, config.hidden, tokens, 0.0).named("normalised rows"),

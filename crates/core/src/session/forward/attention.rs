@@ -1,5 +1,5 @@
-//! Attention of a pass: rows of the new tokens go into the cache, then every (KV head, tokens) task makes a partial, and
-//! the partials of a head are merged.
+//! Attention of a pass: rows of the new tokens go into the cache, and prompts attend to it. Decode steps are in
+//! [`super::decode`].
 
 use std::ops::Range;
 
@@ -8,35 +8,7 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::{
-    CHUNK_TOKENS, GroupQuery, Selection, chunks, first_of, gather_chunk, partial, score_chunk,
-};
-
-/// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
-/// memory waits. It changes no bits.
-const TOGETHER: usize = 4;
-
-/// The tasks of a thread: as many tokens for each as whole tasks allow.
-fn share_by_tokens(
-    tasks: &[(usize, Range<usize>)],
-    pieces: &[Range<usize>],
-    worker: &Worker<'_>,
-) -> Range<usize> {
-    let tokens = |task: &(usize, Range<usize>)| -> usize {
-        pieces[task.1.clone()].iter().map(|piece| piece.len()).sum()
-    };
-    let total: usize = tasks.iter().map(tokens).sum();
-    let (mut before, mut range) = (0, 0..0);
-    for task in tasks {
-        let tokens = tokens(task);
-        // A task belongs to the thread in whose share of all tokens its middle lies.
-        let owner = (2 * before + tokens) * worker.count() / (2 * total).max(1);
-        range.start += usize::from(owner < worker.index());
-        range.end += usize::from(owner <= worker.index());
-        before += tokens;
-    }
-    range
-}
+use crate::attention::{CHUNK_TOKENS, GroupQuery, chunks, gather_chunk, partial, score_chunk};
 
 impl Pass<'_> {
     /// Rotates and appends the keys and values of one KV head, rotates its queries, and lets the method decide.
@@ -92,126 +64,15 @@ impl Pass<'_> {
                 }
                 false => selection.spans.push(0..kv.len()),
             }
-            let bytes = selection.spans.iter().map(|span| kv.read_bytes(span.clone()) as u64).sum();
-            self.scratch.count(bytes, selection.index_bytes, selection.tokens() as u64);
-        }
-    }
-
-    /// Lists the tasks of all KV heads: runs of pieces of at most [`CHUNK_TOKENS`] tokens together.
-    fn list_tasks(
-        &self,
-        heads: Range<usize>,
-        pieces: &mut Vec<Range<usize>>,
-        tasks: &mut Vec<(usize, Range<usize>)>,
-    ) {
-        pieces.clear();
-        tasks.clear();
-        for kv_head in heads {
-            let selection = &self.scratch.selections[kv_head];
-            let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
-            let mut held = CHUNK_TOKENS;
-            for piece in chunks(&selection.spans) {
-                if held + piece.len() > CHUNK_TOKENS {
-                    tasks.push((kv_head, pieces.len()..pieces.len()));
-                    held = 0;
-                }
-                held += piece.len();
-                pieces.push(piece);
-                if let Some((_, range)) = tasks.last_mut() {
-                    range.end = pieces.len();
-                }
-            }
-        }
-    }
-
-    /// Whether every KV head is a single task, so that the thread which appended to it can also serve it: two barriers a
-    /// layer cost more than an uneven share of so little.
-    pub(super) fn heads_are_single_tasks(&self) -> bool {
-        self.tokens.len() == 1 && self.position < CHUNK_TOKENS
-    }
-
-    pub(super) fn decode_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
-        let (s, kernels, d) = (self.scratch, self.kernels(), self.model.config.head_dim);
-        let (mut pieces, mut tasks) = (std::mem::take(&mut p.pieces), std::mem::take(&mut p.tasks));
-        let heads = self.model.config.kv_heads;
-        let alone = self.heads_are_single_tasks();
-        let owned = worker.range(heads);
-        self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
-        let mine = if alone { 0..tasks.len() } else { share_by_tokens(&tasks, &pieces, worker) };
-        // The partials of a thread that is alone with its heads begin at the first of them, one each.
-        let base = if alone { owned.start } else { 0 };
-        let group = self.model.config.group();
-        p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
-        let mut slot = mine.start;
-        while slot < mine.end {
-            let kv_head = tasks[slot].0;
-            let last = mine.end.min(slot + TOGETHER);
-            let last = last.min(slot + tasks[slot..].partition_point(|task| task.0 == kv_head));
-            let queries = s.queries.read_stripe(kv_head);
-            let queries = &queries[..group * d];
-            let kv = self.cache.head(l, kv_head);
-            let of = |slot: usize| &pieces[tasks[slot].1.clone()];
-            // What a thread reads first of a task of the same head.
-            let first = |slot: usize| {
-                let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
-                task.and_then(|task| kv.runs(pieces[task.1.start].clone()).next())
+            let skips = selection.skip_below > 0.0;
+            let bytes = |span: &Range<usize>| match skips {
+                // The values that are read are counted where that is decided.
+                true => kv.read_key_bytes(span.clone()),
+                false => kv.read_bytes(span.clone()),
             };
-            kv.prepare(queries, &mut p.kv);
-            for i in slot..last {
-                let next = if i + 1 < last { first(i + 1) } else { None };
-                let upcoming = match (next, first(slot)) {
-                    (Some(next), _) => first_of(kv.key_parts(&next)),
-                    (None, Some(back)) => first_of(kv.value_parts(&back)),
-                    (None, None) => &[],
-                };
-                let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                let mut partials = s.partials.write(base + i);
-                score_chunk(queries, &kv, of(i), upcoming, &mut p.kv, weights, &mut partials);
-            }
-            for i in slot..last {
-                let upcoming = match first(i + 1) {
-                    Some(next) if i + 1 < last => first_of(kv.value_parts(&next)),
-                    Some(next) => first_of(kv.key_parts(&next)),
-                    None => &[],
-                };
-                let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                let mut partials = s.partials.write(base + i);
-                gather_chunk(&kv, of(i), upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
-            }
-            slot = last;
+            let bytes = selection.spans.iter().map(bytes).sum::<usize>();
+            self.scratch.count(bytes as u64, selection.index_bytes, selection.tokens() as u64);
         }
-        p.clock.lap(Op::Attention, || {
-            let bytes = |(kv_head, range): &(usize, Range<usize>)| -> usize {
-                let kv = self.cache.head(l, *kv_head);
-                pieces[range.clone()].iter().map(|piece| kv.read_bytes(piece.clone())).sum()
-            };
-            tasks[mine].iter().map(bytes).sum()
-        });
-        if !alone {
-            self.barrier(worker, p);
-        }
-        let slot_len = group * partial::stride(d);
-        p.partials.resize(slot_len, 0.0);
-        for kv_head in owned {
-            partial::clear(&mut p.partials, d);
-            // The tasks of a head follow one another.
-            let first = base + tasks.partition_point(|task| task.0 < kv_head);
-            let last = base + tasks.partition_point(|task| task.0 <= kv_head);
-            let partials = s.partials.read_range(first * slot_len..last * slot_len);
-            partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
-            let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
-            if !selection.tail.is_empty() {
-                partial::merge(kernels, &mut p.partials, &selection.tail, d, &mut p.factors);
-            }
-            let mut out = s.attn.write(kv_head);
-            partial::finish(kernels, &p.partials, d, &mut out);
-            self.cache.head(l, kv_head).restore_outputs(&mut out);
-            if self.capture {
-                s.capture(l * self.model.config.kv_heads + kv_head, &out);
-            }
-        }
-        (p.pieces, p.tasks) = (pieces, tasks);
-        p.clock.lap(Op::Merge, || 0);
     }
 
     /// Causal attention of all tokens, chunk by chunk so that a chunk's rows stay in cache for a block of queries.

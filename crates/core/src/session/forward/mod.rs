@@ -6,6 +6,7 @@
 //! of each projection belong to whoever comes first (`stage`).
 
 mod attention;
+mod decode;
 mod ffn;
 mod head;
 

@@ -1,0 +1,39 @@
+//! `int8`: signed bytes and one bfloat16 scale a row, the largest magnitude by 127, rounded up. 130 bytes for 128 numbers.
+//! Error: at most `1.008 / 254` of the largest magnitude of the row.
+
+use longbit_kernels::{CodeBits, Kernels, QueryBits};
+
+use super::KvFormat;
+use super::coded::{Coded, Rounding, ScaleBits, Scaling, bf16_up, inverse, largest, round_even};
+
+pub(super) const FORMAT: KvFormat = KvFormat {
+    name: "int8",
+    summary: "signed bytes, a bfloat16 scale a row; error at most 0.4 % of the row's largest magnitude",
+    keys: &Coded::<Int8>::NEW,
+    values: &Coded::<Int8>::NEW,
+    rotate: false,
+    centre: false,
+};
+
+pub(super) struct Int8;
+
+impl Rounding for Int8 {
+    const BITS: CodeBits = CodeBits::Eight;
+    const SCALING: Scaling = Scaling::Row;
+    const SCALE: ScaleBits = ScaleBits::Bf16;
+    const QUERY: QueryBits = QueryBits::Sixteen;
+
+    fn round(_: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
+        scales[0] = round_row(row, codes);
+    }
+}
+
+/// Rounds a row to signed bytes; returns the bits of its scale.
+pub(super) fn round_row(row: &[f32], codes: &mut [i8]) -> u16 {
+    let (bits, scale) = bf16_up(largest(row) / 127.0);
+    let inverse = inverse(scale);
+    for (code, x) in codes.iter_mut().zip(row) {
+        *code = round_even(x * inverse) as i8;
+    }
+    bits
+}

@@ -1,0 +1,255 @@
+//! Attention of a decode step: every (KV head, tokens) task makes a partial, and the partials of a head are merged.
+
+use std::ops::Range;
+
+use longbit_sys::Worker;
+
+use super::super::profile::Op;
+use super::super::scratch::Private;
+use super::Pass;
+use crate::attention::{
+    CHUNK_TOKENS, Selection, chunks, first_of, gather_above, gather_chunk, partial, score_chunk,
+};
+
+/// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
+/// memory waits. It changes no bits.
+const TOGETHER: usize = 4;
+
+/// The tasks of a thread: as many tokens for each as whole tasks allow.
+fn share_by_tokens(
+    tasks: &[(usize, Range<usize>)],
+    pieces: &[Range<usize>],
+    worker: &Worker<'_>,
+) -> Range<usize> {
+    let tokens = |task: &(usize, Range<usize>)| -> usize {
+        pieces[task.1.clone()].iter().map(|piece| piece.len()).sum()
+    };
+    let total: usize = tasks.iter().map(tokens).sum();
+    let (mut before, mut range) = (0, 0..0);
+    for task in tasks {
+        let tokens = tokens(task);
+        // A task belongs to the thread in whose share of all tokens its middle lies.
+        let owner = (2 * before + tokens) * worker.count() / (2 * total).max(1);
+        range.start += usize::from(owner < worker.index());
+        range.end += usize::from(owner <= worker.index());
+        before += tokens;
+    }
+    range
+}
+
+/// The tasks of a layer and a thread's part of them.
+struct Work<'a> {
+    /// KV head, and range of `pieces`; the tasks of a head follow one another.
+    tasks: &'a [(usize, Range<usize>)],
+    /// Tokens.
+    pieces: &'a [Range<usize>],
+    /// Which tasks are the thread's.
+    mine: Range<usize>,
+    /// Slot of the first task in the buffer of partials.
+    base: usize,
+}
+
+impl Work<'_> {
+    fn pieces(&self, task: usize) -> &[Range<usize>] {
+        &self.pieces[self.tasks[task].1.clone()]
+    }
+
+    /// Slots of the tasks of a head.
+    fn slots(&self, kv_head: usize) -> Range<usize> {
+        let first = self.tasks.partition_point(|task| task.0 < kv_head);
+        let last = self.tasks.partition_point(|task| task.0 <= kv_head);
+        self.base + first..self.base + last
+    }
+}
+
+impl Pass<'_> {
+    /// Lists the tasks of all KV heads: runs of pieces of at most [`CHUNK_TOKENS`] tokens together.
+    fn list_tasks(
+        &self,
+        heads: Range<usize>,
+        pieces: &mut Vec<Range<usize>>,
+        tasks: &mut Vec<(usize, Range<usize>)>,
+    ) {
+        pieces.clear();
+        tasks.clear();
+        for kv_head in heads {
+            let selection = &self.scratch.selections[kv_head];
+            let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
+            let mut held = CHUNK_TOKENS;
+            for piece in chunks(&selection.spans) {
+                if held + piece.len() > CHUNK_TOKENS {
+                    tasks.push((kv_head, pieces.len()..pieces.len()));
+                    held = 0;
+                }
+                held += piece.len();
+                pieces.push(piece);
+                if let Some((_, range)) = tasks.last_mut() {
+                    range.end = pieces.len();
+                }
+            }
+        }
+    }
+
+    /// Whether every KV head is a single task, so that the thread which appended to it can also serve it: two barriers a
+    /// layer cost more than an uneven share of so little.
+    pub(super) fn heads_are_single_tasks(&self) -> bool {
+        self.tokens.len() == 1 && self.position < CHUNK_TOKENS
+    }
+
+    pub(super) fn decode_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
+        let (s, kernels, d) = (self.scratch, self.kernels(), self.model.config.head_dim);
+        let (mut pieces, mut tasks) = (std::mem::take(&mut p.pieces), std::mem::take(&mut p.tasks));
+        let heads = self.model.config.kv_heads;
+        let alone = self.heads_are_single_tasks();
+        let owned = worker.range(heads);
+        self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
+        let mine = if alone { 0..tasks.len() } else { share_by_tokens(&tasks, &pieces, worker) };
+        // The partials of a thread that is alone with its heads begin at the first of them, one each.
+        let base = if alone { owned.start } else { 0 };
+        let work = Work { tasks: &tasks, pieces: &pieces, mine, base };
+        let bytes = match self.floors() {
+            Some(below) => self.attend_above(worker, p, l, &work, &below),
+            None => self.attend(p, l, &work),
+        };
+        p.clock.lap(Op::Attention, || bytes);
+        if !alone {
+            self.barrier(worker, p);
+        }
+        let slot_len = self.model.config.group() * partial::stride(d);
+        p.partials.resize(slot_len, 0.0);
+        for kv_head in owned {
+            partial::clear(&mut p.partials, d);
+            let slots = work.slots(kv_head);
+            let partials = s.partials.read_range(slots.start * slot_len..slots.end * slot_len);
+            partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
+            let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
+            if !selection.tail.is_empty() {
+                partial::merge(kernels, &mut p.partials, &selection.tail, d, &mut p.factors);
+            }
+            let mut out = s.attn.write(kv_head);
+            partial::finish(kernels, &p.partials, d, &mut out);
+            self.cache.head(l, kv_head).restore_outputs(&mut out);
+            if self.capture {
+                s.capture(l * self.model.config.kv_heads + kv_head, &out);
+            }
+        }
+        (p.pieces, p.tasks) = (pieces, tasks);
+        p.clock.lap(Op::Merge, || 0);
+    }
+
+    /// Partials of the thread's tasks: of [`TOGETHER`] tasks of a head first the keys, then the values. Returns the bytes
+    /// that were read.
+    fn attend(&self, p: &mut Private, l: usize, work: &Work<'_>) -> usize {
+        let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
+        let Work { tasks, pieces, mine, base } = work;
+        p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
+        let (mut slot, mut bytes) = (mine.start, 0);
+        while slot < mine.end {
+            let kv_head = tasks[slot].0;
+            let last = mine.end.min(slot + TOGETHER);
+            let last = last.min(slot + tasks[slot..].partition_point(|task| task.0 == kv_head));
+            let queries = s.queries.read_stripe(kv_head);
+            let queries = &queries[..group * d];
+            let kv = self.cache.head(l, kv_head);
+            // What a thread reads first of a task of the same head.
+            let first = |slot: usize| {
+                let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
+                task.and_then(|task| kv.runs(pieces[task.1.start].clone()).next())
+            };
+            kv.prepare(queries, &mut p.kv);
+            for i in slot..last {
+                let next = if i + 1 < last { first(i + 1) } else { None };
+                let upcoming = match (next, first(slot)) {
+                    (Some(next), _) => first_of(kv.key_parts(&next)),
+                    (None, Some(back)) => first_of(kv.value_parts(&back)),
+                    (None, None) => &[],
+                };
+                let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
+                let mut partials = s.partials.write(base + i);
+                score_chunk(queries, &kv, work.pieces(i), upcoming, &mut p.kv, weights, &mut partials);
+            }
+            for i in slot..last {
+                let upcoming = match first(i + 1) {
+                    Some(next) if i + 1 < last => first_of(kv.value_parts(&next)),
+                    Some(next) => first_of(kv.key_parts(&next)),
+                    None => &[],
+                };
+                let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
+                let mut partials = s.partials.write(base + i);
+                gather_chunk(&kv, work.pieces(i), upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
+            }
+            if self.profiling {
+                let read =
+                    (slot..last).flat_map(|i| work.pieces(i)).map(|piece| kv.read_bytes(piece.clone()));
+                bytes += read.sum::<usize>();
+            }
+            slot = last;
+        }
+        bytes
+    }
+
+    /// The shares of the largest weight below which each KV head leaves values unread, if any does.
+    fn floors(&self) -> Option<Vec<f32>> {
+        let below = |selection: &std::sync::RwLock<Selection>| {
+            selection.read().unwrap_or_else(|e| e.into_inner()).skip_below
+        };
+        let selections = &self.scratch.selections;
+        selections.iter().any(|s| below(s) > 0.0).then(|| selections.iter().map(below).collect())
+    }
+
+    /// As [`Pass::attend`] where heads leave values unread: all keys come first, for the weight of a token counts against the
+    /// largest one of the whole head.
+    fn attend_above(
+        &self,
+        worker: &Worker<'_>,
+        p: &mut Private,
+        l: usize,
+        work: &Work<'_>,
+        below: &[f32],
+    ) -> usize {
+        let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
+        let Work { tasks, mine, base, .. } = work;
+        let room = CHUNK_TOKENS * group;
+        p.weights.resize(mine.len() * room, 0.0);
+        let mut bytes = 0;
+        for i in mine.clone() {
+            let kv_head = tasks[i].0;
+            let kv = self.cache.head(l, kv_head);
+            let queries = s.queries.read_stripe(kv_head);
+            let queries = &queries[..group * d];
+            kv.prepare(queries, &mut p.kv);
+            let weights = &mut p.weights[(i - mine.start) * room..];
+            let mut partials = s.partials.write(base + i);
+            score_chunk(queries, &kv, work.pieces(i), &[], &mut p.kv, weights, &mut partials);
+            let mut largest = s.largest.write(base + i);
+            for (largest, partial) in largest.iter_mut().zip(partials.chunks_exact(partial::stride(d))) {
+                *largest = partial[0];
+            }
+            bytes += work.pieces(i).iter().map(|piece| kv.read_key_bytes(piece.clone())).sum::<usize>();
+        }
+        p.clock.lap(Op::Attention, || bytes);
+        if !self.heads_are_single_tasks() {
+            self.barrier(worker, p);
+        }
+        let (mut values, mut floors) = (0, Vec::new());
+        for i in mine.clone() {
+            let kv_head = tasks[i].0;
+            let kv = self.cache.head(l, kv_head);
+            let slots = work.slots(kv_head);
+            let largest = s.largest.read_range(slots.start * group..slots.end * group);
+            let own = &largest[(base + i - slots.start) * group..][..group];
+            floors.clear();
+            for (h, own) in own.iter().enumerate() {
+                let most = largest[h..].iter().step_by(group).fold(f32::NEG_INFINITY, |most, &x| most.max(x));
+                // In terms of the weights of this task, `exp(z - own)`.
+                floors.push(below[kv_head] * kv.kernels().exp(most - own));
+            }
+            let weights = &p.weights[(i - mine.start) * room..];
+            let mut partials = s.partials.write(base + i);
+            values +=
+                gather_above(&kv, work.pieces(i), &floors, weights, &mut p.kv, &mut p.attend, &mut partials);
+        }
+        s.count(values as u64, 0, 0);
+        values
+    }
+}
