@@ -35,6 +35,10 @@ pub(super) struct Side {
     ring_from: usize,
     /// Sums of the decoded rows of the page that the last settled token lies in; of a centred side.
     sums: Vec<f32>,
+    /// Settled tokens that `sums` takes into account; none after a rewind.
+    summed: Option<usize>,
+    /// Pages that have their mean.
+    means: usize,
     /// Rows on their way from the ring.
     room: Vec<f32>,
     /// Decoded rows.
@@ -62,6 +66,8 @@ impl Side {
             settled: 0,
             ring_from: 0,
             sums,
+            summed: None,
+            means: 0,
             room: Vec::new(),
             room2: Vec::new(),
             less: Vec::new(),
@@ -201,9 +207,13 @@ impl Side {
                 }
                 self.encode_in_page(kernels, rows, page, row);
             }
+            let before = self.settled;
             self.settled += n;
-            if centre && self.settled >= unread {
-                self.add_to_sums(kernels, self.settled - n..self.settled);
+            if centre && before >= unread {
+                match self.summed {
+                    Some(summed) if summed == before => self.add_to_sums(kernels, before..self.settled),
+                    _ => self.summed = None,
+                }
             }
         }
     }
@@ -224,24 +234,43 @@ impl Side {
         codec.encode(kernels, &self.less, d, bytes, row);
     }
 
-    /// Gives a page of a centred side its mean: that of the rows of the page before it, as they are read; of the rows kept
-    /// exactly for the first page.
+    /// Gives a page of a centred side its mean, unless it has it from before a rewind: that of the rows of the page before it,
+    /// as they are read; of the rows kept exactly for the first page.
     fn begin_page(&mut self, kernels: &Kernels, page: usize) {
-        let rows = if page == 0 { self.dtype.exact_first() } else { PAGE_TOKENS };
-        if page == 0 {
-            self.sums.fill(0.0);
+        let start = page * PAGE_TOKENS;
+        let exact = page == 0 && self.codec().group() == 1;
+        if page >= self.means {
+            let rows = if page == 0 { self.dtype.exact_first() } else { PAGE_TOKENS };
+            if page == 0 {
+                self.sums.fill(0.0);
+                self.add_exact_first(kernels);
+            } else if self.summed != Some(start) {
+                self.sum_page(kernels, page - 1);
+            }
+            let at = self.codec().page_bytes(self.head_dim);
+            let mean: &mut [u16] = bytemuck::cast_slice_mut(&mut self.memory.pages[page][at..]);
+            for (m, sum) in mean.iter_mut().zip(&mut self.sums) {
+                let mut bits = [0u16];
+                kernels.f32_to_bf16(&[*sum / rows as f32], &mut bits);
+                *m = bits[0];
+            }
+            self.means = page + 1;
+        }
+        self.sums.fill(0.0);
+        if exact {
             self.add_exact_first(kernels);
         }
-        let at = self.codec().page_bytes(self.head_dim);
-        let mean: &mut [u16] = bytemuck::cast_slice_mut(&mut self.memory.pages[page][at..]);
-        for (m, sum) in mean.iter_mut().zip(&mut self.sums) {
-            let mut bits = [0u16];
-            kernels.f32_to_bf16(&[*sum / rows as f32], &mut bits);
-            *m = bits[0];
+        self.summed = Some(self.settled);
+    }
+
+    /// Sums of all rows of a page.
+    fn sum_page(&mut self, kernels: &Kernels, page: usize) {
+        let unread = if page == 0 && self.codec().group() == 1 { self.dtype.exact_first() } else { 0 };
+        self.sums.fill(0.0);
+        if unread > 0 {
+            self.add_exact_first(kernels);
         }
-        if page > 0 || self.codec().group() > 1 {
-            self.sums.fill(0.0);
-        }
+        self.add_to_sums(kernels, page * PAGE_TOKENS + unread..(page + 1) * PAGE_TOKENS);
     }
 
     fn add_exact_first(&mut self, kernels: &Kernels) {
@@ -270,6 +299,7 @@ impl Side {
         }
         self.sums = sums;
         self.room2 = room;
+        self.summed = Some(tokens.end);
     }
 
     /// Forgets every token from `len` on.
@@ -291,17 +321,10 @@ impl Side {
             self.ring_from = until;
         }
         (self.len, self.settled) = (len, until);
-        if self.dtype.centre() && until > 0 {
-            let start = (until - 1) / PAGE_TOKENS * PAGE_TOKENS;
-            self.sums.fill(0.0);
-            let unread = if self.codec().group() == 1 { self.dtype.exact_first() } else { 0 };
-            if start == 0 && unread > 0 && until >= unread {
-                self.add_exact_first(kernels);
-            }
-            if start.max(unread) < until {
-                self.add_to_sums(kernels, start.max(unread)..until);
-            }
-        }
+        // The page that goes on keeps its mean, which comes from rows before it.
+        let pages = if len < self.dtype.exact_first() { 0 } else { until / PAGE_TOKENS + 1 };
+        self.means = self.means.min(pages);
+        self.summed = None;
     }
 
     /// Decodes `tokens` into `out`, `[tokens][head_dim]`, rotated if this side is.
