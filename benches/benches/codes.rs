@@ -155,6 +155,88 @@ fn scores_from_memory(c: &mut Criterion) {
     }
 }
 
+/// Weights of a page, as a softmax has them: a few large ones.
+fn weights() -> Vec<f32> {
+    (0..HEADS * PAGE).map(|i| 1.0 / (1 + i * 7919 % 1009) as f32).collect()
+}
+
+fn sums_from_l2(c: &mut Criterion) {
+    let mut bytes = vec![0u8; L2];
+    fill(&mut bytes);
+    let (scales, weights) = (vec![0.01f32; PAGE * 4], weights());
+    let mut acc = vec![0.0f32; HEADS * D];
+    for bits in CodeBits::ALL {
+        let shape = CodeShape { dims: D, bits };
+        let rows = rows(shape, &bytes);
+        let n = count(shape, L2);
+        let mut group = quick(c, &format!("codes/L2/sums/{bits:?}"));
+        group.throughput(Throughput::Bytes(L2 as u64));
+        for k in Isa::available().into_iter().filter_map(Kernels::for_isa).filter(|k| k.isa() != Isa::Scalar)
+        {
+            for kind in [Kind::One, Kind::Row, Kind::Block] {
+                let scales = kind.scales(&scales[..PAGE], &scales);
+                group.bench_function(BenchmarkId::new(format!("{kind:?}"), k.isa()), |b| {
+                    b.iter(|| {
+                        for first in (0..n).step_by(PAGE) {
+                            k.code_accumulate(shape, &weights, page(shape, rows, first), scales, &mut acc);
+                        }
+                    });
+                });
+            }
+        }
+    }
+    // What a sparse reader pays for a few rows.
+    let mut group = quick(c, "codes/L2/sums/few rows of 8 bits, scales of blocks");
+    let k = Kernels::best();
+    let shape = CodeShape { dims: D, bits: CodeBits::Eight };
+    for n in [1, 4, 16] {
+        group.bench_function(n.to_string(), |b| {
+            let rows = Rows::bytes(&bytes[..n * shape.row_bytes()]);
+            let scales = Scales::Block(&scales[..n * 4]);
+            b.iter(|| k.code_accumulate(shape, &weights[..HEADS * n], rows, scales, &mut acc));
+        });
+    }
+    black_box(&acc);
+}
+
+fn sums_from_memory(c: &mut Criterion) {
+    let size = longbit_benches::sized(MEMORY >> 10) << 10;
+    let mut bytes = Segment::new(size).expect("memory");
+    fill(&mut bytes);
+    let (scales, weights) = (vec![0.01f32; PAGE * 4], weights());
+    let k = Kernels::best();
+    for threads in longbit_benches::thread_counts() {
+        let team = longbit_benches::team(threads);
+        let mut group = quick(c, &format!("codes/memory/sums/{threads} thread(s)"));
+        group.throughput(Throughput::Bytes(size as u64));
+        for bits in CodeBits::ALL {
+            let shape = CodeShape { dims: D, bits };
+            let rows = rows(shape, &bytes);
+            let n = count(shape, size);
+            let acc = Shared::even(threads, HEADS * D, threads, 0.0f32);
+            for kind in [Kind::Row, Kind::Block] {
+                let scales = kind.scales(&scales[..PAGE], &scales);
+                group.bench_function(format!("{bits:?}/{kind:?}"), |b| {
+                    b.iter(|| {
+                        team.run(|worker| {
+                            let mut acc = acc.write(worker.index());
+                            for first in worker.range(n / PAGE).map(|page| page * PAGE) {
+                                k.code_accumulate(
+                                    shape,
+                                    &weights,
+                                    page(shape, rows, first),
+                                    scales,
+                                    &mut acc,
+                                );
+                            }
+                        });
+                    });
+                });
+            }
+        }
+    }
+}
+
 /// Queries of four heads: once a step, or once for 32 tokens where channels have scales of their own.
 fn queries_and_encoding(c: &mut Criterion) {
     let numbers: Vec<f32> = (0..HEADS * D).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
@@ -199,6 +281,6 @@ fn queries_and_encoding(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = longbit_benches::criterion();
-    targets = scores_from_l2, scores_from_memory, queries_and_encoding
+    targets = scores_from_l2, scores_from_memory, sums_from_l2, sums_from_memory, queries_and_encoding
 }
 criterion_main!(benches);

@@ -25,8 +25,17 @@ impl Factors<'_> {
     #[inline(always)]
     fn of_blocks(&self, scales: &[f32], t: usize) -> [f32; 16] {
         let mut out = [0.0; 16];
+        let stride = self.shape.blocks();
+        if let (4, Some(four)) = (stride, scales[t * stride..].first_chunk::<16>()) {
+            for b in 0..4 {
+                for k in 0..4 {
+                    out[4 * b + k] = four[4 * k + b];
+                }
+            }
+            return out;
+        }
         for k in 0..4.min(self.n - t) {
-            let row = &scales[(t + k) * self.shape.blocks() + self.first_block..][..self.blocks];
+            let row = &scales[(t + k) * stride + self.first_block..][..self.blocks];
             for b in 0..4 {
                 out[4 * b + k] = row[b % self.blocks];
             }
@@ -129,49 +138,99 @@ pub(super) fn round(u: f32, inverse: f32) -> i32 {
 
 /// The two halves of the weights of four rows, as bits of 32.
 #[inline(always)]
-fn halves<const PLANES: bool>(q: [i32; 4]) -> [u32; 2] {
+fn halves<const PLANES: bool>(q: &[i32; 4]) -> [u32; 2] {
+    let (a, b, c, d) = (q[0] as u32, q[1] as u32, q[2] as u32, q[3] as u32);
     if PLANES {
-        // The order of `Lanes::pairs`.
-        let q = [q[0], q[2], q[1], q[3]];
-        let high = q.map(|q| ((q + 128) >> 8) as u8);
-        [u32::from_le_bytes(high), u32::from_le_bytes(q.map(|q| q as u8))]
+        // The order of `Lanes::pairs`. With 128 added the upper byte is the nearest one.
+        let bytes = |a: u32, b: u32, c: u32, d: u32| (a & 255) | (c & 255) << 8 | (b & 255) << 16 | d << 24;
+        let upper = |x: u32| x.wrapping_add(128) >> 8;
+        [bytes(upper(a), upper(b), upper(c), upper(d)), bytes(a, b, c, d)]
     } else {
-        [[q[0], q[1]], [q[2], q[3]]].map(|[a, b]| a as u32 & 0xffff | (b as u32) << 16)
+        [(a & 0xffff) | b << 16, (c & 0xffff) | d << 16]
+    }
+}
+
+/// The magnitude of each lane that is larger. Lane by lane.
+#[inline(always)]
+fn larger(lanes: &mut [f32; 16], u: &[f32; 16]) {
+    for l in 0..16 {
+        let u = u[l].abs();
+        lanes[l] = if u > lanes[l] { u } else { lanes[l] };
+    }
+}
+
+/// Rows `t` to `t + 16` of what has `n` rows, zeros behind them.
+#[inline(always)]
+fn sixteen(x: &[f32], t: usize) -> [f32; 16] {
+    if let Some(all) = x[t..].first_chunk::<16>() {
+        return *all;
+    }
+    let mut out = [0.0; 16];
+    out[..x.len() - t].copy_from_slice(&x[t..]);
+    out
+}
+
+impl<const PLANES: bool> Portable<PLANES> {
+    /// The weights of head `h` and of sixteen rows from `t` on, times the scales of rows.
+    #[inline(always)]
+    fn of_rows(factors: &Factors<'_>, h: usize, t: usize) -> [f32; 16] {
+        let mut u = sixteen(&factors.weights[h * factors.n..][..factors.n], t);
+        if let Scales::Row(scales) = factors.scales {
+            let scales = sixteen(scales, t);
+            for l in 0..16 {
+                u[l] *= scales[l];
+            }
+        }
+        u
+    }
+
+    /// The weights of head `h` and of four rows from `t` on, times `scales` `[block][row]`.
+    #[inline(always)]
+    fn of_blocks(factors: &Factors<'_>, scales: &[f32; 16], h: usize, t: usize) -> [f32; 16] {
+        let weights = &factors.weights[h * factors.n..][..factors.n];
+        let mut four = [0.0; 4];
+        if let Some(all) = weights[t..].first_chunk::<4>() {
+            four = *all;
+        } else {
+            four[..factors.n - t].copy_from_slice(&weights[t..]);
+        }
+        let mut u = *scales;
+        for l in 0..16 {
+            u[l] *= four[l % 4];
+        }
+        u
     }
 }
 
 impl<const PLANES: bool> Prepare for Portable<PLANES> {
     #[inline(always)]
     unsafe fn largest<const H: usize>(factors: &Factors<'_>) -> Steps {
-        let mut largest = [[0.0f32; 4]; HEADS];
-        let n = factors.n;
-        for (h, weights) in factors.weights.chunks_exact(n).enumerate() {
-            let mut lanes = [0.0f32; 16];
-            let mut more = |l: usize, u: f32| lanes[l] = if u.abs() > lanes[l] { u.abs() } else { lanes[l] };
-            match factors.scales {
-                Scales::One => weights.iter().enumerate().for_each(|(t, &w)| more(t % 16, w)),
-                Scales::Row(scales) => {
-                    for (t, (w, s)) in weights.iter().zip(scales).enumerate() {
-                        more(t % 16, w * s);
-                    }
-                }
-                Scales::Block(scales) => {
-                    for t in (0..n).step_by(4) {
-                        let scales = factors.of_blocks(scales, t);
-                        let mut w = [0.0; 4];
-                        w[..4.min(n - t)].copy_from_slice(&weights[t..n.min(t + 4)]);
-                        for l in 0..16 {
-                            more(l, w[l % 4] * scales[l]);
-                        }
-                    }
+        let (n, mut largest, mut lanes) = (factors.n, [[0.0f32; 4]; HEADS], [[0.0f32; 16]; H]);
+        if let Scales::Block(scales) = factors.scales {
+            for t in (0..n).step_by(4) {
+                let scales = factors.of_blocks(scales, t);
+                for h in 0..H {
+                    larger(&mut lanes[h], &Self::of_blocks(factors, &scales, h, t));
                 }
             }
+        } else {
+            for t in (0..n).step_by(16) {
+                for h in 0..H {
+                    larger(&mut lanes[h], &Self::of_rows(factors, h, t));
+                }
+            }
+        }
+        for h in 0..H {
             for l in 0..16 {
                 let b = l / 4;
-                largest[h][b] = largest[h][b].max(lanes[l]);
+                largest[h][b] = if lanes[h][l] > largest[h][b] { lanes[h][l] } else { largest[h][b] };
             }
             if !matches!(factors.scales, Scales::Block(_)) {
-                largest[h] = [largest[h].into_iter().fold(0.0, f32::max); 4];
+                let mut all = largest[h][0];
+                for b in 1..4 {
+                    all = if largest[h][b] > all { largest[h][b] } else { all };
+                }
+                largest[h] = [all; 4];
             }
         }
         steps(largest)
@@ -187,44 +246,52 @@ impl<const PLANES: bool> Prepare for Portable<PLANES> {
         bias: &mut [[i32; 4]; HEADS],
     ) {
         let words = out.words_mut();
-        for g in 0..count.div_ceil(4) {
-            let t = start + 4 * g;
-            let some = 4.min(factors.n - t);
-            let scales = match factors.scales {
-                Scales::Block(scales) => factors.of_blocks(scales, t),
-                Scales::Row(scales) => {
-                    let mut four = [0.0; 16];
-                    four[..some].copy_from_slice(&scales[t..t + some]);
-                    four
-                }
-                Scales::One => [1.0; 16],
-            };
-            for h in 0..H {
-                let mut w = [0.0; 4];
-                w[..some].copy_from_slice(&factors.weights[h * factors.n + t..][..some]);
-                if out.blocks {
-                    let mut q = [0i32; 16];
+        let mut q = [0i32; 16];
+        if let Scales::Block(scales) = factors.scales {
+            for g in 0..count.div_ceil(4) {
+                let t = start + 4 * g;
+                let scales = factors.of_blocks(scales, t);
+                for h in 0..H {
+                    let u = Self::of_blocks(factors, &scales, h, t);
                     for l in 0..16 {
-                        q[l] = round(w[l % 4] * scales[l], inverse[h][l / 4]);
+                        q[l] = round(u[l], inverse[h][l / 4]);
                     }
                     for (b, q) in q.as_chunks::<4>().0.iter().enumerate() {
                         bias[h][b] = bias[h][b].wrapping_add(q[0] + q[1]);
-                        for (p, half) in halves::<PLANES>(*q).into_iter().enumerate() {
-                            // SAFETY: a group of the stretch, a head and a block below 4.
-                            unsafe {
-                                words
-                                    .add(Weights::of_blocks(g, h, p, H) + 2 * b)
-                                    .cast::<u32>()
-                                    .write_unaligned(half)
-                            };
+                        let [first, last] = halves::<PLANES>(q);
+                        // SAFETY: a group of the stretch, a head and a block below 4.
+                        unsafe {
+                            words
+                                .add(Weights::of_blocks(g, h, 0, H) + 2 * b)
+                                .cast::<u32>()
+                                .write_unaligned(first);
+                            words
+                                .add(Weights::of_blocks(g, h, 1, H) + 2 * b)
+                                .cast::<u32>()
+                                .write_unaligned(last);
                         }
                     }
-                } else {
-                    let q = [0, 1, 2, 3].map(|k| round(w[k] * scales[k], inverse[h][0]));
-                    bias[h] = bias[h].map(|b| b.wrapping_add(q[0] + q[1]));
-                    for (p, half) in halves::<PLANES>(q).into_iter().enumerate() {
-                        // SAFETY: a group of the stretch and a head.
-                        unsafe { words.add(Weights::of_row(g, h, p)).cast::<u32>().write_unaligned(half) };
+                }
+            }
+        } else {
+            for t in (0..count).step_by(16) {
+                for h in 0..H {
+                    let u = Self::of_rows(factors, h, start + t);
+                    for l in 0..16 {
+                        q[l] = round(u[l], inverse[h][0]);
+                    }
+                    let mut sum = 0;
+                    for (g, q) in q.as_chunks::<4>().0.iter().enumerate() {
+                        sum += q[0] + q[1];
+                        let [first, last] = halves::<PLANES>(q);
+                        // SAFETY: a group of the stretch (of which the size is a multiple of 16) and a head.
+                        unsafe {
+                            words.add(Weights::of_row(t / 4 + g, h, 0)).cast::<u32>().write_unaligned(first);
+                            words.add(Weights::of_row(t / 4 + g, h, 1)).cast::<u32>().write_unaligned(last);
+                        }
+                    }
+                    for b in 0..4 {
+                        bias[h][b] = bias[h][b].wrapping_add(sum);
                     }
                 }
             }
