@@ -42,7 +42,7 @@ pub use model::{
     Activation, BlockMatrix, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS,
     Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,
 };
-pub use session::{Op, OpTotal, Profile, Session, SessionOptions, Supplied, Traffic};
+pub use session::{Op, OpTotal, PrefixCache, Profile, Session, SessionOptions, Supplied, Traffic};
 
 /// Name of the instruction set that models built in this process use: the best one, or what `LONGBIT_ISA` names.
 ///

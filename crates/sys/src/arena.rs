@@ -27,8 +27,8 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above: a shared `Mapping` gives access to nothing.
 unsafe impl Sync for Mapping {}
 
-/// A bump allocator over one anonymous map. Segments are not given back one by one: the map is released when the arena
-/// and all its segments are gone.
+/// A bump allocator over one anonymous map, which is released when the arena and all its segments are gone. A segment that
+/// is only dropped keeps its memory until then; see [`Segment::release`].
 pub struct Arena {
     mapping: Arc<Mapping>,
     used: usize,
@@ -135,6 +135,62 @@ impl Segment {
     }
 }
 
+impl Segment {
+    /// Drops `segments` and gives their memory back to the system even where other segments keep their map alive: all
+    /// whole pages of the system between the first and the last byte of segments that lie one after another, so that many
+    /// are best released together. The addresses stay taken until the map goes. Advice only: where there is none, memory
+    /// comes back with the map.
+    pub fn release(mut segments: Vec<Segment>) {
+        segments.sort_unstable_by_key(|segment| segment.start);
+        let mut rest = segments.as_slice();
+        while let Some(first) = rest.first() {
+            let of_map = |s: &&Segment| Arc::ptr_eq(&s.mapping, &first.mapping);
+            let (here, others) = rest.split_at(rest.iter().take_while(of_map).count());
+            rest = others;
+            // A map that nothing else holds is on its way out, in one piece.
+            if Arc::strong_count(&first.mapping) > here.len() {
+                first.mapping.release(here);
+            }
+        }
+    }
+}
+
+impl Mapping {
+    /// Gives back the whole pages of runs of `segments`: in ascending order, of this map, and about to be dropped.
+    #[cfg(unix)]
+    fn release(&self, segments: &[Segment]) {
+        let page = rustix::param::page_size();
+        let base = self._map.as_ptr() as usize;
+        let ends = |s: &Segment| {
+            let start = s.start.as_ptr() as usize - base;
+            start..start + s.len.next_multiple_of(ALIGN)
+        };
+        let mut run = 0..0;
+        // An empty run at the end closes the last one.
+        let full = segments.iter().filter(|s| s.len > 0);
+        for next in full.map(ends).chain(std::iter::once(0..0)) {
+            if next.start == run.end && !next.is_empty() {
+                run.end = next.end;
+                continue;
+            }
+            // The map begins where a page does.
+            let (start, end) = (run.start.next_multiple_of(page), run.end / page * page);
+            if start < end {
+                // SAFETY: the map is private and anonymous, so that pages read as zeros afterwards. These lie within
+                // segments that are about to be dropped and that nothing else can reach, and in padding that is nobody's:
+                // no byte that anybody reads changes.
+                let _ = unsafe {
+                    self._map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+            run = next;
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn release(&self, _: &[Segment]) {}
+}
+
 impl Deref for Segment {
     type Target = [u8];
 
@@ -188,6 +244,42 @@ mod tests {
         assert_eq!(arena.take(0).expect("nothing always fits").len(), 0);
         drop(arena);
         assert_eq!((first[129], last[63]), (0, 0), "segments outlive their arena");
+    }
+
+    #[test]
+    fn released_memory_goes_back_while_its_neighbours_live() {
+        let mut arena = Arena::new(64 << 10, false).expect("memory");
+        // Pieces that end in the middle of a page of the system, and a padded one.
+        let sizes = [5000, 9000, 7000, 70, 3000, 20_000];
+        let mut segments: Vec<Segment> = sizes.iter().map(|&s| arena.take(s).expect("it fits")).collect();
+        segments.iter_mut().for_each(|s| s.fill(7));
+        let (map, start) = (Arc::clone(&arena.mapping), arena.mapping.start);
+        let last = segments.pop().expect("six");
+        let first = segments.remove(0);
+        let from = segments[0].start.as_ptr() as usize - start.as_ptr() as usize;
+        let until = last.start.as_ptr() as usize - start.as_ptr() as usize;
+        drop(arena);
+        segments.reverse();
+        Segment::release(segments);
+        assert!(first.iter().chain(last.iter()).all(|&byte| byte == 7), "what lives is left alone");
+        let page = if cfg!(unix) { rustix::param::page_size() } else { usize::MAX };
+        // SAFETY: `map` keeps the memory alive, and nothing else can reach the segments that were dropped.
+        let dead = unsafe { std::slice::from_raw_parts(start.as_ptr().add(from), until - from) };
+        let skew = start.as_ptr() as usize - map._map.as_ptr() as usize;
+        for (i, &byte) in dead.iter().enumerate() {
+            let at = (skew + from + i) / page * page;
+            let whole = at >= skew + from && at.saturating_add(page) <= skew + until;
+            assert!(!whole || byte == 0, "byte {i} is {byte}");
+        }
+        assert!(page > 4096 || dead.contains(&0), "there were whole pages");
+    }
+
+    #[test]
+    fn releasing_all_of_a_map_or_nothing_is_harmless() {
+        Segment::release(Vec::new());
+        let (mut a, mut b) = (Segment::new(10_000).expect("memory"), Segment::new(10_000).expect("memory"));
+        (a[0], b[0]) = (1, 2);
+        Segment::release(vec![b, a]);
     }
 
     #[test]

@@ -2,14 +2,17 @@
 //!
 //! A page holds [`PAGE_TOKENS`] rows of keys or of values of one head. All pages come from one huge-page arena that is
 //! mapped when the cache is made and touched only as rows arrive; the pages of one head lie one after another, so that
-//! reading a head in order is one linear stream.
+//! reading a head in order is one linear stream. A cache that begins with pages of another shares those, and has an
+//! arena for the pages that follow.
 
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::VecDeque;
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use longbit_kernels::Kernels;
 use longbit_sys::{Arena, Segment};
 
-use super::side::Memory;
+use super::pool::{KvMemory, Memory, Page, PagePool};
+use super::unit::{Lease, Unit};
 use super::{KvDtype, KvHead, PAGE_TOKENS, SideDtype};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
@@ -65,9 +68,16 @@ impl CacheShape {
 pub struct KvCache {
     shape: CacheShape,
     dtype: KvDtype,
+    kernels: &'static Kernels,
+    pool: PagePool,
     heads: Vec<RwLock<KvHead>>,
     len: usize,
+    /// What keeps the prefix that it began with from being evicted.
+    lease: Option<Lease>,
 }
+
+/// Encoded pages that a head begins with: of the keys and of the values.
+type Begun = [Vec<Arc<Page>>; 2];
 
 impl KvCache {
     /// An empty cache.
@@ -76,41 +86,78 @@ impl KvCache {
     /// When `dtype` cannot store rows of this head dimension, or the address space for `shape` cannot be had (the message
     /// carries the number of bytes).
     pub fn new(shape: CacheShape, dtype: KvDtype, kernels: &'static Kernels) -> Result<Self> {
+        Self::new_in(&PagePool::default(), shape, dtype, kernels)
+    }
+
+    /// As [`KvCache::new`], with its pages counted in `pool`.
+    ///
+    /// # Errors
+    /// As [`KvCache::new`].
+    pub fn new_in(
+        pool: &PagePool,
+        shape: CacheShape,
+        dtype: KvDtype,
+        kernels: &'static Kernels,
+    ) -> Result<Self> {
         dtype.check(shape.head_dim)?;
-        let pages = shape.capacity.div_ceil(PAGE_TOKENS);
-        let d = shape.head_dim;
-        let bytes_of = |side: SideDtype| {
-            pages
-                .checked_mul(side.page_bytes(d).next_multiple_of(SLACK))?
-                .checked_add(side.exact_bytes(d).next_multiple_of(SLACK))
-        };
-        let bytes = bytes_of(dtype.keys)
-            .zip(bytes_of(dtype.values))
-            .and_then(|(keys, values)| keys.checked_add(values)?.checked_mul(shape.layers * shape.kv_heads))
-            .ok_or(longbit_sys::SysError::TooLarge {
-                len: shape.capacity,
-                size: dtype.keys.page_bytes(d) + dtype.values.page_bytes(d),
-            })?;
-        let mut arena = Arena::new(bytes, true)?;
-        let mut take = |bytes: usize| -> Result<Segment> {
-            match arena.take(bytes) {
-                Some(segment) => Ok(segment),
-                None => Ok(Segment::new(bytes)?),
-            }
-        };
-        let mut memory = |side: SideDtype| -> Result<Memory> {
-            Ok(Memory {
-                pages: (0..pages).map(|_| take(side.page_bytes(d))).collect::<Result<_>>()?,
-                exact: take(side.exact_bytes(d))?,
-            })
-        };
-        let mut heads = Vec::with_capacity(shape.layers * shape.kv_heads);
-        for i in 0..shape.layers * shape.kv_heads {
+        let memory = memory(pool, shape, dtype, [0, 0], |_| Default::default())?;
+        let heads = memory.into_iter().enumerate().map(|(i, memory)| {
             let place = [i / shape.kv_heads, i % shape.kv_heads];
-            let memory = [memory(dtype.keys)?, memory(dtype.values)?];
-            heads.push(RwLock::new(KvHead::new(kernels, place, d, dtype, memory)));
+            RwLock::new(KvHead::new(kernels, place, shape.head_dim, dtype, memory))
+        });
+        let heads = heads.collect();
+        Ok(KvCache { shape, dtype, kernels, pool: pool.clone(), heads, len: 0, lease: None })
+    }
+
+    /// Another cache of the same tokens, in the same pool. It shares all pages; whichever of the two writes first to the one
+    /// that is partly filled copies it. Rows that are kept exactly are copied here and now.
+    ///
+    /// # Errors
+    /// When the address space for its further pages cannot be had, or heads hold different numbers of tokens.
+    pub fn fork(&self) -> Result<KvCache> {
+        self.check_len(self.len)?;
+        let heads = self.read_heads();
+        let settled = match heads.first() {
+            Some(head) => head.sides().map(|side| side.settled()),
+            None => [0, 0],
+        };
+        let memory = memory(&self.pool, self.shape, self.dtype, settled, |i| {
+            heads[i].sides().map(|side| side.shared(self.len).collect())
+        })?;
+        let heads = heads.iter().zip(memory).map(|(head, memory)| RwLock::new(head.fork(memory))).collect();
+        Ok(KvCache { heads, pool: self.pool.clone(), lease: self.lease.clone(), ..*self })
+    }
+
+    /// A cache of the tokens of `units`, which follow one another from the first token on and end where a sequence can go
+    /// on.
+    pub(super) fn resume(
+        pool: &PagePool,
+        shape: CacheShape,
+        dtype: KvDtype,
+        kernels: &'static Kernels,
+        units: &[&Unit],
+        lease: Lease,
+    ) -> Result<Self> {
+        let len = units.len() * PAGE_TOKENS;
+        let settled = [dtype.keys, dtype.values].map(|side| side.codec().settled(len));
+        let memory = memory(pool, shape, dtype, settled, |i| {
+            [0, 1].map(|side| {
+                let units = &units[..settled[side].div_ceil(PAGE_TOKENS)];
+                units.iter().filter_map(|unit| unit.page(i, side)).collect()
+            })
+        })?;
+        let (mut first, mut newest) = match (units.first(), units.last()) {
+            (Some(first), Some(last)) => (first.first_exact(), last.newest_exact()),
+            _ => Default::default(),
+        };
+        let mut heads = Vec::with_capacity(memory.len());
+        for (i, memory) in memory.into_iter().enumerate() {
+            let place = [i / shape.kv_heads, i % shape.kv_heads];
+            let mut head = KvHead::new(kernels, place, shape.head_dim, dtype, memory);
+            head.resume(len, &mut first, &mut newest);
+            heads.push(RwLock::new(head));
         }
-        Ok(KvCache { shape, dtype, heads, len: 0 })
+        Ok(KvCache { shape, dtype, kernels, pool: pool.clone(), heads, len, lease: Some(lease) })
     }
 
     /// Shape.
@@ -133,6 +180,11 @@ impl KvCache {
         self.len == 0
     }
 
+    /// All heads, for reading.
+    pub(super) fn read_heads(&self) -> Vec<RwLockReadGuard<'_, KvHead>> {
+        self.heads.iter().map(|head| head.read().unwrap_or_else(|e| e.into_inner())).collect()
+    }
+
     /// The head of (`layer`, `kv_head`), for reading.
     pub fn head(&self, layer: usize, kv_head: usize) -> RwLockReadGuard<'_, KvHead> {
         self.heads[layer * self.shape.kv_heads + kv_head].read().unwrap_or_else(|e| e.into_inner())
@@ -148,6 +200,12 @@ impl KvCache {
     /// # Errors
     /// [`Error::Invalid`] when some head holds another number.
     pub fn set_len(&mut self, len: usize) -> Result<()> {
+        self.check_len(len)?;
+        self.len = len;
+        Ok(())
+    }
+
+    fn check_len(&self, len: usize) -> Result<()> {
         for (i, head) in self.heads.iter().enumerate() {
             let held = head.read().unwrap_or_else(|e| e.into_inner()).len();
             if held != len {
@@ -157,7 +215,6 @@ impl KvCache {
                 )));
             }
         }
-        self.len = len;
         Ok(())
     }
 
@@ -173,4 +230,74 @@ impl KvCache {
     pub fn stored_bytes(&self) -> u64 {
         self.shape.stored_bytes(self.dtype, self.len)
     }
+    /// What it holds, page by page. What is shared counts in full; see [`KvCache::pool`] for the sum over caches.
+    pub fn memory(&self) -> KvMemory {
+        let mut sum = KvMemory::default();
+        for head in &self.heads {
+            head.read().unwrap_or_else(|e| e.into_inner()).count(&mut sum);
+        }
+        sum
+    }
+
+    /// Where its pages are counted.
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// The kernels that it works with.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+}
+
+impl Drop for KvCache {
+    /// Gives back what nobody shares, in one go: a map that nobody shares a page of goes in one piece.
+    fn drop(&mut self) {
+        let heads = std::mem::take(&mut self.heads).into_iter();
+        let heads = heads.map(|head| head.into_inner().unwrap_or_else(|e| e.into_inner()));
+        Segment::release(heads.flat_map(KvHead::into_memory).flat_map(Memory::into_unshared).collect());
+    }
+}
+
+/// Memory for all heads of a cache of which `settled` tokens of keys and of values are encoded, in the pages that `begun`
+/// returns; the last of them may be partly filled, and there is room for a copy of it.
+fn memory(
+    pool: &PagePool,
+    shape: CacheShape,
+    dtype: KvDtype,
+    settled: [usize; 2],
+    mut begun: impl FnMut(usize) -> Begun,
+) -> Result<Vec<[Memory; 2]>> {
+    let d = shape.head_dim;
+    let capacity = shape.capacity.div_ceil(PAGE_TOKENS);
+    let [keys, values] = settled.map(|tokens| capacity.saturating_sub(tokens / PAGE_TOKENS));
+    let bytes_of = |side: SideDtype, pages: usize| {
+        let exact = side.exact_bytes(d).next_multiple_of(SLACK);
+        pages.checked_mul(side.page_bytes(d).next_multiple_of(SLACK))?.checked_add(exact)
+    };
+    let bytes = bytes_of(dtype.keys, keys)
+        .zip(bytes_of(dtype.values, values))
+        .and_then(|(keys, values)| keys.checked_add(values)?.checked_mul(shape.layers * shape.kv_heads))
+        .ok_or(longbit_sys::SysError::TooLarge {
+            len: shape.capacity,
+            size: dtype.keys.page_bytes(d) + dtype.values.page_bytes(d),
+        })?;
+    let mut arena = Arena::new(bytes, true)?;
+    let mut take = |bytes: usize| -> Result<Segment> {
+        match arena.take(bytes) {
+            Some(segment) => Ok(segment),
+            None => Ok(Segment::new(bytes)?),
+        }
+    };
+    let mut side = |side: SideDtype, spare: usize, begun: Vec<Arc<Page>>| -> Result<Memory> {
+        let bytes = side.page_bytes(d);
+        let spare = (0..spare).map(|_| take(bytes)).collect::<Result<VecDeque<_>>>()?;
+        Ok(Memory::new(pool, capacity, bytes, begun, spare, take(side.exact_bytes(d))?))
+    };
+    (0..shape.layers * shape.kv_heads)
+        .map(|i| {
+            let [begun_keys, begun_values] = begun(i);
+            Ok([side(dtype.keys, keys, begun_keys)?, side(dtype.values, values, begun_values)?])
+        })
+        .collect()
 }

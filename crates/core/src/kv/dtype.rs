@@ -41,6 +41,13 @@ impl PartialEq for SideDtype {
 }
 
 impl SideDtype {
+    /// One side of `format`, which no table need list.
+    #[cfg(test)]
+    pub(super) fn of(format: &'static KvFormat, keys: bool, rotate: bool, centre: bool) -> Self {
+        let codec: &dyn Codec = if keys { format.keys } else { format.values };
+        SideDtype { format, codec, rotate, centre }
+    }
+
     /// The codec.
     pub fn codec(&self) -> &'static dyn Codec {
         self.codec

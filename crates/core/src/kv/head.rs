@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
-use super::side::{Memory, Side};
-use super::{KvDtype, KvScratch, PAGE_TOKENS};
+use super::pool::{KvMemory, Memory};
+use super::side::Side;
+use super::{KvDtype, KvScratch};
 use crate::error::{Error, Result};
 
 /// The keys and values of one (layer, KV head).
@@ -44,6 +45,43 @@ impl KvHead {
         }
     }
 
+    /// The same rows in `memory`, which begins with the pages of this head.
+    pub(super) fn fork(&self, memory: [Memory; 2]) -> Self {
+        let [keys, values] = memory;
+        KvHead {
+            kernels: self.kernels,
+            place: self.place,
+            head_dim: self.head_dim,
+            keys: self.keys.fork(keys),
+            values: self.values.fork(values),
+            len: self.len,
+            room: Vec::new(),
+        }
+    }
+
+    /// Makes an empty head one of `len` tokens; see [`Side::resume`].
+    pub(super) fn resume(&mut self, len: usize, first: &mut &[u8], newest: &mut &[u8]) {
+        for side in [&mut self.keys, &mut self.values] {
+            side.resume(len, first, newest);
+        }
+        self.len = len;
+    }
+
+    /// The keys and the values.
+    pub(super) fn sides(&self) -> [&Side; 2] {
+        [&self.keys, &self.values]
+    }
+
+    /// The memory of both sides.
+    pub(super) fn into_memory(self) -> [Memory; 2] {
+        [self.keys.memory(), self.values.memory()]
+    }
+
+    /// Adds what it holds to `sum`.
+    pub(super) fn count(&self, sum: &mut KvMemory) {
+        self.sides().into_iter().for_each(|side| side.count(sum));
+    }
+
     /// Cached tokens.
     pub fn len(&self) -> usize {
         self.len
@@ -66,14 +104,14 @@ impl KvHead {
 
     /// Tokens that fit.
     pub fn capacity(&self) -> usize {
-        self.keys.pages() * PAGE_TOKENS
+        self.keys.capacity()
     }
 
     /// Appends rows `[n][head_dim]` of keys and values.
     ///
     /// # Errors
-    /// [`Error::CacheFull`], or [`Error::Unstorable`] for a number that is not finite or larger than the format holds; nothing
-    /// is appended then.
+    /// [`Error::CacheFull`], [`Error::Unstorable`] for a number that is not finite or larger than the format holds, or no
+    /// memory for the copy of a shared page; nothing is appended then.
     pub fn append(&mut self, keys: &[f32], values: &[f32]) -> Result<()> {
         let wanted = self.len + keys.len() / self.head_dim;
         if wanted > self.capacity() {
@@ -91,6 +129,9 @@ impl KvHead {
                     dtype: side.dtype().to_string(),
                 });
             }
+        }
+        for side in [&mut self.keys, &mut self.values] {
+            side.make_room(wanted - self.len)?;
         }
         for (side, rows) in [(&mut self.keys, keys), (&mut self.values, values)] {
             if side.dtype().rotate() {

@@ -24,12 +24,17 @@ mod int8_channel;
 mod kivi;
 mod lm;
 mod planes8;
+mod pool;
+mod prefix;
 mod q_0;
 mod side;
+mod unit;
 
 pub use cache::{CacheShape, KvCache};
 pub use dtype::{KvDtype, KvFormat, SideDtype, kv_dtype};
 pub use head::KvHead;
+pub use pool::{KvMemory, PagePool, PoolUsage};
+pub use prefix::{PrefixMemory, PrefixTree};
 
 use std::ops::Range;
 
@@ -188,5 +193,11 @@ pub(crate) fn slice_rows<'a>(
     &page[from + range.start * row_bytes..from + range.end * row_bytes]
 }
 
+#[cfg(test)]
+mod fork_tests;
+#[cfg(test)]
+mod lagging;
+#[cfg(test)]
+mod prefix_tests;
 #[cfg(test)]
 mod tests;

@@ -6,22 +6,17 @@
 //! at once gives the same bytes.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use longbit_kernels::Kernels;
-use longbit_sys::Segment;
 
+use super::dtype::exact_row_bytes;
+use super::pool::{KvMemory, Memory, Page};
 use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, SideDtype, ValueCodec, f16};
+use crate::error::Result;
 
 /// How rows are kept that are not encoded.
 pub(super) static EXACT: f16::F16 = f16::F16;
-
-/// Memory of a side.
-pub(super) struct Memory {
-    /// Encoded pages, each with its mean behind the rows.
-    pub(super) pages: Vec<Segment>,
-    /// The first rows, then a ring of the newest.
-    pub(super) exact: Segment,
-}
 
 pub(super) struct Side {
     dtype: SideDtype,
@@ -33,6 +28,8 @@ pub(super) struct Side {
     settled: usize,
     /// Oldest token whose row the ring holds.
     ring_from: usize,
+    /// The exact rows of tokens from here on may be those that a page gave back.
+    true_until: usize,
     /// Sums of the decoded rows of the page that the last settled token lies in; of a centred side.
     sums: Vec<f32>,
     /// Settled tokens that `sums` takes into account; none after a rewind.
@@ -65,6 +62,7 @@ impl Side {
             len: 0,
             settled: 0,
             ring_from: 0,
+            true_until: usize::MAX,
             sums,
             summed: None,
             means: 0,
@@ -78,8 +76,23 @@ impl Side {
         self.dtype
     }
 
-    pub(super) fn pages(&self) -> usize {
-        self.memory.pages.len()
+    /// Tokens that there may be.
+    pub(super) fn capacity(&self) -> usize {
+        self.memory.capacity() * PAGE_TOKENS
+    }
+
+    pub(super) fn memory(self) -> Memory {
+        self.memory
+    }
+
+    #[cfg(test)]
+    pub(super) fn held_pages(&self) -> &[Arc<Page>] {
+        self.memory.pages()
+    }
+
+    /// Adds what it holds to `sum`.
+    pub(super) fn count(&self, sum: &mut KvMemory) {
+        self.memory.count(sum);
     }
 
     fn codec(&self) -> &'static dyn Codec {
@@ -137,15 +150,23 @@ impl Side {
 
     /// The rows of a page.
     fn encoded(&self, page: usize) -> &[u8] {
-        &self.memory.pages[page][..self.codec().page_bytes(self.head_dim)]
+        &self.memory.page(page)[..self.codec().page_bytes(self.head_dim)]
     }
 
     /// The mean of a page of a centred side.
     fn mean(&self, page: usize) -> &[u16] {
-        bytemuck::cast_slice(&self.memory.pages[page][self.codec().page_bytes(self.head_dim)..])
+        bytemuck::cast_slice(&self.memory.page(page)[self.codec().page_bytes(self.head_dim)..])
     }
 
-    /// Appends `rows`, `[n][head_dim]`; the caller has checked that they fit and are finite.
+    /// Makes the pages that [`Side::append`] of `n` rows writes to this side's own.
+    ///
+    /// # Errors
+    /// When memory cannot be had.
+    pub(super) fn make_room(&mut self, n: usize) -> Result<()> {
+        self.memory.make_room(self.settled..self.codec().settled(self.len + n))
+    }
+
+    /// Appends `rows`, `[n][head_dim]`; the caller has checked that they fit and are finite, and has made room for them.
     pub(super) fn append(&mut self, kernels: &Kernels, rows: &[f32]) {
         let d = self.head_dim;
         let n = rows.len() / d;
@@ -221,7 +242,7 @@ impl Side {
     /// Encodes `rows` within a page, less its mean.
     fn encode_in_page(&mut self, kernels: &Kernels, rows: &[f32], page: usize, row: usize) {
         let (d, codec) = (self.head_dim, self.codec());
-        let (bytes, mean) = self.memory.pages[page].split_at_mut(codec.page_bytes(d));
+        let (bytes, mean) = self.memory.page_mut(page).split_at_mut(codec.page_bytes(d));
         if !self.dtype.centre() {
             codec.encode(kernels, rows, d, bytes, row);
             return;
@@ -248,7 +269,7 @@ impl Side {
                 self.sum_page(kernels, page - 1);
             }
             let at = self.codec().page_bytes(self.head_dim);
-            let mean: &mut [u16] = bytemuck::cast_slice_mut(&mut self.memory.pages[page][at..]);
+            let mean: &mut [u16] = bytemuck::cast_slice_mut(&mut self.memory.page_mut(page)[at..]);
             for (m, sum) in mean.iter_mut().zip(&mut self.sums) {
                 let mut bits = [0u16];
                 kernels.f32_to_bf16(&[*sum / rows as f32], &mut bits);
@@ -319,12 +340,92 @@ impl Side {
                 EXACT.encode(kernels, row, d, &mut self.memory.exact, at);
             }
             self.ring_from = until;
+            self.true_until = until.min(self.true_until);
+        }
+        if len <= self.true_until {
+            self.true_until = usize::MAX;
         }
         (self.len, self.settled) = (len, until);
         // The page that goes on keeps its mean, which comes from rows before it.
         let pages = if len < self.dtype.exact_first() { 0 } else { until / PAGE_TOKENS + 1 };
-        self.means = self.means.min(pages);
+        let kept = self.memory.truncate(until.div_ceil(PAGE_TOKENS));
+        self.means = self.means.min(pages).min(kept);
         self.summed = None;
+    }
+
+    /// The same rows in `memory`, which begins with [`Side::shared`] pages of this side.
+    pub(super) fn fork(&self, mut memory: Memory) -> Side {
+        memory.exact.copy_from_slice(&self.memory.exact);
+        let mut side = Side::new(self.dtype, self.head_dim, memory);
+        (side.len, side.settled, side.ring_from) = (self.len, self.settled, self.ring_from);
+        side.true_until = self.true_until;
+        side.sums.copy_from_slice(&self.sums);
+        side.summed = self.summed;
+        side.means = self.means.min(self.settled.div_ceil(PAGE_TOKENS));
+        side
+    }
+
+    /// The pages that a sequence shares that begins with the first `tokens` tokens, which are cached.
+    pub(super) fn shared(&self, tokens: usize) -> impl Iterator<Item = Arc<Page>> {
+        (0..tokens.div_ceil(PAGE_TOKENS)).map_while(|page| self.page(page))
+    }
+
+    /// A page, to be shared, if any of its rows is encoded.
+    pub(super) fn page(&self, page: usize) -> Option<Arc<Page>> {
+        (page * PAGE_TOKENS < self.settled).then(|| self.memory.share(page))
+    }
+
+    /// Tokens of which the pages hold the rows.
+    pub(super) fn settled(&self) -> usize {
+        self.settled
+    }
+
+    /// Whether the exact rows are known that a sequence of the first `len` tokens keeps.
+    pub(super) fn knows_exact(&self, len: usize) -> bool {
+        let settled = self.codec().settled(len);
+        len <= self.len.min(self.true_until)
+            && (settled == len || self.ring_from <= settled)
+            && self.dtype.exact_first() <= len
+    }
+
+    /// Writes the first exact rows to `out`.
+    pub(super) fn first_exact(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(
+            &self.memory.exact[..self.dtype.exact_first() * exact_row_bytes(self.head_dim)],
+        );
+    }
+
+    /// Writes the newest exact rows of a sequence of the first `len` tokens to `out`, which must be known.
+    pub(super) fn newest_exact(&self, len: usize, out: &mut Vec<u8>) {
+        for token in self.codec().settled(len)..len {
+            out.extend_from_slice(&self.memory.exact[self.ring_bytes(token)]);
+        }
+    }
+
+    fn ring_bytes(&self, token: usize) -> Range<usize> {
+        let bytes = exact_row_bytes(self.head_dim);
+        let at = self.ring_row(token) * bytes;
+        at..at + bytes
+    }
+
+    /// Makes an empty side one of `len` tokens, whose pages its memory holds; takes their exact rows off the front of
+    /// `first` and `newest`, as [`Side::first_exact`] and [`Side::newest_exact`] wrote them.
+    pub(super) fn resume(&mut self, len: usize, first: &mut &[u8], newest: &mut &[u8]) {
+        let bytes = exact_row_bytes(self.head_dim);
+        let (mine, rest) = first.split_at(self.dtype.exact_first() * bytes);
+        *first = rest;
+        self.memory.exact[..mine.len()].copy_from_slice(mine);
+        (self.len, self.settled) = (len, self.codec().settled(len));
+        if self.ring() > 0 {
+            self.ring_from = self.settled;
+        }
+        for token in self.settled..len {
+            let (row, rest) = newest.split_at(bytes);
+            *newest = rest;
+            let at = self.ring_bytes(token);
+            self.memory.exact[at].copy_from_slice(row);
+        }
+        self.means = self.settled.div_ceil(PAGE_TOKENS);
     }
 
     /// Decodes `tokens` into `out`, `[tokens][head_dim]`, rotated if this side is.

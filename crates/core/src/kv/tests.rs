@@ -4,7 +4,7 @@ use super::*;
 use crate::error::Error;
 
 /// Every format, as it is and with each option.
-fn dtypes() -> Vec<KvDtype> {
+pub(super) fn dtypes() -> Vec<KvDtype> {
     let names = KV_FORMATS.iter().flat_map(|f| {
         ["", "+plain", "+rotate", "+centre", "+rotate+centre"].map(|options| format!("{}{options}", f.name))
     });
@@ -19,7 +19,7 @@ fn cache(dtype: KvDtype, head_dim: usize, capacity: usize) -> KvCache {
 }
 
 /// `n` rows with an offset, an outlier channel and a small first row.
-fn rows(n: usize, d: usize, seed: u32) -> Vec<f32> {
+pub(super) fn rows(n: usize, d: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2_654_435_761).max(1);
     let mut next = || {
         state ^= state << 13;
@@ -36,7 +36,7 @@ fn rows(n: usize, d: usize, seed: u32) -> Vec<f32> {
 }
 
 /// All stored bytes of the tokens of a head.
-fn bytes(kv: &KvHead) -> Vec<u8> {
+pub(super) fn bytes(kv: &KvHead) -> Vec<u8> {
     let parts = |run: Range<usize>| -> Vec<u8> {
         kv.key_parts(&run).chain(kv.value_parts(&run)).flatten().copied().collect()
     };

@@ -4,7 +4,9 @@
 //! barriers (`forward`). The result has the same bits for any number of threads, any prefill chunk and any
 //! instruction set.
 
+mod fork;
 mod forward;
+mod prefix;
 mod profile;
 mod scratch;
 mod stage;
@@ -20,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
 use crate::model::{Model, RopeTable};
 use forward::{Pass, Tracing, Want};
+pub use prefix::PrefixCache;
 pub use profile::{Op, OpTotal, Profile};
 use scratch::Scratch;
 
@@ -87,7 +90,7 @@ enum Kind<'a> {
 pub struct Session {
     model: Arc<Model>,
     team: Arc<Team>,
-    rope: RopeTable,
+    rope: Arc<RopeTable>,
     cache: KvCache,
     attention: Attention,
     decode: Scratch,
@@ -105,6 +108,8 @@ pub struct Session {
     rescored: u64,
     /// Passes, tokens and nanoseconds since a profile was started.
     profiled: Option<Profile>,
+    /// See [`Session::known_tokens`].
+    known: Vec<u32>,
 }
 
 impl Session {
@@ -116,15 +121,29 @@ impl Session {
         if options.capacity == 0 {
             return Err(Error::Invalid("a session needs a capacity of at least one token".into()));
         }
-        let config = &model.config;
-        let shape = CacheShape::new(config, options.capacity);
+        let shape = CacheShape::new(&model.config, options.capacity);
         let cache = KvCache::new(shape, options.kv, model.kernels)?;
-        let capacity = options.capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
-        let rope = RopeTable::new(config.rope_theta, config.head_dim, capacity, &team)?;
-        let attention = Attention::new(options.method, &cache);
-        let decode = Scratch::new(config, team.threads(), 1, capacity);
+        let rope = Self::rope_for(&model, options.capacity, &team)?;
+        Ok(Self::with_cache(model, team, rope, cache, options.method))
+    }
+
+    fn rope_for(model: &Model, capacity: usize, team: &Team) -> Result<Arc<RopeTable>> {
+        let len = capacity.next_multiple_of(crate::kv::PAGE_TOKENS);
+        Ok(Arc::new(RopeTable::new(model.config.rope_theta, model.config.head_dim, len, team)?))
+    }
+
+    /// A session that goes on from what `cache` holds.
+    fn with_cache(
+        model: Arc<Model>,
+        team: Arc<Team>,
+        rope: Arc<RopeTable>,
+        cache: KvCache,
+        method: MethodSpec,
+    ) -> Self {
+        let attention = Attention::new(method, &cache);
+        let decode = Scratch::new(&model.config, team.threads(), 1, rope.len());
         let lower_bounds = lower_bounds(1, &team);
-        Ok(Session {
+        Session {
             model,
             team,
             rope,
@@ -139,7 +158,8 @@ impl Session {
             lower_bounds,
             rescored: 0,
             profiled: None,
-        })
+            known: Vec::new(),
+        }
     }
 
     /// The model.
@@ -164,6 +184,7 @@ impl Session {
 
     /// The cache, to be filled from outside; afterwards call [`Session::refresh`].
     pub fn cache_mut(&mut self) -> &mut KvCache {
+        self.known.clear();
         &mut self.cache
     }
 
@@ -175,6 +196,12 @@ impl Session {
     /// True before the first token.
     pub fn is_empty(&self) -> bool {
         self.cache.is_empty()
+    }
+
+    /// The first tokens of the sequence, as far as the rows of the cache are those that exact attention gives for them: they
+    /// were prefilled, or decoded with the method `dense`. Rows from outside end it.
+    pub fn known_tokens(&self) -> &[u32] {
+        &self.known
     }
 
     /// The attention method's state.
@@ -256,6 +283,7 @@ impl Session {
     pub fn rewind(&mut self, len: usize) {
         self.cache.truncate(len);
         self.attention.truncated(&self.cache);
+        self.known.truncate(len);
     }
 
     /// Runs `tokens` through the model in chunks of [`Session::DEFAULT_CHUNK`]; returns the logits after the last one.
@@ -456,6 +484,13 @@ impl Session {
         if decoding {
             self.traffic = scratch.take_traffic();
         }
-        self.cache.set_len(self.cache.len() + tokens.len())
+        let before = self.cache.len();
+        self.cache.set_len(before + tokens.len())?;
+        let forced = tracing.is_some_and(|tracing| tracing.forced.is_some());
+        let exact = !decoding || self.attention.spec().method().name == "dense";
+        if exact && !forced && supplied.is_none() && self.known.len() == before {
+            self.known.extend_from_slice(tokens);
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,239 @@
+//! Pages that several sequences may share, and the count of what they take.
+//!
+//! A page belongs to whoever holds it: sequences, and trees of prefixes. Nobody writes to a page that is held twice: the
+//! writer puts a copy of its own in its place first. The last holder gives the memory back to the system.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use longbit_sys::Segment;
+
+use super::PAGE_TOKENS;
+use crate::error::Result;
+
+/// Counts the pages of caches that may share them; a clone counts the same ones. A page that many share is one page.
+#[derive(Clone, Debug, Default)]
+pub struct PagePool(Arc<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    pages: AtomicU64,
+    page_bytes: AtomicU64,
+    exact_bytes: AtomicU64,
+    copies: AtomicU64,
+}
+
+/// What the caches of a pool take together, and the trees of prefixes that hold pages of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Pages, each counted once, however many share it.
+    pub pages: u64,
+    /// Bytes of those pages.
+    pub page_bytes: u64,
+    /// Bytes for rows that are kept exactly; they are never shared between sequences.
+    pub exact_bytes: u64,
+    /// Pages that were copied since the pool was made, for their writer shared them.
+    pub copies: u64,
+}
+
+impl PagePool {
+    /// What lives now.
+    pub fn usage(&self) -> PoolUsage {
+        let [pages, page_bytes, exact_bytes, copies] =
+            [&self.0.pages, &self.0.page_bytes, &self.0.exact_bytes, &self.0.copies].map(|n| n.load(Relaxed));
+        PoolUsage { pages, page_bytes, exact_bytes, copies }
+    }
+
+    /// Whether `other` counts the same pages.
+    pub fn is(&self, other: &PagePool) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Counts `bytes` of exact rows for as long as the result lives.
+    pub(super) fn exact(&self, bytes: usize) -> Tally {
+        self.0.exact_bytes.fetch_add(bytes as u64, Relaxed);
+        Tally { pool: self.clone(), bytes: bytes as u64, page: false }
+    }
+
+    fn page(&self, segment: Segment) -> Arc<Page> {
+        let bytes = segment.len() as u64;
+        self.0.pages.fetch_add(1, Relaxed);
+        self.0.page_bytes.fetch_add(bytes, Relaxed);
+        Arc::new(Page { segment, _tally: Tally { pool: self.clone(), bytes, page: true } })
+    }
+}
+
+/// Counted in a pool until it is dropped.
+pub(super) struct Tally {
+    pool: PagePool,
+    bytes: u64,
+    page: bool,
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        let counts = &self.pool.0;
+        if self.page {
+            counts.pages.fetch_sub(1, Relaxed);
+            counts.page_bytes.fetch_sub(self.bytes, Relaxed);
+        } else {
+            counts.exact_bytes.fetch_sub(self.bytes, Relaxed);
+        }
+    }
+}
+
+/// [`PAGE_TOKENS`] encoded rows of one side of one (layer, KV head), and their mean if the side is centred.
+pub(super) struct Page {
+    segment: Segment,
+    _tally: Tally,
+}
+
+impl Page {
+    pub(super) fn bytes(&self) -> u64 {
+        self.segment.len() as u64
+    }
+}
+
+/// Lets go of `pages`, and gives the memory of those that nobody else holds back to the system.
+pub(super) fn give_back(pages: impl IntoIterator<Item = Arc<Page>>) {
+    Segment::release(unshared(pages).collect());
+}
+
+fn unshared(pages: impl IntoIterator<Item = Arc<Page>>) -> impl Iterator<Item = Segment> {
+    pages.into_iter().filter_map(Arc::into_inner).map(|page| page.segment)
+}
+
+/// What one cache holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvMemory {
+    /// Pages.
+    pub pages: u64,
+    /// How many of them others hold too.
+    pub shared_pages: u64,
+    /// Bytes of all pages.
+    pub page_bytes: u64,
+    /// Bytes of the shared ones.
+    pub shared_bytes: u64,
+    /// Bytes for rows that are kept exactly.
+    pub exact_bytes: u64,
+}
+
+/// Memory of a side.
+pub(super) struct Memory {
+    pool: PagePool,
+    /// Pages that hold tokens, each with its mean behind the rows; and what a rewind has left.
+    pages: Vec<Arc<Page>>,
+    /// Pages to come, as they lie one after another.
+    spare: VecDeque<Segment>,
+    page_bytes: usize,
+    /// Most pages that tokens may take.
+    capacity: usize,
+    /// The first rows, then a ring of the newest.
+    pub(super) exact: Segment,
+    _exact: Tally,
+}
+
+impl Memory {
+    /// `pages`, which may be shared, then `spare` ones, and room for exact rows.
+    pub(super) fn new(
+        pool: &PagePool,
+        capacity: usize,
+        page_bytes: usize,
+        pages: Vec<Arc<Page>>,
+        spare: VecDeque<Segment>,
+        exact: Segment,
+    ) -> Self {
+        let _exact = pool.exact(exact.len());
+        Memory { pool: pool.clone(), pages, spare, page_bytes, capacity, exact, _exact }
+    }
+
+    /// Most pages that tokens may take.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(super) fn page(&self, page: usize) -> &[u8] {
+        &self.pages[page].segment
+    }
+
+    /// A page that [`Memory::make_room`] has made writable.
+    pub(super) fn page_mut(&mut self, page: usize) -> &mut [u8] {
+        match Arc::get_mut(&mut self.pages[page]) {
+            Some(page) => &mut page.segment,
+            None => unreachable!("page {page} is written to while another sequence reads it"),
+        }
+    }
+
+    /// Makes the pages of the rows `tokens` writable, those before them kept: there is a page for each of them, and nobody
+    /// else holds it.
+    ///
+    /// # Errors
+    /// When memory cannot be had; what is cached stays as it was.
+    pub(super) fn make_room(&mut self, tokens: Range<usize>) -> Result<()> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let first = tokens.start / PAGE_TOKENS;
+        for page in first..tokens.end.div_ceil(PAGE_TOKENS) {
+            if self.pages.get_mut(page).is_some_and(|page| Arc::get_mut(page).is_some()) {
+                continue;
+            }
+            let mut fresh = match self.spare.pop_front() {
+                Some(segment) => segment,
+                // A sequence that copies a page needs one more than it was made with.
+                None => Segment::new(self.page_bytes)?,
+            };
+            let Some(shared) = self.pages.get_mut(page) else {
+                self.pages.push(self.pool.page(fresh));
+                continue;
+            };
+            if page == first && !tokens.start.is_multiple_of(PAGE_TOKENS) {
+                fresh.copy_from_slice(&shared.segment);
+                self.pool.0.copies.fetch_add(1, Relaxed);
+            }
+            give_back([std::mem::replace(shared, self.pool.page(fresh))]);
+        }
+        Ok(())
+    }
+
+    /// Lets go of shared pages behind the first `keep`; pages of its own stay, to be written again. Returns how many pages
+    /// from the first on are as they were.
+    pub(super) fn truncate(&mut self, keep: usize) -> usize {
+        let shared = |page: &Arc<Page>| Arc::strong_count(page) > 1;
+        let behind = self.pages.iter().skip(keep);
+        let kept = behind.take_while(|page| !shared(page)).count() + keep.min(self.pages.len());
+        let (shared, own): (Vec<_>, Vec<_>) = self.pages.drain(kept..).partition(shared);
+        self.pages.extend(own);
+        give_back(shared);
+        kept
+    }
+
+    /// Page `page`, to be shared.
+    pub(super) fn share(&self, page: usize) -> Arc<Page> {
+        Arc::clone(&self.pages[page])
+    }
+
+    #[cfg(test)]
+    pub(super) fn pages(&self) -> &[Arc<Page>] {
+        &self.pages
+    }
+
+    /// Adds what it holds to `sum`.
+    pub(super) fn count(&self, sum: &mut KvMemory) {
+        for page in &self.pages {
+            let shared = u64::from(Arc::strong_count(page) > 1);
+            sum.pages += 1;
+            sum.shared_pages += shared;
+            sum.page_bytes += page.bytes();
+            sum.shared_bytes += shared * page.bytes();
+        }
+        sum.exact_bytes += self.exact.len() as u64;
+    }
+
+    /// All memory that nobody else holds.
+    pub(super) fn into_unshared(self) -> impl Iterator<Item = Segment> {
+        unshared(self.pages).chain(self.spare).chain([self.exact])
+    }
+}
