@@ -31,7 +31,7 @@ fn by_pages(dtype: KvDtype, len: usize) -> usize {
 
 #[test]
 fn what_begins_with_a_prefix_stores_what_it_would_alone() {
-    let n = 1300;
+    let n = 1400;
     let (a, b) = (Text::new(n, 20), Text::new(n, 21));
     for dtype in all() {
         for end in [200, 256, 300, 511, 513, 800, 1024, 1100] {
