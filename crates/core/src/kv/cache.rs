@@ -3,7 +3,7 @@
 //! A page holds [`PAGE_TOKENS`] rows of keys or of values of one head. All pages come from one huge-page arena that is
 //! mapped when the cache is made and touched only as rows arrive; the pages of one head lie one after another, so that
 //! reading a head in order is one linear stream. A cache that begins with pages of another shares those, and has an
-//! arena for the pages that follow.
+//! arena for the pages that follow, page after page of all heads: it is likely to need few of them.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -269,18 +269,19 @@ fn memory(
     mut begun: impl FnMut(usize) -> Begun,
 ) -> Result<Vec<[Memory; 2]>> {
     let d = shape.head_dim;
+    let (heads, sides) = (shape.layers * shape.kv_heads, [dtype.keys, dtype.values]);
     let capacity = shape.capacity.div_ceil(PAGE_TOKENS);
-    let [keys, values] = settled.map(|tokens| capacity.saturating_sub(tokens / PAGE_TOKENS));
-    let bytes_of = |side: SideDtype, pages: usize| {
-        let exact = side.exact_bytes(d).next_multiple_of(SLACK);
-        pages.checked_mul(side.page_bytes(d).next_multiple_of(SLACK))?.checked_add(exact)
+    let pages = settled.map(|tokens| capacity.saturating_sub(tokens / PAGE_TOKENS));
+    let bytes_of = |side: usize| {
+        let (page, exact) = (sides[side].page_bytes(d), sides[side].exact_bytes(d));
+        pages[side].checked_mul(page.next_multiple_of(SLACK))?.checked_add(exact.next_multiple_of(SLACK))
     };
-    let bytes = bytes_of(dtype.keys, keys)
-        .zip(bytes_of(dtype.values, values))
-        .and_then(|(keys, values)| keys.checked_add(values)?.checked_mul(shape.layers * shape.kv_heads))
+    let bytes = bytes_of(0)
+        .zip(bytes_of(1))
+        .and_then(|(keys, values)| keys.checked_add(values)?.checked_mul(heads))
         .ok_or(longbit_sys::SysError::TooLarge {
             len: shape.capacity,
-            size: dtype.keys.page_bytes(d) + dtype.values.page_bytes(d),
+            size: sides[0].page_bytes(d) + sides[1].page_bytes(d),
         })?;
     let mut arena = Arena::new(bytes, true)?;
     let mut take = |bytes: usize| -> Result<Segment> {
@@ -289,15 +290,31 @@ fn memory(
             None => Ok(Segment::new(bytes)?),
         }
     };
-    let mut side = |side: SideDtype, spare: usize, begun: Vec<Arc<Page>>| -> Result<Memory> {
-        let bytes = side.page_bytes(d);
-        let spare = (0..spare).map(|_| take(bytes)).collect::<Result<VecDeque<_>>>()?;
-        Ok(Memory::new(pool, capacity, bytes, begun, spare, take(side.exact_bytes(d))?))
+    let mut spare: Vec<[VecDeque<Segment>; 2]> = (0..heads).map(|_| Default::default()).collect();
+    let mut put = |head: usize, side: usize| -> Result<()> {
+        spare[head][side].push_back(take(sides[side].page_bytes(d))?);
+        Ok(())
     };
-    (0..shape.layers * shape.kv_heads)
-        .map(|i| {
-            let [begun_keys, begun_values] = begun(i);
-            Ok([side(dtype.keys, keys, begun_keys)?, side(dtype.values, values, begun_values)?])
-        })
-        .collect()
+    let each = |head: usize| [(head, 0), (head, 1)];
+    if settled == [0, 0] {
+        // Head after head, for reading a long sequence in order.
+        for (head, side) in (0..heads).flat_map(each) {
+            (0..pages[side]).try_for_each(|_| put(head, side))?;
+        }
+    } else {
+        // Page after page: the next tokens of a branch, usually few, touch few huge pages, not one a head and side.
+        for page in 0..pages[0].max(pages[1]) {
+            let wanted = (0..heads).flat_map(each).filter(|&(_, side)| page < pages[side]);
+            wanted.into_iter().try_for_each(|(head, side)| put(head, side))?;
+        }
+    }
+    let heads = spare.into_iter().enumerate().map(|(i, [keys, values])| {
+        let [begun_keys, begun_values] = begun(i);
+        let mut side = |side: SideDtype, begun, spare| -> Result<Memory> {
+            let exact = take(side.exact_bytes(d))?;
+            Ok(Memory::new(pool, capacity, side.page_bytes(d), begun, spare, exact))
+        };
+        Ok([side(dtype.keys, begun_keys, keys)?, side(dtype.values, begun_values, values)?])
+    });
+    heads.collect()
 }
