@@ -15,8 +15,9 @@ use crate::model::{Model, RopeTable};
 ///
 /// A session that begins so goes on with the bits of one that computed those tokens itself. That holds for every method,
 /// for only rows that exact attention gives are kept ([`Session::known_tokens`]). With a KV dtype that keeps the newest
-/// tokens exactly, a session can go on only from about where another one ended when it was inserted, and rows
-/// depend on how the tokens were cut into passes: they are those of the session that was inserted.
+/// tokens exactly, a session can go on only from the last page boundary that another one had passed when it was inserted (so
+/// insert one that ends where a shared prompt does), and rows depend on how the tokens were cut into passes: they are those
+/// of the session that was inserted.
 ///
 /// ```
 /// use longbit::{HeadFormat, Model, PrefixCache, SessionOptions, preset};
