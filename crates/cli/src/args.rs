@@ -112,6 +112,17 @@ Examples:
 
 Times are means over threads and steps: the rows add up to the step. Bytes are those of weights, cached rows and head.")]
     Profile(crate::profile::ProfileArgs),
+    /// Say what a model with its cache weighs, what a decode step reads, and the longest context that fits; runs nothing.
+    #[command(after_help = "\
+Examples:
+  longbit estimate --model preset:bitnet-2b-4t
+  longbit estimate --model path/to/checkpoint --context 32k,96k --kv bf16,k=bf16,v=f32 --memory 16GiB
+  longbit estimate --model shape:layers=80,heads=64,kv_heads=8,head_dim=128 --context 128k --memory 80GB \\
+      --bandwidth 200GB/s
+
+tok/s at most: the read bandwidth over the bytes of a step. A shape may also give hidden, intermediate and vocab (with both of
+these the weights count) and tied=0; without kv_heads every head has keys and values of its own.")]
+    Estimate(crate::estimate::EstimateArgs),
     /// Write a model as GGUF or as packed safetensors.
     #[command(after_help = "\
 Examples:
@@ -169,6 +180,29 @@ impl PlanArgs {
                 .transpose()?,
         })
     }
+}
+
+/// KV dtypes of lists: commas part them, except those between the keys and the values of one (`k=int8,v=int4`).
+pub(crate) fn kv_names(lists: &[String]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for list in lists {
+        let mut half = false;
+        for part in list.split(',').map(str::trim) {
+            let side = part.contains('=');
+            match names.last_mut() {
+                Some(last) if half && side => {
+                    last.push(',');
+                    last.push_str(part);
+                    half = false;
+                }
+                _ => {
+                    names.push(part.to_owned());
+                    half = side;
+                }
+            }
+        }
+    }
+    names
 }
 
 /// `-f` and `-F` of the verb in the order in which they were written.
@@ -313,4 +347,22 @@ pub(crate) struct LogitsArgs {
     /// KV dtype of the cache.
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     pub(crate) kv: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_part_kv_dtypes_but_not_their_sides() {
+        let names = |lists: &[&str]| kv_names(&lists.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>());
+        assert_eq!(names(&["bf16"]), ["bf16"]);
+        assert_eq!(names(&["bf16, f32", "int8"]), ["bf16", "f32", "int8"]);
+        let mixed = "bf16,k=int8+rotate,v=q4_0,k=f32,v=bf16,int4";
+        assert_eq!(names(&[mixed]), ["bf16", "k=int8+rotate,v=q4_0", "k=f32,v=bf16", "int4"]);
+        // One that is not whole stays alone and is refused by its own parser; sides of two flags do not meet.
+        assert_eq!(names(&["k=int8,bf16"]), ["k=int8", "bf16"]);
+        assert_eq!(names(&["k=int8", "v=int4"]), ["k=int8", "v=int4"]);
+        assert_eq!(names(&[""]), [""]);
+    }
 }

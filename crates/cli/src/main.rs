@@ -4,6 +4,7 @@
 
 mod args;
 mod convert;
+mod estimate;
 mod generate;
 mod inspect;
 mod logits;
@@ -200,6 +201,7 @@ fn dispatch<W: Write>(cli: Cli, matches: &clap::ArgMatches, out: &mut Patient<W>
         Command::Logits(a) => logits::run(&a, out)?,
         Command::Generate(a) => generate::run(&a, out)?,
         Command::Perplexity(a) => perplexity::run(&a, out)?,
+        Command::Estimate(a) => estimate::run(&a, color, out)?,
         Command::Profile(a) => profile::run(&a, color, out)?,
         Command::Convert(a) => convert::run(&a, out)?,
         Command::Inspect(a) => inspect::run(&a, out)?,

@@ -67,7 +67,7 @@ fn activation(name: &str) -> Result<Activation, String> {
 /// Which model, and how it is loaded.
 #[derive(Args)]
 pub(crate) struct ModelArgs {
-    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file (`profile` also takes preset:NAME).
+    /// Checkpoint: a directory with config.json and safetensors, or a GGUF file (`profile` and `estimate` also take preset:NAME).
     #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: PathBuf,
     /// Threads [default: all CPUs allowed]. More than those are possible and slow.

@@ -10,6 +10,7 @@ use longbit::text::{PerplexityOptions, Score, Scored, Variant, perplexity};
 use longbit_lab::Exit;
 
 use crate::Failure;
+use crate::args::kv_names;
 use crate::generate::{interrupts, read_text};
 use crate::model_args::{Opened, TextArgs};
 use crate::status::{Status, say};
@@ -43,8 +44,8 @@ pub(crate) struct PerplexityArgs {
     /// Tokens scored in each window, and distance of the windows.
     #[arg(long, value_name = "M", default_value_t = 512)]
     pub(crate) stride: usize,
-    /// KV dtypes.
-    #[arg(long, value_name = "DTYPES", value_delimiter = ',', default_value = "bf16")]
+    /// KV dtypes: bf16,f32 or, with one for keys and one for values, k=f32,v=bf16.
+    #[arg(long, value_name = "DTYPES", default_value = "bf16")]
     pub(crate) kv: Vec<String>,
     /// Attention method; may be given several times [default: dense].
     #[arg(long = "method", value_name = "METHOD")]
@@ -62,7 +63,7 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
     let dense = ["dense".to_string()];
     let methods = if args.methods.is_empty() { &dense[..] } else { &args.methods };
     let mut variants = Vec::new();
-    for kv in &args.kv {
+    for kv in &kv_names(&args.kv) {
         for how in methods {
             variants.push(Variant::new(kv, how)?);
         }
@@ -195,7 +196,7 @@ fn document(
         "head": args.model.model.head,
         "isa": longbit::isa()?,
         "threads": opened.threads,
-        "kv_dtypes": args.kv,
+        "kv_dtypes": kv_names(&args.kv),
         "methods": args.methods,
         "limit": args.limit,
         "bos": options.bos,

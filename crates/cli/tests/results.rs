@@ -88,6 +88,46 @@ fn p99_stays_empty_below_its_number_of_samples() {
 }
 
 #[test]
+fn dtypes_of_keys_and_values_go_all_the_way() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let kv_dtypes = vec!["bf16", "k=f32,v=bf16", "v=f32+rotate, k=bf16"];
+    let file = Experiment { kv_dtypes, methods: vec!["dense"], ..Experiment::default() }.write(dir.path());
+    measure(dir.path(), file, "out", &[]).expect(0);
+    let out = dir.path().join("out");
+    let rows_of = |name: &str| {
+        let found: Vec<_> = cells(&out).into_iter().filter(|r| r["kv_dtype"] == name).collect();
+        assert_eq!(found.len(), 1, "{name}");
+        found[0].clone()
+    };
+    let number =
+        |row: &Row, name: &str| row[name].parse::<f64>().unwrap_or_else(|_| panic!("{name}: {row:?}"));
+    let (plain, keys) = (rows_of("bf16"), rows_of("k=f32,v=bf16"));
+    rows_of("k=bf16,v=f32+rotate");
+    // 4 layers x 2 heads x 64 numbers, of 2 and 2, or 4 and 2 bytes.
+    assert_eq!(plain["kv_bytes_stored_per_token"], "2048");
+    assert_eq!(keys["kv_bytes_stored_per_token"], "3072");
+    assert!(number(&plain, "attention_logit_error_max") > 0.0 && number(&plain, "append_ns") > 0.0);
+    assert_eq!(keys["attention_logit_error_max"], "0");
+    assert!(number(&keys, "rel_l2_p50") < number(&plain, "rel_l2_p50"));
+    assert!(number(&keys, "cosine_min") <= number(&keys, "cosine_p5"));
+    let summary = get(&out.join("summary.md"));
+    for words in ["k=bf16,v=f32+rotate", "logit error", "kB stored", "append µs"] {
+        assert!(summary.contains(words), "{words} is missing in:\n{summary}");
+    }
+    assert!(out.join("plots/error-bytes.svg").exists());
+    // Narrowed by flags in another spelling, the plan has that cell alone.
+    let only = ["plan", file, "--list", "--set", "kv_dtype=v=bf16,k=f32"];
+    let listed = run(dir.path(), &only).expect(0).out;
+    assert!(listed.lines().count() == 1 && listed.contains("/kv=k=f32,v=bf16/"), "{listed}");
+    let text = run(dir.path(), &["cmp", "out"]).expect(0).out;
+    assert!(text.contains("k=f32,v=bf16"), "{text}");
+    let same = run(dir.path(), &["check", "out", "out"]).expect(0).out;
+    assert!(!same.contains("regressed"), "{same}");
+    measure(dir.path(), file, "out", &[]).expect(0);
+    run(dir.path(), &["report", "--rebuild", "out"]).expect(0);
+}
+
+#[test]
 fn cmp_puts_methods_side_by_side() {
     let out = result();
     let text = run(RESULT.path(), &["cmp", path(&out)]).expect(0).out;

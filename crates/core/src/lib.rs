@@ -37,7 +37,9 @@ pub mod workload;
 
 pub use checkpoint::{Checkpoint, Container, Listing, OpenOptions, TensorEntry, list};
 pub use error::{Error, Result};
-pub use estimate::{Footprint, WeightFormat, footprint};
+pub use estimate::{
+    Footprint, PROCESS_BYTES, PlainShape, WeightFormat, footprint, largest_context, pass_bytes,
+};
 pub use model::{
     Activation, BlockMatrix, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS,
     Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,

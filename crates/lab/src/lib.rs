@@ -13,6 +13,7 @@ pub mod cmp;
 pub mod emit;
 pub mod engine;
 pub mod error;
+pub mod estimate;
 pub mod exit;
 pub mod machine;
 pub mod plan;

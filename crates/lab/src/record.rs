@@ -197,6 +197,10 @@ columns! {
     nll_reference_nats: Option<f64>, "nats", "The same of the reference.";
     quality_steps: Option<u64>, "count", "Decode steps compared.";
     batch: Option<u64>, "tokens", "Tokens that a timed pass takes together: 1 is a decode step, more are a prefill of as many at the context. The tpot columns are times of a pass; empty in files of before it was recorded, where it is 1.";
+    cosine_p5: Option<f64>, "-", "5th percentile of the cosine of an attention output with the exact one.";
+    attention_logit_error_max: Option<f64>, "nats", "Largest difference of a logit that attention sees, q.k/sqrt(head_dim), between rows as they are cached and as they were made: over compared steps, layers, query heads and all tokens of the context. It is that of the KV dtype, whatever the method reads; empty where a text is decoded.";
+    kv_bytes_stored_per_token: Option<f64>, "bytes", "Bytes of the filled cache for each cached token, all layers and heads together.";
+    append_ns: Option<u64>, "ns", "Time to append the keys and values of one token to every layer and head with one thread: encoding and writing, without projections and rotary embedding. Mean over 64 tokens, or as many as there is room for, median of 5 rounds; empty where no generator supplies them.";
 }
 
 /// The last column that every file has; what follows was added later and may be empty.
@@ -354,8 +358,20 @@ mod tests {
         let read = round_trip(&format!("{}\n{}\n", cut(header), cut(row))).unwrap();
         assert_eq!((read[0].quality_steps, read[0].profile.as_str()), (None, records[0].profile.as_str()));
         assert_eq!((read[0].batch, read[0].batch_tokens()), (None, 1));
-        let (quality_steps, batch) = (records[0].quality_steps, records[0].batch);
-        assert_eq!(Record { quality_steps, batch, ..read[0].clone() }, records[0]);
+        assert_eq!((read[0].append_ns, read[0].attention_logit_error_max), (None, None));
+        let Record { quality_steps, batch, cosine_p5, attention_logit_error_max, append_ns, .. } =
+            records[0].clone();
+        let kv_bytes_stored_per_token = records[0].kv_bytes_stored_per_token;
+        let later = Record {
+            quality_steps,
+            batch,
+            cosine_p5,
+            attention_logit_error_max,
+            kv_bytes_stored_per_token,
+            append_ns,
+            ..read[0].clone()
+        };
+        assert_eq!(later, records[0]);
         let error = round_trip(&text.replacen("threads", "thread", 1)).unwrap_err().to_string();
         assert!(error.contains("`threads` is missing"), "{error}");
         let error = round_trip(&text.replacen(",ok,", ",fine,", 1)).unwrap_err().to_string();

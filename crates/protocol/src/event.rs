@@ -116,6 +116,10 @@ pub struct Ready {
     /// Time to fill the cache, with the digest of its rows and, where a generator fills it, exact attention of the compared
     /// steps.
     pub fill_ns: u64,
+    /// Time to append the keys and values of one token to every layer and head with one thread: encoding and writing, mean over
+    /// some tokens, median of rounds; none where no generator supplies them.
+    #[serde(default)]
+    pub append_ns: Option<u64>,
     /// Bytes of anonymous huge pages in use, where the system says.
     #[serde(default)]
     pub huge_page_bytes: Option<u64>,
@@ -182,9 +186,16 @@ pub struct Quality {
     /// Cosine of an attention output with the exact one, mean over outputs.
     #[serde(default)]
     pub cosine_mean: Option<f64>,
+    /// 5th percentile.
+    #[serde(default)]
+    pub cosine_p5: Option<f64>,
     /// Smallest.
     #[serde(default)]
     pub cosine_min: Option<f64>,
+    /// Largest difference of a logit that attention sees, `q . k / sqrt(head_dim)`, between rows as they are cached and as they
+    /// were made: over compared steps, layers, query heads and all tokens of the context.
+    #[serde(default)]
+    pub attention_logit_error_max: Option<f64>,
     /// Median relative L2 error by head type of the workload.
     #[serde(default)]
     pub rel_l2_by_head: BTreeMap<String, f64>,

@@ -7,7 +7,9 @@ use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
 use longbit::matrix::{is_name, shape_of};
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
-use longbit::{Checkpoint, Error, HeadFormat, ModelConfig, Session, WeightFormat, footprint, preset};
+use longbit::{
+    Checkpoint, Error, HeadFormat, ModelConfig, PROCESS_BYTES, WeightFormat, footprint, pass_bytes, preset,
+};
 use longbit_protocol::{Estimate, EstimateRequest, Fill, ModelSpec};
 use longbit_sys::FileMap;
 
@@ -15,11 +17,9 @@ use crate::capabilities::{compaction, open_options};
 use crate::matrix;
 use crate::text::REFERENCE_KV;
 
-/// What the process takes beside its data: code, stacks, allocator.
-const PROCESS_BYTES: u64 = 64 << 20;
 /// Times that each decoded step's queries, keys and values are held at once, at the most: by the generators, by the
-/// steps, and on the way from the one to the other.
-const STEP_COPIES: u64 = 3;
+/// steps.
+const STEP_COPIES: u64 = 2;
 
 /// Bytes of memory that a tokenizer takes for each byte of its file while it is read. Measured: 53 MiB for a `tokenizer.json`
 /// of 3.8 MB without white space, with 128,000 tokens and 142,000 merges (14.5); 5.2 for the same file indented.
@@ -82,7 +82,10 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             estimate.fill_bytes = f.cache;
             // Each decoded step's queries, keys and values are made beforehand.
             let numbers = (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
-            STEP_COPIES * 4 * request.headroom as u64 * numbers
+            let steps = STEP_COPIES * 4 * request.headroom as u64 * numbers;
+            // Exact logits of a head, one head a thread.
+            let head = 4 * u64::from(request.quality_steps) * config.group() as u64;
+            steps.saturating_add(head.saturating_mul((request.context * request.threads) as u64))
         }
         Fill::Prefill => {
             let apart = request.quality_steps > 0 && request.kv_dtype != REFERENCE_KV;
@@ -91,7 +94,7 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             // The cache of the reference and the cells' own follow each other.
             let reference = if apart { of(REFERENCE_KV)?.cache } else { 0 };
             let kept = 4 * u64::from(request.quality_steps) * config.vocab as u64;
-            [prefill_bytes(&config), kept, tokenizing_bytes(request)]
+            [f.prefill, kept, tokenizing_bytes(request)]
                 .into_iter()
                 .fold(reference.saturating_sub(f.cache), u64::saturating_add)
         }
@@ -167,17 +170,6 @@ fn prefill_macs(config: &ModelConfig, tokens: u64) -> u64 {
     let linear: u64 = config.linears().iter().map(|&(_, rows, cols)| rows as u64 * cols as u64).sum();
     let attention = (config.q_rows() as u64).saturating_mul(tokens);
     (config.layers as u64).saturating_mul(linear.saturating_add(attention)).saturating_mul(tokens)
-}
-
-/// Buffers of a prefill chunk.
-fn prefill_bytes(config: &ModelConfig) -> u64 {
-    pass_bytes(config, Session::DEFAULT_CHUNK)
-}
-
-/// Buffers of a pass over `tokens`: logits, the rows of every stage, and their copies on the way from one to the next.
-fn pass_bytes(config: &ModelConfig, tokens: usize) -> u64 {
-    let rows = 4 * config.q_rows() + 2 * config.kv_rows() + 6 * config.hidden + 4 * config.intermediate;
-    (4 * (config.vocab + rows)) as u64 * tokens as u64
 }
 
 /// The text, a piece of it on its way to tokens, and the tokenizer.

@@ -4,7 +4,7 @@
 //! attended by the queries of the first decode steps: the exact partials that every method and KV dtype is held
 //! against cost one pass and no copy. Block partials are f32, their merge is f64.
 
-use longbit::kv::KvHead;
+use longbit::kv::{KvHead, KvScratch};
 use longbit::workload::{BLOCK, HeadType, HeadWorkload, Workload};
 use longbit::{ModelConfig, Session, Supplied};
 use longbit_sys::Team;
@@ -18,6 +18,9 @@ use crate::{WorkerError, hex};
 pub(crate) struct ExactHead {
     /// `[steps][group]`.
     partials: Vec<Partial64>,
+    /// Largest difference between the logits that attention sees, `q . k / sqrt(head_dim)` with the rows as they are cached,
+    /// and those of the rows as they were made; over steps, query heads and tokens.
+    pub(crate) logit_error: f64,
 }
 
 /// A softmax partial in f64.
@@ -134,7 +137,8 @@ impl Task<'_> {
         let (d, group) = (self.config.head_dim, self.config.group());
         let (rope, cache) = (self.session.rope(), self.session.cache());
         let head = self.workload.calibrate(layer, kv_head);
-        let mut slot = Slot::default();
+        let room = |width: usize| Vec::with_capacity(self.steps * width);
+        let mut slot = Slot { steps: [room(group * d), room(d), room(d)], ..Slot::default() };
         for step in 0..self.steps {
             let at = self.context + step;
             let (cos, sin) = (rope.cos(at..at + 1), rope.sin(at..at + 1));
@@ -154,7 +158,9 @@ impl Task<'_> {
             cache.head_mut(layer, kv_head).append(k, v)?;
             exact.add(k, v);
         }
-        slot.digest = digest(&cache.head(layer, kv_head));
+        let stored = cache.head(layer, kv_head);
+        slot.digest = digest(&stored);
+        exact.hold_against(&stored);
         slot.exact = exact.done;
         slot.head = Some(head);
         Ok(slot)
@@ -191,6 +197,11 @@ fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: u
         sha256: together(slots.iter().map(|s| s.digest)),
     };
     let (d, width) = (config.head_dim, config.group() * config.head_dim);
+    for supplied in &mut filled.steps {
+        supplied.queries.reserve_exact(slots.len() * width);
+        supplied.keys.reserve_exact(slots.len() * d);
+        supplied.values.reserve_exact(slots.len() * d);
+    }
     for (i, slot) in slots.into_iter().enumerate() {
         for (step, supplied) in filled.steps.iter_mut().enumerate() {
             supplied.queries.extend_from_slice(&slot.steps[0][step * width..(step + 1) * width]);
@@ -211,7 +222,13 @@ struct Exact<'a> {
     queries: Vec<f32>,
     group: usize,
     head_dim: usize,
+    /// Tokens of the context.
+    context: usize,
+    /// Tokens so far.
+    seen: usize,
     done: ExactHead,
+    /// Logits, `[compared][group][context]`.
+    logits: Vec<f32>,
     weights: Vec<f32>,
     acc: Vec<f32>,
 }
@@ -225,7 +242,13 @@ impl<'a> Exact<'a> {
             queries: queries.iter().map(|q| q * scale).collect(),
             group,
             head_dim,
-            done: ExactHead { partials: vec![Partial64::empty(head_dim); task.compared * group] },
+            context: task.context,
+            seen: 0,
+            done: ExactHead {
+                partials: vec![Partial64::empty(head_dim); task.compared * group],
+                logit_error: 0.0,
+            },
+            logits: vec![0.0; task.compared * group * task.context],
             weights: vec![0.0; group * BLOCK],
             acc: vec![0.0; group * head_dim],
         }
@@ -236,10 +259,18 @@ impl<'a> Exact<'a> {
         let kernels = self.session.model().kernels;
         let (d, n) = (self.head_dim, keys.len() / self.head_dim);
         let weights = &mut self.weights[..self.group * n];
-        let steps =
-            self.queries.chunks_exact(self.group * d).zip(self.done.partials.chunks_exact_mut(self.group));
-        for (queries, partials) in steps {
+        let seen = self.seen..self.seen + n;
+        self.seen = seen.end;
+        let steps = self
+            .queries
+            .chunks_exact(self.group * d)
+            .zip(self.done.partials.chunks_exact_mut(self.group))
+            .zip(self.logits.chunks_exact_mut(self.group * self.context));
+        for ((queries, partials), kept) in steps {
             kernels.scores_f32(queries, keys, d, weights, values);
+            for (kept, logits) in kept.chunks_exact_mut(self.context).zip(weights.chunks_exact(n)) {
+                kept[seen.clone()].copy_from_slice(logits);
+            }
             self.acc.fill(0.0);
             let mut blocks = Vec::with_capacity(self.group);
             for logits in weights.chunks_exact_mut(n) {
@@ -250,6 +281,31 @@ impl<'a> Exact<'a> {
             for ((partial, (max, sum)), acc) in partials.iter_mut().zip(blocks).zip(self.acc.chunks_exact(d))
             {
                 partial.merge(f64::from(max), f64::from(sum), acc);
+            }
+        }
+    }
+}
+
+impl Exact<'_> {
+    /// Compares the logits with those of the rows that `stored` holds, computed as attention does.
+    fn hold_against(&mut self, stored: &KvHead) {
+        let d = self.head_dim;
+        let (mut scratch, mut out) = (KvScratch::default(), Vec::new());
+        let steps = self
+            .queries
+            .chunks_exact_mut(self.group * d)
+            .zip(self.logits.chunks_exact(self.group * self.context));
+        for (queries, exact) in steps {
+            stored.rotate_queries(queries);
+            stored.prepare(queries, &mut scratch);
+            for run in stored.runs(0..self.context) {
+                out.resize(self.group * run.len(), 0.0);
+                stored.scores(queries, &run, &[], &mut scratch, &mut out);
+                for (ours, exact) in out.chunks_exact(run.len()).zip(exact.chunks_exact(self.context)) {
+                    let pairs = ours.iter().zip(&exact[run.clone()]);
+                    let worst = pairs.map(|(a, b)| f64::from(a - b).abs()).fold(0.0, f64::max);
+                    self.done.logit_error = self.done.logit_error.max(worst);
+                }
             }
         }
     }

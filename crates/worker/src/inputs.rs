@@ -19,7 +19,7 @@ use crate::fill::{self, Filled};
 use crate::measure::phase;
 use crate::text::{self, REFERENCE_KV, TextRun};
 use crate::timing::Passes;
-use crate::{Events, WorkerError, profile, quality};
+use crate::{Events, WorkerError, append, profile, quality};
 
 /// A model with the tokens that it is to run, where it is to run any.
 pub(crate) struct Built {
@@ -216,6 +216,14 @@ impl Inputs {
             Inputs::Own(..) => Err(WorkerError::Request(format!(
                 "nothing is compared at a context of less than {MIN_CONTEXT} tokens; set measure.quality_steps = 0"
             ))),
+        }
+    }
+
+    /// See [`append::measure`].
+    pub(crate) fn append_ns(&self, session: &mut Session) -> Result<Option<u64>, WorkerError> {
+        match self {
+            Inputs::Generated(filled) => append::measure(session, &filled.steps),
+            Inputs::Text(_) | Inputs::Own(..) => Ok(None),
         }
     }
 

@@ -4,6 +4,7 @@
 //! - `inputs`: the model, the filled cache, and what each decode step is given.
 //! - `fill`: a generator fills the cache, while exact attention is computed on the same rows in f32; `quality`: attention
 //!   outputs against exact ones.
+//! - `append`: what appending a token to the cache takes.
 //! - `text`: the tokens of a real text fill the cache; `logits`: next-token distributions against those of a reference.
 //! - `matrix`: a job that times the product of one matrix.
 //! - [`profile`]: where the time of a step goes.
@@ -11,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod append;
 mod capabilities;
 mod estimate;
 mod fill;

@@ -46,6 +46,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
     let sha256 = built.sha256.clone();
     let Prepared { mut session, inputs, fill_ns } = inputs::prepare(job, built, builders, events)?;
     let probe = ReadProbe::new(job.measure.probe_bytes as usize)?;
+    let append_ns = inputs.append_ns(&mut session)?;
     let caps = capabilities()?;
     events.send(&Event::Ready(Box::new(Ready {
         engine: caps.engine,
@@ -58,6 +59,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
         fill_sha256: inputs.fill_sha256().into(),
         build_ns,
         fill_ns,
+        append_ns,
         huge_page_bytes: ProcessFacts::now().anon_huge_bytes,
         workload_stats: inputs.statistics(&session),
     })))?;

@@ -45,6 +45,8 @@ pub(crate) fn measure(
     session.rewind(context);
     let mut errors: Vec<f64> = all.iter().map(|c| c.relative_l2).collect();
     errors.sort_by(f64::total_cmp);
+    let mut cosines: Vec<f64> = all.iter().map(|c| c.cosine).collect();
+    cosines.sort_by(f64::total_cmp);
     let hits = needles.iter().filter(|hit| **hit).count();
     Ok(Quality {
         cell: String::new(),
@@ -53,8 +55,10 @@ pub(crate) fn measure(
         rel_l2_p50: Some(quantile(&errors, 0.5)),
         rel_l2_p95: Some(quantile(&errors, 0.95)),
         rel_l2_max: Some(quantile(&errors, 1.0)),
-        cosine_mean: Some(all.iter().map(|c| c.cosine).sum::<f64>() / all.len() as f64),
-        cosine_min: Some(all.iter().map(|c| c.cosine).fold(f64::INFINITY, f64::min)),
+        cosine_mean: Some(cosines.iter().sum::<f64>() / cosines.len() as f64),
+        cosine_p5: Some(quantile(&cosines, 0.05)),
+        cosine_min: Some(cosines.iter().copied().fold(f64::INFINITY, f64::min)),
+        attention_logit_error_max: Some(filled.exact.iter().map(|e| e.logit_error).fold(0.0, f64::max)),
         rel_l2_by_head: by_type
             .into_iter()
             .map(|(name, mut errors)| {

@@ -74,8 +74,16 @@ fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
     assert!(p50 <= p95 && p95 <= max);
     // Generated inputs have no text, so there is nothing that a next token could be held against.
     assert!(dense.kl_nats.is_none() && dense.top1_agreement.is_none() && dense.logit_cosine_mean.is_none());
+    let [p5, mean] = [dense.cosine_p5, dense.cosine_mean].map(Option::unwrap);
+    assert!(dense.cosine_min.unwrap() <= p5 && p5 <= 1.0 && mean <= 1.0);
+    // Half a unit in the last of 8 bits for each of the 64 products of a logit, divided by 8.
+    let logits = dense.attention_logit_error_max.unwrap();
+    assert!((1e-4..0.5).contains(&logits), "{logits}");
     let window = quality(&events, "cell1");
     assert!(window.rel_l2_p50.unwrap() > 10.0 * p50);
+    // What is not read is stored all the same.
+    assert_eq!(window.attention_logit_error_max, Some(logits));
+    assert!(ready(&events).append_ns.unwrap() > 0);
     assert_eq!(ready(&events).kv_bytes_stored, 1000 * 8 * 2 * 64 * 2);
 }
 
@@ -86,8 +94,29 @@ fn f32_dense_attention_is_exact_to_rounding() {
         let q = quality(&events, cell);
         assert!(q.rel_l2_max.unwrap() < 1e-5, "{q:?}");
         assert!(q.cosine_min.unwrap() > 1.0 - 1e-9);
+        // The same products in the same order, of which nothing was rounded.
+        assert_eq!(q.attention_logit_error_max, Some(0.0));
     }
     assert!(samples(&events).is_empty());
+}
+
+#[test]
+fn keys_and_values_of_their_own_formats_have_errors_of_their_own() {
+    let logits = |kv: &str| {
+        let (code, events) = run(job(kv, &["dense"], measure(0)));
+        assert_eq!((code, events.last()), (0, Some(&Event::End)), "{kv}");
+        let q = quality(&events, "cell0").clone();
+        (q.attention_logit_error_max.unwrap(), q.rel_l2_p50.unwrap(), ready(&events).kv_bytes_stored)
+    };
+    let (bf16, exact_keys, exact_values) = (logits("bf16"), logits("k=f32,v=bf16"), logits("k=bf16,v=f32"));
+    // Logits come from keys alone, the error of an output from both.
+    assert_eq!((exact_keys.0, exact_values.0), (0.0, bf16.0));
+    assert!(exact_keys.1 < bf16.1 && exact_values.1 < bf16.1, "{bf16:?} {exact_keys:?} {exact_values:?}");
+    assert_eq!((2 * exact_keys.2, exact_keys.2), (3 * bf16.2, exact_values.2));
+    // Rotation and centring are undone on the way, and the newest tokens are compared as well.
+    assert!(logits("f32+rotate").0 < 1e-4 && logits("bf16+rotate").0 < 0.5);
+    let centred = logits("bf16+centre").0;
+    assert!(centred > 0.0 && centred < 0.5, "{centred}");
 }
 
 #[test]

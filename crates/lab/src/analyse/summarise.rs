@@ -269,6 +269,10 @@ fn identity(
         nll_reference_nats: None,
         quality_steps: None,
         batch: Some(cell.batch as u64),
+        cosine_p5: None,
+        attention_logit_error_max: None,
+        kv_bytes_stored_per_token: None,
+        append_ns: None,
     }
 }
 
@@ -294,6 +298,9 @@ fn add_ready(record: &mut Record, ready: &Ready) {
     record.fill = text(fill);
     record.fill_ns = Some(ready.fill_ns);
     record.kv_bytes_stored = Some(ready.kv_bytes_stored);
+    let tokens = record.context_tokens;
+    record.kv_bytes_stored_per_token = (tokens > 0).then(|| ready.kv_bytes_stored as f64 / tokens as f64);
+    record.append_ns = ready.append_ns;
     record.weight_bytes_per_token = Some(ready.weight_bytes_per_token);
 }
 
@@ -304,6 +311,8 @@ fn add_quality(record: &mut Record, quality: &Quality) {
     record.rel_l2_max = known(quality.rel_l2_max);
     record.cosine_min = known(quality.cosine_min);
     record.cosine_mean = known(quality.cosine_mean);
+    record.cosine_p5 = known(quality.cosine_p5);
+    record.attention_logit_error_max = known(quality.attention_logit_error_max);
     record.needle_accuracy = known(quality.needle_accuracy);
     record.top1_agreement = known(quality.top1_agreement);
     record.kl_nats = known(quality.kl_nats);

@@ -185,6 +185,7 @@ impl Sweep {
                 kv_bytes_stored: stored,
                 fill_sha256: "ef".repeat(32),
                 fill_ns: 1_000_000_000,
+                append_ns: Some(12_345),
                 ..Ready::default()
             };
             lines.push(Line::Ready { cohort, attempt: 0, ready: Box::new(ready) });
@@ -208,7 +209,9 @@ impl Sweep {
                         rel_l2_p95: Some(p50 * 2.2),
                         rel_l2_max: Some(p50 * 3.0),
                         cosine_mean: Some(1.0 - p50 * p50 / 2.0),
+                        cosine_p5: Some(1.0 - p50 * p50 * 0.8),
                         cosine_min: Some(1.0 - p50 * p50),
+                        attention_logit_error_max: Some(20.0 * error),
                         ..Quality::default()
                     },
                     true => Quality {

@@ -37,10 +37,15 @@ pub fn summary(plan: &Plan, machine: &Machine, records: &[Record], sentence: &st
 }
 
 /// What the columns of the table mean; the explanation stands under it when the column does.
-const LEGEND: [(&str, &str); 8] = [
+const LEGEND: [(&str, &str); 11] = [
     ("tok/s", "tok/s: timed tokens divided by their time."),
     ("median, 95 %", "median, 95 %: interval of the median speed over repetitions."),
     ("rel L2 p50", "rel L2: error of an attention output against exact f32 attention on the same inputs."),
+    (
+        "logit error",
+        "logit error: largest difference of q.k/√d, as softmax sees it, between cached rows and exact ones, over all tokens, \
+         heads and layers compared.",
+    ),
     (
         "KL nats",
         "KL nats: divergence of the next-token distribution from that of dense attention over a bf16 cache on the same \
@@ -49,6 +54,11 @@ const LEGEND: [(&str, &str); 8] = [
     ("top-1", "top-1: steps with the same most likely token."),
     ("perplexity", "perplexity: that of the text, relative to the reference."),
     ("KV MB/token", "KV MB/token: cached keys, values and indexes that a decode step reads."),
+    ("kB stored", "kB stored: what the cache takes for each token."),
+    (
+        "append µs",
+        "append µs: time to append the keys and values of one token to all layers and heads, with one thread.",
+    ),
     ("of bandwidth", "of bandwidth: bytes read a second against a read probe with the same threads."),
 ];
 

@@ -3,7 +3,7 @@
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use longbit_protocol::Status;
 
-use crate::analyse::label::{Labels, context, digits, percent};
+use crate::analyse::label::{Labels, context, digits, distinct, percent};
 use crate::record::Record;
 
 /// Headings and rows as text; the first `text_columns` of them are words, the rest numbers.
@@ -23,6 +23,8 @@ pub fn measured(records: &[Record]) -> Rows {
     let batches = records.iter().any(|r| r.batch_tokens() != 1);
     // Without a cache there is nothing to say of it.
     let cached = records.iter().any(|r| !r.one_matrix());
+    // What tells KV dtypes apart is left out where there is but one.
+    let formats = distinct(records.iter().map(|r| &r.kv_dtype)).len() > 1;
     let head = [
         "context",
         "threads",
@@ -35,7 +37,9 @@ pub fn measured(records: &[Record]) -> Rows {
         "p99 ms",
         "rel L2 p50",
         "rel L2 p95",
+        "rel L2 max",
         "cosine",
+        "logit error",
         "needles",
         "KL nats",
         "KL max",
@@ -43,6 +47,8 @@ pub fn measured(records: &[Record]) -> Rows {
         "logit cosine",
         "perplexity",
         "KV MB/token",
+        "kB stored",
+        "append µs",
         "GB/s",
         "of bandwidth",
     ];
@@ -73,7 +79,9 @@ pub fn measured(records: &[Record]) -> Rows {
             ms(r.tpot_p99_ns),
             number(r.rel_l2_p50),
             number(r.rel_l2_p95),
+            number(r.rel_l2_max.filter(|_| formats)),
             r.cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
+            number(r.attention_logit_error_max.filter(|_| formats)),
             share(r.needle_accuracy),
             number(r.kl_nats),
             number(r.kl_nats_max),
@@ -81,6 +89,8 @@ pub fn measured(records: &[Record]) -> Rows {
             r.logit_cosine_mean.map_or(String::new(), |c| format!("{c:.5}")),
             r.perplexity_ratio().map_or(String::new(), |x| format!("{x:.4}×")),
             r.cache_bytes_per_token().filter(|_| cached).map_or(String::new(), |b| digits(b as f64 / 1e6)),
+            number(r.kv_bytes_stored_per_token.filter(|_| formats).map(|b| b / 1e3)),
+            number(r.append_ns.filter(|_| formats).map(|ns| ns as f64 / 1e3)),
             number(r.achieved_gb_s),
             share(r.roofline_fraction),
         ]

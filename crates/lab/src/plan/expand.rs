@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{PlannedCell, Predicted};
 use crate::analyse::label::distinct;
+use crate::spec::kv;
 use crate::spec::named::{self, suggest};
 use crate::spec::{Exclude, Experiment, hex};
 use crate::{LabError, Result};
@@ -226,6 +227,7 @@ fn narrow(
     for value in wanted {
         let spelled = match axis {
             "method" if value.contains(':') => named::parse("method", value, &listed).ok().map(|m| m.text()),
+            "kv_dtype" | "kv" => kv::canonical(value),
             _ => None,
         };
         let value = spelled.unwrap_or_else(|| value.clone());
@@ -243,12 +245,17 @@ fn narrow(
     Ok(())
 }
 
-/// Splits at commas, except inside the parameters of a method: `dense,window:sinks=4,window=8`.
+/// Splits at commas, except inside the parameters of a method, `dense,window:sinks=4,window=8`, and between the keys and
+/// the values of a KV dtype, `bf16,k=int8,v=int4`.
 fn split_values(text: &str) -> Vec<String> {
     let mut values: Vec<String> = Vec::new();
     for part in text.split(',').map(str::trim) {
         match values.last_mut() {
-            Some(last) if last.contains(':') && part.contains('=') && !part.contains(':') => {
+            Some(last)
+                if part.contains('=')
+                    && !part.contains(':')
+                    && (last.contains(':') || last.matches('=').count() == 1) =>
+            {
                 last.push(',');
                 last.push_str(part);
             }

@@ -137,6 +137,37 @@ fn flags_narrow_and_never_widen() {
 }
 
 #[test]
+fn dtypes_of_keys_and_values_are_names_like_any_other() {
+    let axes = "context = [1024]\nthreads = [1]\nkv_dtype = [\"bf16\", \"v=bf16, k=f32\", \"k=int8+rotate,v=bf16\", \"int8\"]\nmethod = [\"dense\"]";
+    let exclude = "[[exclude]]\nkv_dtype = [\"v=bf16,k=int8+rotate\"]\nreason = \"twice\"";
+    let plan = plan(axes, exclude, &PlanOptions::default());
+    let kv: Vec<&str> = plan.cells.iter().map(|c| c.kv_dtype.as_str()).collect();
+    assert_eq!(kv, ["bf16", "k=f32,v=bf16", "k=int8+rotate,v=bf16", "int8"]);
+    assert_eq!(plan.cells[1].name, "main/x/context=1024/threads=1/kv=k=f32,v=bf16/method=dense");
+    let skipped: Vec<_> = plan.cells.iter().map(|c| c.skip.as_deref()).collect();
+    assert_eq!(skipped, [None, None, Some("excluded: twice"), None]);
+    let ids: std::collections::BTreeSet<&str> = plan.cells.iter().map(|c| c.id.as_str()).collect();
+    assert_eq!((ids.len(), plan.cohorts.len()), (4, 3));
+    // Flags split lists where dtypes end, take any spelling, and are given back as they were.
+    let capabilities = mock::capabilities();
+    let cells = expand(&experiment(axes, ""), 2).unwrap();
+    let set = |s: &str| {
+        let picked =
+            select(cells.clone(), &Selection { set: vec![s.into()], ..Selection::default() }, &capabilities);
+        picked.map(|cells| cells.into_iter().map(|c| c.kv_dtype).collect::<Vec<_>>())
+    };
+    assert_eq!(set("kv_dtype=k=f32,v=bf16").unwrap(), ["k=f32,v=bf16"]);
+    assert_eq!(set("kv=int8,v=bf16,k=f32,bf16").unwrap(), ["bf16", "k=f32,v=bf16", "int8"]);
+    assert_eq!(set("kv=k=f32,v=bf16,k=int8+rotate,v=bf16").unwrap().len(), 2);
+    let error = set("kv=k=bf16,v=f32").unwrap_err().to_string();
+    assert!(error.contains("k=bf16,v=f32 is not on the axis kv"), "{error}");
+    let filter = Filter { text: "kv=k=f32,v=bf16/".into(), not: false };
+    let picked = select(cells, &Selection { filters: vec![filter], ..Selection::default() }, &capabilities);
+    assert_eq!(picked.unwrap().len(), 1);
+    assert_eq!(quoted("kv=k=f32,v=bf16+rotate"), "kv=k=f32,v=bf16+rotate");
+}
+
+#[test]
 fn a_plan_survives_json() {
     let plan = plan(AXES, "[verify]\nrel_l2_max = 0.1", &PlanOptions::default());
     let text = serde_json::to_string_pretty(&plan).unwrap();

@@ -3,6 +3,7 @@
 //! Nothing half-checked leaves this module: [`load`] returns an [`Experiment`] or the full list of complaints, each
 //! with file, line, key and the nearest valid name.
 
+pub mod kv;
 pub mod named;
 mod read;
 mod settings;

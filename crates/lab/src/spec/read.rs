@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use longbit_protocol::{Capabilities, ParamInfo};
 use toml::de::{DeTable, DeValue};
 
+use super::kv;
 use super::named::{self, Named, suggest};
 use super::sources::Inputs;
 use super::walk::{At, Section, Source, integer, items, scalar};
@@ -266,14 +267,17 @@ impl<'a> Reader<'a> {
         let names: Vec<&str> = self.caps.kv_dtypes.iter().map(|k| k.name.as_str()).collect();
         self.axis(axes, "kv_dtype", |at| {
             let Some(text) = at.value.as_str() else { return axes.wrong_type(&at, "the name of a KV dtype") };
-            match formats_of(text).find(|name| !names.contains(name)) {
-                None => Some(text.to_owned()),
-                Some(name) => {
-                    let unknown = format!("unknown KV dtype {name:?}");
-                    self.source.complain(&at.place, unknown, suggest(name, &names));
-                    None
-                }
+            if let Some(name) = kv::formats(text).find(|name| !names.contains(name)) {
+                let unknown = format!("unknown KV dtype {name:?}");
+                self.source.complain(&at.place, unknown, suggest(name, &names));
+                return None;
             }
+            let dtype = kv::canonical(text);
+            if dtype.is_none() {
+                let help = "one name for both, or one each: \"k=int8,v=int4\"";
+                self.source.complain(&at.place, format!("{text:?} is not a KV dtype"), help);
+            }
+            dtype
         })
     }
 
@@ -408,8 +412,8 @@ impl<'a> Reader<'a> {
             }
         }
         for at in section.items("kv_dtype").unwrap_or_default() {
-            match at.value.as_str().filter(|v| kv.iter().any(|k| k == v)) {
-                Some(value) => exclude.kv_dtypes.push(value.to_owned()),
+            match at.value.as_str().and_then(kv::canonical).filter(|v| kv.contains(v)) {
+                Some(value) => exclude.kv_dtypes.push(value),
                 None => absent(&at, &scalar(at.value).unwrap_or_default(), "kv_dtype"),
             }
         }
@@ -460,12 +464,4 @@ fn thread_count<'a>(section: &Section<'a>, at: &At<&'a DeValue<'a>>) -> Option<T
             &format!("\"all\", \"all+1\", \"1..all\" or a whole number from 1 to {MAX_THREADS}"),
         ),
     }
-}
-
-/// The names in a KV dtype: one, or those of keys and values (`k=int8,v=int4`), without options (`+rotate`).
-fn formats_of(text: &str) -> impl Iterator<Item = &str> {
-    text.split(',').map(|part| {
-        let name = part.split_once('=').map_or(part, |(_, name)| name);
-        name.split('+').next().unwrap_or_default().trim()
-    })
 }

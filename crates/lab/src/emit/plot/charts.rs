@@ -4,6 +4,7 @@ use longbit_protocol::is_not_finite;
 
 use super::batches;
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
+use super::formats;
 use crate::analyse::label::{DENSE, Labels, context, distinct};
 use crate::analyse::loss::Loss;
 use crate::analyse::{stats, summarise};
@@ -12,6 +13,9 @@ use crate::run::store::Line;
 
 /// More panels than this in a figure of one line a method are too small to read.
 const MAX_PANELS: usize = 9;
+
+/// More lines for limits than this would hide what was measured.
+const MAX_LIMITS: usize = 4;
 
 /// Errors up to this one are drawn as none.
 const NO_ERROR: f64 = 1e-7;
@@ -38,6 +42,7 @@ pub fn figures(records: &[Record], lines: &[Line]) -> Vec<Figure> {
         figures.extend([speed(&look), latency(&look)]);
         figures.extend(threads(&look));
         figures.extend(error_against_speed(&look));
+        figures.extend(formats::error_against_bytes(&look));
         figures.push(percentiles(&look, lines));
     }
     figures.extend(batches::figures(&measured));
@@ -46,7 +51,7 @@ pub fn figures(records: &[Record], lines: &[Line]) -> Vec<Figure> {
 }
 
 /// How the series of one result are told apart, the same way in all of its figures.
-struct Look<'a> {
+pub(super) struct Look<'a> {
     records: Vec<&'a Record>,
     labels: Labels,
     methods: Vec<String>,
@@ -69,7 +74,11 @@ impl<'a> Look<'a> {
         Look { records: records.to_vec(), labels, methods, kv_dtypes, threads, split }
     }
 
-    fn most_threads(&self) -> u64 {
+    pub(super) fn records(&self) -> &[&'a Record] {
+        &self.records
+    }
+
+    pub(super) fn most_threads(&self) -> u64 {
         self.threads.iter().copied().max().unwrap_or(0)
     }
 
@@ -141,7 +150,7 @@ impl<'a> Look<'a> {
     }
 
     /// The conditions that hold for the whole figure.
-    fn conditions(&self, threads: &[u64]) -> String {
+    pub(super) fn conditions(&self, threads: &[u64]) -> String {
         let one = |values: Vec<String>| (values.len() == 1).then(|| values[0].clone());
         let model = one(distinct(self.records.iter().map(|r| format!("{}, {} head", r.model, r.head))));
         let kv = one(distinct(self.records.iter().map(|r| format!("{} KV", r.kv_dtype))));
@@ -181,6 +190,11 @@ fn spread(panels: &mut [Panel], single: bool) {
             series.points.iter_mut().for_each(|p| p.x *= factor);
         }
     }
+}
+
+/// A KV dtype as part of a file's name.
+fn file_word(text: &str) -> String {
+    text.replace(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c)), "-")
 }
 
 pub(super) fn thread_count(n: u64) -> String {
@@ -242,6 +256,9 @@ fn speed(look: &Look<'_>) -> Figure {
 /// The speed that the measured read bandwidth allows when a step reads all weights and every cached row once.
 fn limits(look: &Look<'_>, kv: Option<&str>, threads: u64) -> Vec<Series> {
     let mut series = Vec::new();
+    if kv.is_none() && look.kv_dtypes.len() > MAX_LIMITS {
+        return series;
+    }
     for (n, dtype) in look.kv_dtypes.iter().enumerate().filter(|(_, k)| kv.is_none_or(|only| only == **k)) {
         let mut points: Vec<Point> = Vec::new();
         for tokens in look.contexts() {
@@ -389,7 +406,7 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
             let note = if exact { "; no error: at the lower edge" } else { "" };
             let dtype = kv.map(|k| format!(", {k} KV")).unwrap_or_default();
             Figure {
-                name: kv.map_or("error-speed".into(), |k| format!("error-speed-{k}")),
+                name: kv.map_or("error-speed".into(), |k| format!("error-speed-{}", file_word(k))),
                 title: format!("Error against decode speed at each context{dtype} (lower right is better)"),
                 subtitle: format!("{} · {}{note}", look.conditions(&[threads]), loss.caption()),
                 x: x.clone(),

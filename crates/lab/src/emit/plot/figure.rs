@@ -60,7 +60,8 @@ impl Style {
         let cycle = n / PALETTE.len();
         Style {
             color: PALETTE[n % PALETTE.len()],
-            marker: MARKERS[n % MARKERS.len()],
+            // After filled and outlined ones of a colour the shapes change places.
+            marker: MARKERS[(n + 3 * (cycle / 2)) % MARKERS.len()],
             hollow: cycle % 2 == 1,
             dash: Some(DASHES[n % DASHES.len()]),
             width: 1.8,

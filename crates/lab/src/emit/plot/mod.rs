@@ -11,6 +11,7 @@ pub mod bars;
 mod batches;
 mod charts;
 pub mod figure;
+mod formats;
 mod layout;
 
 pub use charts::figures;
