@@ -3,7 +3,8 @@
 //!
 //! Not a criterion bench: what counts is a ratio to a bandwidth that drifts, so step and probe are measured in turn (A B B
 //! A), and the median of the ratios is printed. `LONGBIT_CONTEXTS` (default `2048,8192,32768`; 98304 takes 7.5 GB with
-//! bf16) and `LONGBIT_KV` (default `bf16,f32`) say what is measured.
+//! bf16) and `LONGBIT_KV` (default `bf16,f32`) say what is measured, `LONGBIT_THREADS` with how many threads;
+//! `LONGBIT_PREFILL=0` leaves prefill out, `LONGBIT_ROUNDS` are the rounds of A B B A.
 
 use std::time::Instant;
 
@@ -12,13 +13,25 @@ use longbit_benches::{attention_session, model_2b, probe, sized, smoke, team, th
 use longbit_sys::{ReadProbe, Team};
 
 /// Rounds of A B B A.
-const ROUNDS: usize = 4;
+fn rounds() -> usize {
+    std::env::var("LONGBIT_ROUNDS").map_or(4, |n| n.parse().expect("a number of rounds"))
+}
 /// Tokens of a chunk of prefill.
 const PREFILL: usize = 512;
 
 fn listed(variable: &str, default: &str) -> Vec<String> {
     let list = std::env::var(variable).unwrap_or_else(|_| default.into());
     list.split(',').map(|item| item.trim().to_string()).collect()
+}
+
+/// The thread counts of `LONGBIT_THREADS`, or all worth measuring.
+fn threads() -> Vec<usize> {
+    match std::env::var("LONGBIT_THREADS") {
+        Ok(_) => {
+            listed("LONGBIT_THREADS", "").iter().map(|n| n.parse().expect("a number of threads")).collect()
+        }
+        Err(_) => thread_counts(),
+    }
 }
 
 fn median(mut x: Vec<f64>) -> f64 {
@@ -41,7 +54,7 @@ fn decode_line(kv: &str, context: usize, threads: usize, probe: &ReadProbe, team
     let (mut session, supplied) = attention_session(context, kv, threads);
     decode(&mut session, &supplied, context);
     let (mut ratios, mut speeds, mut reads) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds() {
         let (a, b) = (probe.measure(team), decode(&mut session, &supplied, context));
         let (c, d) = (decode(&mut session, &supplied, context), probe.measure(team));
         ratios.extend([b / a, c / d]);
@@ -82,12 +95,13 @@ fn main() {
     for kv in listed("LONGBIT_KV", "bf16,f32") {
         for context in listed("LONGBIT_CONTEXTS", if smoke() { "256" } else { "2048,8192,32768" }) {
             let context = context.parse().expect("a number of tokens");
-            for threads in thread_counts() {
+            for threads in threads() {
                 decode_line(&kv, context, threads, &probe, &team(threads));
             }
         }
-        for context in [0, sized(8192)] {
-            for threads in thread_counts() {
+        let prefill = std::env::var("LONGBIT_PREFILL").map_or(true, |x| x != "0");
+        for context in [0, sized(8192)].into_iter().filter(|_| prefill) {
+            for threads in threads() {
                 prefill_line(&kv, context, threads);
             }
         }

@@ -49,12 +49,12 @@ impl Stored {
         let mut low = vec![0; if shape.bits == CodeBits::Planes { data.len() } else { 0 }];
         Kernels::best().pack_codes(shape, codes, &mut data, &mut low);
         let mut codes = vec![0; n * shape.dims];
-        shape.unpack(Rows { codes: &data, low: &low, table: &table }, &mut codes);
+        shape.unpack(Rows { codes: &data, low: &low, table: &table, upcoming: &[] }, &mut codes);
         Stored { shape, data, low, table, codes }
     }
 
     fn rows(&self) -> Rows<'_> {
-        Rows { codes: &self.data, low: &self.low, table: &self.table }
+        Rows { codes: &self.data, low: &self.low, table: &self.table, upcoming: &self.data }
     }
 
     /// Compares every instruction set with the oracle.

@@ -50,7 +50,7 @@ fn check_table(shape: CodeShape, table: &[i8; 16], codes: &[i8], queries: &[f32]
     let low = if shape.bits == CodeBits::Planes { n * shape.row_bytes() } else { 0 };
     let (mut data, mut low) = (vec![0; n * shape.row_bytes()], vec![0; low]);
     Kernels::best().pack_codes(shape, codes, &mut data, &mut low);
-    let rows = Rows { codes: &data, low: &low, table };
+    let rows = Rows { codes: &data, low: &low, table, upcoming: &data };
     let mut codes = vec![0; n * shape.dims];
     shape.unpack(rows, &mut codes);
     let (of_rows, of_blocks) = (floats(n, seed + 1), floats(n * shape.blocks(), seed + 2));

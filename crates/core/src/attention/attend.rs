@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use longbit_kernels::Kernels;
+
 use super::partial::stride;
 use crate::kv::{KvHead, KvScratch};
 
@@ -28,7 +30,7 @@ pub(crate) fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize
 }
 
 /// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
-/// `partials`. `weights` becomes `[run][group][tokens]` for [`gather_chunk`]. `upcoming` are bytes that are read next;
+/// `partials`. `weights` becomes `[run][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of memory that are read next;
 /// `scratch` has been prepared for `queries`.
 ///
 /// # Panics
@@ -37,7 +39,7 @@ pub(crate) fn score_chunk(
     queries: &[f32],
     kv: &KvHead,
     pieces: &[Range<usize>],
-    upcoming: &[u8],
+    upcoming: &[&[u8]],
     scratch: &mut KvScratch,
     weights: &mut [f32],
     partials: &mut [f32],
@@ -51,7 +53,8 @@ pub(crate) fn score_chunk(
     for run in runs() {
         let (logits, others) = rest.split_at_mut(group * run.len());
         rest = others;
-        let upcoming = ahead.next().map_or(upcoming, |next| first_of(kv.key_parts(&next)));
+        let next = ahead.next().map(|next| parts_of(kv.key_parts(&next)));
+        let upcoming = request(kernels, next.as_ref().map_or(upcoming, |next| next));
         kv.scores(queries, &run, upcoming, scratch, logits);
         for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(run.len())) {
             partial[0] = partial[0].max(kernels.max(logits));
@@ -68,17 +71,29 @@ pub(crate) fn score_chunk(
     }
 }
 
-/// The first of some pieces of memory, or none.
-pub(crate) fn first_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> &'a [u8] {
-    parts.next().unwrap_or_default()
+/// The pieces of memory of a run, the largest first; there are no more than these.
+pub(crate) fn parts_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> [&'a [u8]; 4] {
+    std::array::from_fn(|_| parts.next().unwrap_or_default())
+}
+
+/// Largest piece of memory that is requested whole: the scales of a run, which are read before its rows.
+const SMALL: usize = 4096;
+
+/// Requests the small pieces of `upcoming` and returns the first, which kernels request as they go on.
+fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] {
+    let Some((first, others)) = upcoming.split_first() else { return &[] };
+    for part in others.iter().filter(|part| part.len() <= SMALL) {
+        kernels.request(part);
+    }
+    first
 }
 
 /// Adds the values of `pieces`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as
-/// needed and keeps nothing. `upcoming` are bytes that are read next.
+/// needed and keeps nothing. `upcoming` are pieces of memory that are read next.
 pub(crate) fn gather_chunk(
     kv: &KvHead,
     pieces: &[Range<usize>],
-    upcoming: &[u8],
+    upcoming: &[&[u8]],
     weights: &[f32],
     scratch: &mut KvScratch,
     sums: &mut Vec<f32>,
@@ -94,7 +109,8 @@ pub(crate) fn gather_chunk(
     for run in runs() {
         let (weights, others) = rest.split_at(group * run.len());
         rest = others;
-        let upcoming = ahead.next().map_or(upcoming, |next| first_of(kv.value_parts(&next)));
+        let next = ahead.next().map(|next| parts_of(kv.value_parts(&next)));
+        let upcoming = request(kv.kernels(), next.as_ref().map_or(upcoming, |next| next));
         kv.accumulate(weights, &run, upcoming, scratch, sums);
     }
     for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {

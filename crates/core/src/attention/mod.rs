@@ -12,7 +12,7 @@ mod params;
 pub mod partial;
 mod window;
 
-pub(crate) use attend::{CHUNK_TOKENS, chunks, first_of, gather_above, gather_chunk, score_chunk};
+pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, parts_of, score_chunk};
 pub use params::{Kind, MethodSpec, ParamSpec, Params};
 
 use std::ops::Range;

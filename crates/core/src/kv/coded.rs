@@ -130,7 +130,7 @@ impl<R: Rounding> Codec for Coded<R> {
         let mut widened = Vec::new();
         Self::widen(kernels, scales, &mut widened);
         let mut unpacked = vec![0i8; out.len()];
-        Self::shape(d).unpack(CodeRows { codes, low, table: &R::TABLE }, &mut unpacked);
+        Self::shape(d).unpack(CodeRows { codes, low, table: &R::TABLE, upcoming: &[] }, &mut unpacked);
         let block = if R::SCALING == Scaling::Block { 32 } else { d };
         let blocks = out.chunks_exact_mut(d).flat_map(|row| row.chunks_mut(block));
         let codes = unpacked.chunks_exact(d).flat_map(|row| row.chunks(block));
@@ -159,7 +159,7 @@ impl<R: Rounding> KeyCodec for Coded<R> {
     ) {
         let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
         Self::widen(kernels, scales, &mut scratch.floats);
-        let stored = CodeRows { codes, low, table: &R::TABLE };
+        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
         let scales = Self::scales(&scratch.floats);
         kernels.code_scores(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
     }
@@ -176,7 +176,7 @@ impl<R: Rounding> ValueCodec for Coded<R> {
     ) {
         let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
         Self::widen(kernels, scales, &mut scratch.floats);
-        let stored = CodeRows { codes, low, table: &R::TABLE };
+        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
         let scales = Self::scales(&scratch.floats);
         kernels.code_accumulate(Self::shape(rows.head_dim), weights, stored, scales, acc);
     }

@@ -114,7 +114,8 @@ impl KeyCodec for Channels {
         let d = rows.head_dim;
         widened(kernels, rows.page, d, &mut scratch.floats);
         scratch.fold(kernels, shape(d), QueryBits::Sixteen, queries);
-        let stored = CodeRows::bytes(slice_rows(rows.page, 0, row_bytes(d), &rows.range));
+        let stored = slice_rows(rows.page, 0, row_bytes(d), &rows.range);
+        let stored = CodeRows::bytes(stored).before(rows.upcoming);
         kernels.code_scores(shape(d), &scratch.folded_query, stored, Scales::One, out);
     }
 }

@@ -178,13 +178,13 @@ impl KeyCodec for Keys {
             let len = end - start;
             scratch.group.resize(heads * len, 0.0);
             let query = &scratch.folded_query;
-            kernels.code_scores(
-                shape,
-                query,
-                CodeRows::indices(stored, &STEPS),
-                Scales::One,
-                &mut scratch.group,
-            );
+            // Groups follow one another up to the end of the run.
+            let upcoming = match end {
+                end if end == rows.range.end => rows.upcoming,
+                end => slice_rows(rows.page, 0, row_bytes(self.0, d), &(end..rows.range.end)),
+            };
+            let stored = CodeRows::indices(stored, &STEPS).before(upcoming);
+            kernels.code_scores(shape, query, stored, Scales::One, &mut scratch.group);
             let at = start - rows.range.start;
             for (h, scores) in scratch.group.chunks_exact(len).enumerate() {
                 let least = kernels.dot(&queries[h * d..(h + 1) * d], &scratch.floats);
@@ -292,7 +292,8 @@ impl ValueCodec for Values {
         kernels.f16_to_f32(bytemuck::cast_slice(steps), &mut scratch.floats);
         let shape = CodeShape { dims: d, bits: self.0 };
         let scales = Scales::Block(&scratch.floats);
-        kernels.code_accumulate(shape, weights, CodeRows::indices(stored, &STEPS), scales, acc);
+        let stored = CodeRows::indices(stored, &STEPS).before(rows.upcoming);
+        kernels.code_accumulate(shape, weights, stored, scales, acc);
         kernels.f16_to_f32(bytemuck::cast_slice(leasts), &mut scratch.floats);
         scratch.group.clear();
         scratch.group.resize(weights.len() / n * blocks, 0.0);

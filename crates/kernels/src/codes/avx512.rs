@@ -13,6 +13,16 @@ pub(crate) const PLANES: u8 = 4;
 /// Added to the formats of indices: the table is left out, the indices themselves are the bytes.
 pub(crate) const BARE: u8 = 8;
 
+/// Bytes of a whole segment (of each plane).
+pub(crate) const fn segment_bytes(bits: u8) -> usize {
+    match bits & !BARE {
+        EIGHT => SEGMENT,
+        FOUR | PLANES => SEGMENT / 2,
+        THREE => SEGMENT * 3 / 8,
+        _ => SEGMENT / 4,
+    }
+}
+
 /// Rows of one shape, ready to be read.
 #[derive(Clone, Copy)]
 pub(crate) struct Reader<'a> {
@@ -47,11 +57,20 @@ impl<'a> Reader<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub(crate) unsafe fn segment<const BITS: u8>(&self, t: usize, s: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's.
+        unsafe { self.segment_at::<BITS>(t * self.shape.row_bytes() + s * segment_bytes(BITS)) }
+    }
+
+    /// As [`Reader::segment`], of the segment that begins `at` bytes behind the first.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(crate) unsafe fn segment_at<const BITS: u8>(&self, at: usize) -> [__m512i; 2] {
         let flip = _mm512_set1_epi8(-128);
         let low = _mm512_set1_epi8(15);
-        let width = self.shape.bits.width();
-        let at = t * self.shape.row_bytes() + s * (SEGMENT * width / 8);
-        debug_assert!(at + SEGMENT * width / 8 <= self.rows.codes.len());
+        debug_assert!(at + segment_bytes(BITS) <= self.rows.codes.len());
         // SAFETY: a whole segment lies here, of 128, 64, 48 or 32 bytes, and in two planes the same in the lower one.
         unsafe {
             let codes = self.rows.codes.as_ptr().add(at);

@@ -195,7 +195,7 @@ mod tests {
                     let mut scales = vec![-1.0; 4 * dims.div_ceil(run)];
                     k.encode_int8(shape, blocks, &rows, &mut out, &mut low, &mut scales);
                     let mut codes = vec![0; rows.len()];
-                    shape.unpack(Rows { codes: &out, low: &low, table: &[0; 16] }, &mut codes);
+                    shape.unpack(Rows { codes: &out, low: &low, table: &[0; 16], upcoming: &[] }, &mut codes);
                     for (t, row) in rows.chunks(dims).enumerate() {
                         for (b, x) in row.chunks(run).enumerate() {
                             let m = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));

@@ -270,7 +270,7 @@ mod tests {
                 let mut low = vec![0xff; if bits == CodeBits::Planes { out.len() } else { 0 }];
                 k.pack_codes(shape, &codes, &mut out, &mut low);
                 let mut back = vec![0; n * dims];
-                shape.unpack(Rows { codes: &out, low: &low, table: &table }, &mut back);
+                shape.unpack(Rows { codes: &out, low: &low, table: &table, upcoming: &[] }, &mut back);
                 assert!(back == wanted, "{} {shape:?}", k.isa());
                 if bits == CodeBits::Planes {
                     let shape = CodeShape { dims, bits: CodeBits::Four };

@@ -22,6 +22,7 @@
 //! Scales lie elsewhere ([`Scales`]), so that a run of rows may begin at any row.
 
 pub(crate) mod accumulate;
+pub(crate) mod ahead;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 mod encode;
@@ -137,22 +138,30 @@ pub struct Rows<'a> {
     pub low: &'a [u8],
     /// What an index stands for; not read where the codes are signed. Entries beyond the largest index are not read.
     pub table: &'a [i8; 16],
+    /// The bytes of the rows that are read next, where that is known: they are requested from memory in time.
+    pub upcoming: &'a [u8],
 }
 
 impl<'a> Rows<'a> {
     /// Rows of [`CodeBits::Eight`].
     pub fn bytes(codes: &'a [u8]) -> Rows<'a> {
-        Rows { codes, low: &[], table: &SIGNED_NIBBLES }
+        Rows { codes, low: &[], table: &SIGNED_NIBBLES, upcoming: &[] }
     }
 
     /// Rows of indices into `table`.
     pub fn indices(codes: &'a [u8], table: &'a [i8; 16]) -> Rows<'a> {
-        Rows { codes, low: &[], table }
+        Rows { codes, low: &[], table, upcoming: &[] }
     }
 
     /// Rows of [`CodeBits::Planes`].
     pub fn planes(high: &'a [u8], low: &'a [u8]) -> Rows<'a> {
-        Rows { codes: high, low, table: &SIGNED_NIBBLES }
+        Rows { codes: high, low, table: &SIGNED_NIBBLES, upcoming: &[] }
+    }
+
+    /// The same rows, with those that are read next.
+    #[must_use]
+    pub fn before(self, upcoming: &'a [u8]) -> Rows<'a> {
+        Rows { upcoming, ..self }
     }
 }
 

@@ -8,7 +8,7 @@ use super::super::profile::Op;
 use super::super::scratch::Private;
 use super::Pass;
 use crate::attention::{
-    CHUNK_TOKENS, Selection, chunks, first_of, gather_above, gather_chunk, partial, score_chunk,
+    CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, parts_of, score_chunk,
 };
 
 /// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
@@ -160,23 +160,31 @@ impl Pass<'_> {
             for i in slot..last {
                 let next = if i + 1 < last { first(i + 1) } else { None };
                 let upcoming = match (next, first(slot)) {
-                    (Some(next), _) => first_of(kv.key_parts(&next)),
-                    (None, Some(back)) => first_of(kv.value_parts(&back)),
-                    (None, None) => &[],
+                    (Some(next), _) => parts_of(kv.key_parts(&next)),
+                    (None, Some(back)) => parts_of(kv.value_parts(&back)),
+                    (None, None) => [&[][..]; 4],
                 };
                 let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
                 let mut partials = s.partials.write(base + i);
-                score_chunk(queries, &kv, work.pieces(i), upcoming, &mut p.kv, weights, &mut partials);
+                score_chunk(queries, &kv, work.pieces(i), &upcoming, &mut p.kv, weights, &mut partials);
             }
             for i in slot..last {
                 let upcoming = match first(i + 1) {
-                    Some(next) if i + 1 < last => first_of(kv.value_parts(&next)),
-                    Some(next) => first_of(kv.key_parts(&next)),
-                    None => &[],
+                    Some(next) if i + 1 < last => parts_of(kv.value_parts(&next)),
+                    Some(next) => parts_of(kv.key_parts(&next)),
+                    None => [&[][..]; 4],
                 };
                 let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
                 let mut partials = s.partials.write(base + i);
-                gather_chunk(&kv, work.pieces(i), upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
+                gather_chunk(
+                    &kv,
+                    work.pieces(i),
+                    &upcoming,
+                    weights,
+                    &mut p.kv,
+                    &mut p.attend,
+                    &mut partials,
+                );
             }
             if self.profiling {
                 let read =

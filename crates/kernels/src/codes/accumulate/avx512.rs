@@ -4,6 +4,7 @@
 //! side, 16 operations to words, 48 loads, and about 30 operations to round the weights. Two loads a product are free; what
 //! shares their two ports is not: masked shuffles in place of the interleaving cost a third of the speed.
 
+use super::super::ahead::request;
 use super::super::{CodeShape, Rows, Scales};
 use super::lanes::{FOUR, HEADS, Lanes, PLANES, THREE, TWO};
 use super::pass::accumulate;
@@ -136,6 +137,11 @@ macro_rules! stamp {
                 #[inline(always)]
                 fn place(pass: usize, s: usize) -> (usize, usize) {
                     (s / 2, 2 * pass + s % 2)
+                }
+
+                #[inline(always)]
+                fn request(line: *const u8) {
+                    request(line);
                 }
 
                 #[inline(always)]

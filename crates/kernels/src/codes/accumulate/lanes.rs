@@ -42,6 +42,12 @@ pub(super) trait Lanes: Copy {
     /// Chunk and quarter of sum `s` of a pass.
     fn place(pass: usize, s: usize) -> (usize, usize);
 
+    /// Requests a line into the second-level cache, where that has been found to help.
+    #[inline(always)]
+    fn request(line: *const u8) {
+        let _ = line;
+    }
+
     /// All zero.
     fn zero() -> Self;
 

@@ -1,5 +1,6 @@
 //! The driver of one instruction set of pairs: heads by fours, segments, stretches of rows, passes.
 
+use super::super::ahead::LINE;
 use super::super::{CodeBits, CodeShape, Rows, SEGMENT, Scales};
 use super::finish::finish;
 use super::lanes::{EIGHT, FOUR, HEADS, Lanes, PLANES, THREE, TWO, format_of};
@@ -18,6 +19,8 @@ struct Source {
     stride: usize,
     /// Rows, at least one.
     n: usize,
+    /// The rows of the next stretch, to be requested; null if they are not known.
+    later: *const u8,
 }
 
 /// Sums of `H` heads, `[plane][sum]`.
@@ -74,7 +77,7 @@ unsafe fn pass<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, co
     source: Source,
     table: V,
     weights: &Weights,
-    pass: usize,
+    (pass, share): (usize, usize),
     sums: &mut [[i32; SEGMENT]; HEADS],
 ) {
     let mut acc: Sums<V, H> = [[[V::zero(); 4]; 2]; H];
@@ -87,6 +90,11 @@ unsafe fn pass<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, co
             // Weights beyond the last row are zero.
             [t * stride, (t + 1).min(n - 1) * stride, (t + 2).min(n - 1) * stride, (n - 1) * stride]
         };
+        if !source.later.is_null() {
+            for i in 0..share {
+                V::request(source.later.wrapping_add(t * stride + (pass * share + i) * LINE));
+            }
+        }
         // SAFETY: rows below n.
         unsafe { group::<V, FORMAT, H, WEIGHTS, SINGLE>(&source, at, table, words, (g, pass), &mut acc) };
     }
@@ -116,15 +124,25 @@ unsafe fn passes<V: Lanes, const FORMAT: u8, const H: usize>(
     let chunks = m.div_ceil(4 * V::LANES);
     let single = FORMAT == EIGHT && chunks == 1;
     let count = chunks * 4 / V::SUMS[usize::from(single)];
+    // The lines of four rows of the next stretch, in equal parts in each pass: memory never waits.
+    let share = (4 * source.stride / LINE).div_ceil(count);
     for i in 0..count {
         // SAFETY: passed on to the caller.
         unsafe {
             match (weights.blocks, m == 96 && FORMAT == EIGHT, single) {
-                (false, _, false) => pass::<V, FORMAT, H, ROWS, false>(source, table, weights, i, sums),
-                (true, false, false) => pass::<V, FORMAT, H, BLOCKS, false>(source, table, weights, i, sums),
-                (true, true, _) => pass::<V, EIGHT, H, THIRDS, false>(source, table, weights, i, sums),
-                (false, _, true) => pass::<V, EIGHT, H, ROWS, true>(source, table, weights, i, sums),
-                (true, false, true) => pass::<V, EIGHT, H, BLOCKS, true>(source, table, weights, i, sums),
+                (false, _, false) => {
+                    pass::<V, FORMAT, H, ROWS, false>(source, table, weights, (i, share), sums)
+                }
+                (true, false, false) => {
+                    pass::<V, FORMAT, H, BLOCKS, false>(source, table, weights, (i, share), sums)
+                }
+                (true, true, _) => {
+                    pass::<V, EIGHT, H, THIRDS, false>(source, table, weights, (i, share), sums)
+                }
+                (false, _, true) => pass::<V, EIGHT, H, ROWS, true>(source, table, weights, (i, share), sums),
+                (true, false, true) => {
+                    pass::<V, EIGHT, H, BLOCKS, true>(source, table, weights, (i, share), sums)
+                }
             }
         }
     }
@@ -216,17 +234,18 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
         let mut start = 0;
         while start < n {
             let count = STRETCH.min(n - start);
+            let later = if first == 0 { rows.later((start + count) * stride) } else { std::ptr::null() };
             // SAFETY: rows start to start + count are there, and first is the beginning of a segment.
             unsafe {
                 P::prepare::<H>(&factors, &inverse, start, count, &mut prepared, &mut bias);
                 let at = start * stride + first * shape.bits.width() / 8;
                 let low = if rows.low.is_empty() { std::ptr::null() } else { rows.low.as_ptr().add(at) };
-                let mut source = Source { row: rows.codes.as_ptr().add(at), low, stride, n: count };
+                let mut source = Source { row: rows.codes.as_ptr().add(at), low, stride, n: count, later };
                 let mut format = format_of(shape.bits);
                 if !direct {
                     let (out, stride) = (bytes.as_mut_ptr().cast::<u8>(), m.next_multiple_of(64));
                     widen::<V>(shape.bits, source, m, table, out, stride);
-                    source = Source { row: out, low: out, stride, n: count };
+                    source = Source { row: out, low: out, stride, n: count, later };
                     format = EIGHT;
                 }
                 match format {

@@ -32,7 +32,7 @@ pub(crate) fn accumulate(
     for t in 0..n {
         let plane = |x: &[u8]| t * bytes..x.len().min((t + 1) * bytes);
         let low = if rows.low.is_empty() { &[] } else { &rows.low[plane(rows.low)] };
-        shape.unpack(Rows { codes: &rows.codes[plane(rows.codes)], low, table: rows.table }, &mut codes);
+        shape.unpack(Rows { codes: &rows.codes[plane(rows.codes)], low, ..rows }, &mut codes);
         for (h, sums) in sums.chunks_exact_mut(shape.dims).enumerate() {
             for (b, (sums, codes)) in sums.chunks_mut(CODE_BLOCK).zip(codes.chunks(CODE_BLOCK)).enumerate() {
                 let q = round(weight(h, t, b), LARGEST / largest[h * blocks + b]);

@@ -5,7 +5,8 @@
 //! eight products, and six operations that bring the heads of four rotations together. Bytes that are first stored and then
 //! broadcast by loads were slower, and so was a register for each head, whose sums are longer.
 
-use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO};
+use super::super::ahead::{LINE, request};
+use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO, segment_bytes};
 use super::super::query::{HEADS, QUARTERS, QuerySegment};
 use super::super::{CodeBits, QueryBits, SEGMENT, Scales};
 use super::{QueryCodes, ScoreTable, Work};
@@ -17,6 +18,8 @@ pub(crate) static TABLE: ScoreTable = ScoreTable { wide: false, quantize, scores
 const CHUNK: usize = 256;
 /// Tokens whose sums are joined.
 const TOKENS: usize = 4;
+/// Bytes by which requests run ahead of the reading.
+const AHEAD: usize = 8192;
 
 const ONE: u8 = 0;
 const ROW: u8 = 1;
@@ -90,10 +93,17 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
             let step = steps(work.query, group);
             let query = Query::load::<BOTH>(segment, origin);
             for t in (first..end.min(first + CHUNK)).step_by(TOKENS) {
+                let (row, at) = (const { segment_bytes(BITS) }, t * const { segment_bytes(BITS) });
+                let later = work.rows.later(at + AHEAD);
+                if group == 0 && !later.is_null() {
+                    for line in (0..TOKENS * row).step_by(LINE) {
+                        request(later.wrapping_add(line));
+                    }
+                }
                 let mut dots = [query.bias; TOKENS];
                 for j in 0..TOKENS {
                     // SAFETY: four rows are left, of one segment.
-                    dots[j] = query.products::<BOTH>(unsafe { reader.segment::<BITS>(t + j, 0) });
+                    dots[j] = query.products::<BOTH>(unsafe { reader.segment_at::<BITS>(at + j * row) });
                 }
                 // SAFETY: four rows of four blocks have their scales, and all heads the places of four rows.
                 unsafe {
