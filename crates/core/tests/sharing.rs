@@ -100,7 +100,7 @@ fn a_known_prefix_changes_no_bit() {
         let mut session = prefixes.session(team(2), options("dense"), &prompt[..512]).unwrap();
         assert_eq!((session.len(), prefixes.longest(&prompt[..512])), (reused, reused), "{kv}");
         let got = bits(session.prefill(&prompt[reused..512]).unwrap());
-        assert!(got == bits(common::session(&model, 1, 700, &kv, "dense").prefill(&prompt[..512]).unwrap()));
+        assert!(got == bits(common::session(&model, 1, 700, kv, "dense").prefill(&prompt[..512]).unwrap()));
     }
 }
 
