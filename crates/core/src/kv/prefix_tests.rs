@@ -258,9 +258,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn a_tree_is_a_list_of_prefixes(budget in 3usize..12, steps in prop::collection::vec(step(), 1..40)) {
+    fn a_tree_is_a_list_of_prefixes(budget in 3usize..12, steps in prop::collection::vec(step(), 1..80)) {
         let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: 8, capacity: 0 };
         let dtype = kv_dtype("f32").unwrap();
         let unit = 2 * dtype.keys.page_bytes(8) as u64;
