@@ -7,8 +7,8 @@ use super::tests::{bytes, rows};
 use super::*;
 
 pub(super) const D: usize = 32;
-pub(super) const LAYERS: usize = 2;
-pub(super) const KV_HEADS: usize = 1;
+pub(super) const LAYERS: usize = 1;
+pub(super) const KV_HEADS: usize = 2;
 
 pub(super) fn cache(dtype: KvDtype, capacity: usize) -> KvCache {
     let shape = CacheShape { layers: LAYERS, kv_heads: KV_HEADS, head_dim: D, capacity };
@@ -204,7 +204,7 @@ fn forks_grow_on_their_own_threads() {
 #[test]
 fn heads_of_different_lengths_cannot_fork() {
     let cache = cache(kv_dtype("f32").unwrap(), 100);
-    cache.head_mut(1, 0).append(&[0.0; D], &[0.0; D]).unwrap();
+    cache.head_mut(0, 1).append(&[0.0; D], &[0.0; D]).unwrap();
     let error = cache.fork().err().unwrap().to_string();
-    assert!(error.contains("layer 1, KV head 0 holds 1 tokens where 0 were expected"), "{error}");
+    assert!(error.contains("layer 0, KV head 1 holds 1 tokens where 0 were expected"), "{error}");
 }

@@ -154,9 +154,9 @@ fn what_does_not_fit_is_refused() {
         assert!(error.contains(what), "{error}");
     };
     says(tree.insert(&[], &cache(kv_dtype("k=f32,v=bf16").unwrap(), 300)), "in k=f32,v=bf16 does not fit");
-    let shape = CacheShape { layers: 1, capacity: 300, ..SHAPE };
+    let shape = CacheShape { layers: 2, capacity: 300, ..SHAPE };
     let other = KvCache::new(shape, bf16, Kernels::best()).unwrap();
-    says(tree.insert(&[], &other), "a cache of 1 layers of 1 heads of 32 numbers");
+    says(tree.insert(&[], &other), "a cache of 2 layers of 2 heads of 32 numbers");
     says(tree.insert(&tokens(3), &cache(bf16, 300)), "3 tokens were given for a cache that holds 0");
     let error = tree.cache(&tokens(301), 300).err().unwrap();
     assert!(matches!(error, Error::CacheFull { capacity: 300, wanted: 301 }), "{error}");
