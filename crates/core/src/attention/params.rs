@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn refusals_say_what_exists() {
         for (text, says) in [
-            ("widow", "known: dense, window"),
+            ("widow", "did you mean `window`? known: dense, dense-skip, window"),
             ("window:size=3", "sinks, window"),
             ("dense:x=1", "its parameters: none"),
             ("window:window=0", "from 1 to"),
