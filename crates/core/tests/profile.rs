@@ -50,7 +50,8 @@ fn a_decode_step_reads_every_weight_and_every_selected_row_once() {
             assert_eq!(decode.total(Op::Attention).bytes, kv, "as the traffic of the session says");
             let calls = (3 * threads * model.config.layers) as u64;
             for op in linears {
-                assert_eq!(decode.total(op).calls, calls, "{}", op.as_str());
+                // Work that is handed out on demand is a call a piece.
+                assert!(decode.total(op).calls >= calls, "{}", op.as_str());
             }
         }
     }

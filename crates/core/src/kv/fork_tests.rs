@@ -36,7 +36,7 @@ impl Text {
         while cache.len() < until {
             let (from, to) = (cache.len(), until.min(cache.len() + step));
             for (i, [keys, values]) in self.0.iter().enumerate() {
-                let mut head = cache.head_mut(i, 0);
+                let mut head = cache.head_mut(i / KV_HEADS, i % KV_HEADS);
                 head.append(&keys[from * D..to * D], &values[from * D..to * D]).unwrap();
             }
             cache.set_len(to).unwrap();
@@ -52,7 +52,7 @@ impl Text {
 }
 
 pub(super) fn stored(cache: &KvCache) -> Vec<Vec<u8>> {
-    (0..LAYERS * KV_HEADS).map(|i| bytes(&cache.head(i, 0))).collect()
+    (0..LAYERS * KV_HEADS).map(|i| bytes(&cache.head(i / KV_HEADS, i % KV_HEADS))).collect()
 }
 
 const TURNS: [usize; 5] = [0, 20, 256, 300, 512];

@@ -99,7 +99,7 @@ impl Op {
 pub struct OpTotal {
     /// Time.
     pub nanos: u64,
-    /// How often it ran.
+    /// How often it ran; pieces that are handed out on demand count one by one.
     pub calls: u64,
     /// Bytes of weights, cached rows or head that it read.
     pub bytes: u64,
