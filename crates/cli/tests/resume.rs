@@ -46,6 +46,7 @@ const TIMINGS: &[&str] = &[
     "khz_max",
     "started_utc",
     "wall_ms",
+    "append_ns",
 ];
 
 /// Some seconds of work in four cohorts of two cells.
