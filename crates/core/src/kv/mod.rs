@@ -2,12 +2,13 @@
 //!
 //! A [`KvDtype`] says how the keys and how the values of a cache are stored: a [`KvFormat`] for each, and whether rows are
 //! rotated and centred first. A format is one file and one line in [`KV_FORMATS`]; what it does with bytes is a
-//! [`KeyCodec`] and a [`ValueCodec`]. Codecs are called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic dispatch costs nothing.
+//! [`KeyCodec`] and a [`ValueCodec`]. Codecs are called for runs of up to a page ([`PAGE_TOKENS`]), so dynamic dispatch
+//! costs nothing.
 //!
 //! # Rotation and centring
-//! Both are exact for attention, and both make rows easier to round. *Rotated* rows are `H x` with the normalised
-//! Walsh-Hadamard matrix `H`, and so are the queries that meet rotated keys; `H` once more gives the output of rotated
-//! values. *Centred* rows lose a mean `m` that their page keeps: `q . x = q . (x - m) + q . m`, and weighted values get the
+//! Both are exact for attention, and both make rows easier to round. *Rotated* rows are `H D x` with the normalised
+//! Walsh-Hadamard matrix `H` and a fixed diagonal of signs `D`, and so are the queries that meet rotated keys; `D H` gives
+//! the output of rotated values. *Centred* rows lose a mean `m` that their page keeps: `q . x = q . (x - m) + q . m`, and weighted values get the
 //! sum of their weights times `m` back. Rotation comes first; `m` is a mean of rotated rows.
 
 mod bf16;

@@ -2,7 +2,7 @@
 //!
 //! For four rows of 128 bytes and four heads with scales of blocks: 64 dot products, 16 shuffles to bring four rows side by
 //! side, 16 operations to words, 48 loads, and about 30 operations to round the weights. Two loads a product are free; what
-//! shares their two ports is not: masked shuffles in place of the interleaving cost a third of the speed.
+//! shares their two ports is not: masked shuffles in place of the interleaving were slower from the second-level cache.
 
 use super::super::ahead::request;
 use super::super::{CodeShape, Rows, Scales};
