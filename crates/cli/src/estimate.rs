@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use clap::Args;
-use longbit::attention::{MethodSpec, method};
+use longbit::attention::{MethodShape, MethodSpec, method};
 use longbit::kv::{CacheShape, KvDtype, kv_dtype};
 use longbit::{
     Checkpoint, ModelConfig, PROCESS_BYTES, PlainShape, WeightFormat, footprint, largest_context, preset,
@@ -79,12 +79,19 @@ impl Known {
     /// The cache alone, or all of a process, that has `context` tokens in a cache of `kv`.
     fn row(&self, kv: KvDtype, context: usize) -> Row {
         let shape = CacheShape::new(&self.config, context);
+        let method_shape = MethodShape {
+            layers: self.config.layers,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+            dtype: kv,
+        };
+        let predicted = self.method.predict(context, &method_shape);
         let numbers = 2.0 * (self.config.layers * self.config.kv_rows()) as f64;
         let mut row = Row {
             context_tokens: context as u64,
             kv_dtype: kv.to_string(),
             cache_bytes: shape.mapped_bytes(kv),
-            kv_bytes_read_per_token: shape.read_bytes(kv, self.method.predicted_reads(context)),
+            kv_bytes_read_per_token: shape.read_bytes(kv, predicted.rows),
             ..Row::default()
         };
         // Long enough that rows which are kept exactly do not count.

@@ -1,6 +1,6 @@
 //! What a configuration will weigh and read, from shapes alone.
 
-use crate::attention::{CHUNK_TOKENS, MethodSpec, partial};
+use crate::attention::{CHUNK_TOKENS, MethodShape, MethodSpec, partial};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvDtype, PAGE_TOKENS};
 use crate::model::{Activation, Compaction, HeadFormat, ModelBytes, ModelConfig, Packing};
@@ -158,15 +158,22 @@ pub fn footprint(
     let partials = tasks.saturating_mul((config.heads * partial::stride(config.head_dim) * 4) as u64);
     // Logits and their copy, and rows private to each thread.
     let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;
-    let read = method.predicted_reads(context);
+    let method_shape = MethodShape {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        dtype: kv,
+    };
+    let predicted = method.predict(context, &method_shape);
+    let of_heads = |bytes: usize| (bytes as u64).saturating_mul((config.layers * config.kv_heads) as u64);
     Footprint {
         weights: model.resident.saturating_add(loaded),
         cache: shape.stored_bytes(kv, capacity),
-        index: 0,
+        index: of_heads(predicted.state_bytes),
         scratch: rope.saturating_add(partials).saturating_add(rows),
         prefill: pass_bytes(config, Session::DEFAULT_CHUNK),
         weights_per_token: model.per_token,
-        kv_per_token: shape.read_bytes(kv, read),
+        kv_per_token: shape.read_bytes(kv, predicted.rows).saturating_add(of_heads(predicted.read_bytes)),
     }
 }
 

@@ -96,6 +96,9 @@ pub struct ParamInfo {
     pub kind: ParamKind,
     /// Default, as it would be written.
     pub default: String,
+    /// A setting that every method takes: names leave it out where it has its default.
+    #[serde(default)]
+    pub setting: bool,
 }
 
 /// Type and range of a parameter.
@@ -121,4 +124,6 @@ pub enum ParamKind {
         /// The words.
         of: Vec<String>,
     },
+    /// Layers by number or rule, joined by `+`.
+    Layers,
 }

@@ -41,16 +41,21 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                 name: m.name.into(),
                 summary: m.summary.into(),
                 params: m
-                    .params
-                    .iter()
-                    .map(|p| ParamInfo {
+                    .all_params()
+                    .enumerate()
+                    .map(|(i, p)| ParamInfo {
                         name: p.name.into(),
                         summary: p.summary.into(),
                         kind: match p.kind {
                             Kind::Int { min, max } => ParamKind::Int { min, max },
                             Kind::Float { min, max } => ParamKind::Float { min, max },
+                            Kind::Choice(of) => {
+                                ParamKind::Choice { of: of.iter().map(|s| s.to_string()).collect() }
+                            }
+                            Kind::Layers => ParamKind::Layers,
                         },
-                        default: p.default.to_string(),
+                        default: p.default.into(),
+                        setting: i >= m.params.len(),
                     })
                     .collect(),
             })
@@ -73,6 +78,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                             }
                         },
                         default: p.default.into(),
+                        setting: false,
                     })
                     .collect(),
                 reads_text: false,

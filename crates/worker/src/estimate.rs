@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use longbit::attention::method;
+use longbit::attention::{MethodShape, method};
 use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
 use longbit::matrix::{is_name, shape_of};
@@ -45,6 +45,12 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     let of = |kv: &str| {
         let method = method(&request.method)?;
         let (context, headroom) = (request.context, request.headroom.max(request.batch));
+        method.check(&MethodShape {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            dtype: kv_dtype(kv)?,
+        })?;
         Ok::<_, Error>(footprint(
             &config,
             weights,

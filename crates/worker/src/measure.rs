@@ -67,7 +67,7 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
     let mut cells = Vec::new();
     for cell in &job.cells {
         let made = teams.get(cell.threads).and_then(|team| {
-            let attention = Attention::new(method(&cell.method)?, session.cache());
+            let attention = session.attention_of(method(&cell.method)?)?;
             Ok(Cell { job: cell, team, attention: Some(attention) })
         });
         match made {

@@ -6,7 +6,7 @@
 //! weights is at least 1. The output moves by at most `n * below * max|v|`.
 
 use super::params::{Kind, ParamSpec};
-use super::{GroupQuery, HeadMethod, Method, Selection};
+use super::{GroupQuery, HeadMethod, Method, Predicted, Selection};
 use crate::kv::KvHead;
 
 pub(super) const METHOD: Method = Method {
@@ -16,11 +16,13 @@ pub(super) const METHOD: Method = Method {
         name: "below",
         summary: "values are not read where the weight is below this share of the head's largest",
         kind: Kind::Float { min: 0.0, max: 0.01 },
-        default: 1e-6,
+        default: "0.000001",
     }],
-    make: |p| Box::new(DenseSkip { below: p.float("below") as f32 }),
+    settings: false,
+    check: |_, _| Ok(()),
+    make: |p, _| Box::new(DenseSkip { below: p.float("below") as f32 }),
     // How many values are read depends on the data.
-    reads: |_, context| context,
+    predict: |_, context, _| Predicted::rows(context),
 };
 
 struct DenseSkip {

@@ -6,28 +6,40 @@
 //! the number of threads. A new method is one file and one line in [`METHODS`].
 
 mod attend;
+mod choose;
 mod dense;
 mod dense_skip;
+#[cfg(test)]
+mod laws;
+mod layers;
 mod params;
 pub mod partial;
+mod reader;
+mod reuse;
 mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, parts_of, score_chunk};
-pub use params::{Kind, MethodSpec, ParamSpec, Params};
+pub use choose::{TokenSet, top_k, top_p};
+pub use layers::Layers;
+pub use params::{Kind, MethodSpec, ParamSpec, Params, SETTINGS};
+pub use reader::Reader;
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::error::Result;
-use crate::kv::{KvCache, KvHead};
+use crate::kv::{KvCache, KvDtype, KvHead};
+use crate::model::RopeTable;
 
-/// The query heads that share a KV head, rotated and scaled by `1 / sqrt(head_dim)`.
+/// The query heads that share a KV head, rotated as its keys are and scaled by `1 / sqrt(head_dim)`.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupQuery<'a> {
     /// `[group][head_dim]`.
     pub rows: &'a [f32],
     /// Numbers a row.
     pub head_dim: usize,
+    /// Position of the token that asks; without eviction the last cached row is its own.
+    pub position: usize,
 }
 
 impl GroupQuery<'_> {
@@ -42,13 +54,17 @@ impl GroupQuery<'_> {
 pub struct Selection {
     /// Tokens to attend exactly: ascending, disjoint.
     pub spans: Vec<Range<usize>>,
-    /// The estimated rest: nothing, or `group` partials as [`partial`] lays them out.
+    /// The rest, estimated or attended by the method itself: nothing, or `group` partials as [`partial`] lays them out.
     pub tail: Vec<f32>,
     /// Values are left unread whose weight is below this share of the largest one of the head, for every head of the group;
     /// 0 reads all. Sums of weights still count them.
     pub skip_below: f32,
     /// Bytes of indexes and summaries that the decision read.
     pub index_bytes: u64,
+    /// Bytes of cached rows that the method read itself, as [`Reader`] counts them.
+    pub read_bytes: u64,
+    /// Tokens that stand in `tail` by their own keys and values.
+    pub tail_rows: u64,
 }
 
 impl Selection {
@@ -57,7 +73,7 @@ impl Selection {
         self.spans.clear();
         self.tail.clear();
         self.skip_below = 0.0;
-        self.index_bytes = 0;
+        (self.index_bytes, self.read_bytes, self.tail_rows) = (0, 0, 0);
     }
 
     /// Tokens attended exactly.
@@ -87,6 +103,59 @@ pub trait HeadMethod: Send {
     }
 }
 
+/// What of a model and its cache decides whether a method can serve it.
+#[derive(Clone, Copy, Debug)]
+pub struct MethodShape {
+    /// Layers.
+    pub layers: usize,
+    /// KV heads of a layer.
+    pub kv_heads: usize,
+    /// Numbers a row.
+    pub head_dim: usize,
+    /// Number format of keys and values.
+    pub dtype: KvDtype,
+}
+
+impl MethodShape {
+    /// The shape of `cache`.
+    pub fn of(cache: &KvCache) -> Self {
+        let shape = cache.shape();
+        let (layers, kv_heads, head_dim) = (shape.layers, shape.kv_heads, shape.head_dim);
+        MethodShape { layers, kv_heads, head_dim, dtype: cache.dtype() }
+    }
+}
+
+/// Where a state works.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// Of the whole cache.
+    pub shape: MethodShape,
+    /// Layer.
+    pub layer: usize,
+    /// KV head.
+    pub kv_head: usize,
+    /// What turned queries and keys.
+    pub rope: &'a Arc<RopeTable>,
+}
+
+/// What a decode step reads and keeps for a (layer, KV head).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Predicted {
+    /// Cached tokens whose keys and values are read.
+    pub rows: usize,
+    /// Bytes of the state.
+    pub state_bytes: usize,
+    /// Bytes that deciding reads: of the state, or of cached keys.
+    pub read_bytes: usize,
+}
+
+impl Predicted {
+    /// A method that keeps nothing.
+    pub const fn rows(rows: usize) -> Self {
+        Predicted { rows, state_bytes: 0, read_bytes: 0 }
+    }
+}
+
 /// An attention method, as the table lists it.
 pub struct Method {
     /// Name, as in experiment files.
@@ -95,24 +164,37 @@ pub struct Method {
     pub summary: &'static str,
     /// Parameters with defaults.
     pub params: &'static [ParamSpec],
+    /// Whether it takes the [`SETTINGS`] too; what reads everything has no use for them.
+    pub settings: bool,
+    /// Says what contradicts what: parameters each other, the shape, the number format.
+    check: fn(&Params, &MethodShape) -> Result<(), String>,
     /// Makes the state of one (layer, KV head).
-    make: fn(&Params) -> Box<dyn HeadMethod>,
-    /// Tokens that a step reads exactly at a context, for predictions.
-    reads: fn(&Params, usize) -> usize,
+    make: fn(&Params, &Place<'_>) -> Box<dyn HeadMethod>,
+    /// What a decode step at a context reads, for predictions; values are read of as many tokens as keys.
+    predict: fn(&Params, usize, &MethodShape) -> Predicted,
 }
 
 /// Every method.
 pub static METHODS: &[Method] = &[dense::METHOD, dense_skip::METHOD, window::METHOD];
 
+impl Method {
+    /// Its own parameters, then the settings.
+    pub fn all_params(&self) -> impl Iterator<Item = &'static ParamSpec> {
+        self.params.iter().chain(if self.settings { SETTINGS } else { &[] })
+    }
+}
+
 impl MethodSpec {
     /// The state of one (layer, KV head).
-    pub fn make(&self) -> Box<dyn HeadMethod> {
-        (self.method().make)(self.params())
-    }
-
-    /// Tokens that a decode step reads exactly at `context`, for predictions.
-    pub fn predicted_reads(&self, context: usize) -> usize {
-        (self.method().reads)(self.params(), context)
+    pub fn make(&self, place: &Place<'_>) -> Box<dyn HeadMethod> {
+        if self.is_dense(place.layer, place.shape.layers) {
+            return Box::new(dense::Dense);
+        }
+        let state = (self.method().make)(self.params(), place);
+        match self.reuse() {
+            1 => state,
+            steps => Box::new(reuse::Reuse::new(state, steps)),
+        }
     }
 }
 
@@ -124,20 +206,31 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Fresh states, brought up to date with what `cache` holds.
-    pub fn new(spec: MethodSpec, cache: &KvCache) -> Self {
-        let shape = cache.shape();
-        let heads = (0..shape.layers * shape.kv_heads)
-            .map(|i| {
-                let mut state = spec.make();
-                let kv = cache.head(i / shape.kv_heads, i % shape.kv_heads);
-                if !kv.is_empty() {
-                    state.appended(&kv, 0);
-                }
-                Mutex::new(state)
-            })
-            .collect();
-        Attention { spec, kv_heads: shape.kv_heads, heads }
+    /// Fresh states, brought up to date with what `cache` holds, whose rows `rope` turned.
+    ///
+    /// # Errors
+    /// As [`MethodSpec::check`].
+    pub fn new(spec: MethodSpec, cache: &KvCache, rope: &Arc<RopeTable>) -> Result<Self> {
+        let shape = MethodShape::of(cache);
+        spec.check(&shape)?;
+        let mut attention = Attention { spec, kv_heads: shape.kv_heads, heads: Vec::new() };
+        attention.refresh(cache, rope);
+        Ok(attention)
+    }
+
+    /// Fresh states in place of the present ones, for the same cache.
+    pub fn refresh(&mut self, cache: &KvCache, rope: &Arc<RopeTable>) {
+        let shape = MethodShape::of(cache);
+        let fresh = |i: usize| {
+            let (layer, kv_head) = (i / shape.kv_heads, i % shape.kv_heads);
+            let mut state = self.spec.make(&Place { shape, layer, kv_head, rope });
+            let kv = cache.head(layer, kv_head);
+            if !kv.is_empty() {
+                state.appended(&kv, 0);
+            }
+            Mutex::new(state)
+        };
+        self.heads = (0..shape.layers * shape.kv_heads).map(fresh).collect();
     }
 
     /// Which method, with all parameters.

@@ -1,6 +1,9 @@
 //! Parameters as text: `window:sinks=4,window=1024`. Parsed, checked and completed with defaults in this one place.
 
-use super::{METHODS, Method};
+use std::fmt;
+
+use super::layers::Layers;
+use super::{METHODS, Method, MethodShape, Predicted};
 use crate::error::{Error, Result};
 
 /// Type and range of a parameter.
@@ -20,6 +23,10 @@ pub enum Kind {
         /// Largest allowed.
         max: f64,
     },
+    /// One of some words.
+    Choice(&'static [&'static str]),
+    /// A list of [`Layers`].
+    Layers,
 }
 
 /// A parameter of a method.
@@ -31,19 +38,53 @@ pub struct ParamSpec {
     pub summary: &'static str,
     /// Type and range.
     pub kind: Kind,
-    /// Default.
-    pub default: f64,
+    /// Default, as text.
+    pub default: &'static str,
 }
 
-/// Values of all parameters of a method, in the order of its table.
+/// The value of a parameter.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Params(Vec<(&'static str, f64)>);
+enum Value {
+    Number(f64),
+    Word(&'static str),
+    Layers(Layers),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Number(number) => number.fmt(f),
+            Value::Word(word) => f.write_str(word),
+            Value::Layers(layers) => layers.fmt(f),
+        }
+    }
+}
+
+/// Settings that every method takes besides its own parameters.
+pub static SETTINGS: &[ParamSpec] = &[
+    ParamSpec {
+        name: "dense_layers",
+        summary: "layers that attend to everything",
+        kind: Kind::Layers,
+        default: "none",
+    },
+    ParamSpec {
+        name: "reuse",
+        summary: "decode steps that a selection serves; tokens appended meanwhile join it",
+        kind: Kind::Int { min: 1, max: 1024 },
+        default: "1",
+    },
+];
+
+/// Values of all parameters of a method, in the order of its table, and of the [`SETTINGS`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params(Vec<(&'static str, Value)>);
 
 impl Params {
     /// The whole number called `name`.
     ///
     /// # Panics
-    /// When the method's own table does not list it: a slip of its author.
+    /// When the method's own table does not list it as a number: a slip of its author.
     pub fn int(&self, name: &str) -> usize {
         self.float(name) as usize
     }
@@ -51,10 +92,39 @@ impl Params {
     /// The number called `name`.
     ///
     /// # Panics
-    /// When the method's own table does not list it: a slip of its author.
+    /// As [`Params::int`].
     pub fn float(&self, name: &str) -> f64 {
+        match self.value(name) {
+            Value::Number(value) => *value,
+            other => panic!("the parameter `{name}` is {other}, no number"),
+        }
+    }
+
+    /// The word chosen for `name`.
+    ///
+    /// # Panics
+    /// When the method's own table does not list it as a choice: a slip of its author.
+    pub fn word(&self, name: &str) -> &'static str {
+        match self.value(name) {
+            Value::Word(word) => word,
+            other => panic!("the parameter `{name}` is {other}, no word"),
+        }
+    }
+
+    /// The layers given for `name`.
+    ///
+    /// # Panics
+    /// When the method's own table does not list it as layers: a slip of its author.
+    pub fn layers(&self, name: &str) -> &Layers {
+        match self.value(name) {
+            Value::Layers(layers) => layers,
+            other => panic!("the parameter `{name}` is {other}, no layers"),
+        }
+    }
+
+    fn value(&self, name: &str) -> &Value {
         match self.0.iter().find(|(n, _)| *n == name) {
-            Some((_, value)) => *value,
+            Some((_, value)) => value,
             None => panic!("no parameter `{name}` in the method's table"),
         }
     }
@@ -67,14 +137,14 @@ pub struct MethodSpec {
     params: Params,
 }
 
-impl std::fmt::Debug for MethodSpec {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for MethodSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.canonical())
     }
 }
 
 impl MethodSpec {
-    /// Parses `name` or `name:key=value,…`.
+    /// Parses `name` or `name:key=value,…`. A list of layers may be joined by commas too.
     ///
     /// # Errors
     /// [`Error::Unknown`] for the name, [`Error::Parameter`] for a key or value.
@@ -85,22 +155,23 @@ impl MethodSpec {
             .find(|m| m.name == name)
             .ok_or_else(|| Error::unknown("method", name, METHODS.iter().map(|m| m.name)))?;
         let fail = |reason: String| Error::Parameter { text: text.into(), reason };
-        let mut values: Vec<Option<f64>> = vec![None; method.params.len()];
-        for pair in rest.split(',').filter(|p| !p.is_empty()) {
+        let mut values: Vec<Option<Value>> = vec![None; method.all_params().count()];
+        for pair in &pairs(rest) {
             let Some((key, value)) = pair.split_once('=') else {
                 return Err(fail(format!("`{pair}` is not of the form key=value")));
             };
-            let Some(i) = method.params.iter().position(|p| p.name == key) else {
-                let known: Vec<_> = method.params.iter().map(|p| p.name).collect();
+            let Some((i, spec)) = method.all_params().enumerate().find(|(_, p)| p.name == key) else {
+                let known: Vec<_> = method.all_params().map(|p| p.name).collect();
                 let known = if known.is_empty() { "none".into() } else { known.join(", ") };
                 return Err(fail(format!("`{name}` has no parameter `{key}`; its parameters: {known}")));
             };
-            if values[i].replace(parse_value(&method.params[i], value).map_err(fail)?).is_some() {
+            if values[i].replace(parse_value(spec, value).map_err(fail)?).is_some() {
                 return Err(fail(format!("`{key}` is given twice")));
             }
         }
-        let params =
-            method.params.iter().zip(values).map(|(p, v)| (p.name, v.unwrap_or(p.default))).collect();
+        let defaults = method.all_params().map(|p| Ok((p.name, parse_value(p, p.default).map_err(fail)?)));
+        let defaults: Vec<_> = defaults.collect::<Result<_>>()?;
+        let params = defaults.into_iter().zip(values).map(|((n, d), v)| (n, v.unwrap_or(d))).collect();
         Ok(MethodSpec { method, params: Params(params) })
     }
 
@@ -114,28 +185,96 @@ impl MethodSpec {
         &self.params
     }
 
-    /// The string with every parameter written out, which parses to the same.
+    /// The string with every parameter written out, and of the [`SETTINGS`] those that are not at their default; it parses
+    /// to the same.
     pub fn canonical(&self) -> String {
-        let pairs: Vec<_> = self.params.0.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let own = self.method.params.len();
+        let pairs = self.method.all_params().zip(&self.params.0).enumerate();
+        let pairs = pairs.map(|(i, (spec, (name, value)))| (i < own, spec.default, *name, value.to_string()));
+        let pairs: Vec<_> = pairs
+            .filter(|(own, default, _, value)| *own || value != default)
+            .map(|(_, _, name, value)| format!("{name}={value}"))
+            .collect();
         if pairs.is_empty() {
             self.method.name.into()
         } else {
             format!("{}:{}", self.method.name, pairs.join(","))
         }
     }
+
+    /// Checks what the shape of a model and the number format of its cache decide.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for layers that the model lacks, and for what the method itself cannot serve.
+    pub fn check(&self, shape: &MethodShape) -> Result<()> {
+        let fail = |reason: String| Error::Parameter { text: self.canonical(), reason };
+        for (name, value) in &self.params.0 {
+            if let Value::Layers(layers) = value {
+                layers.check(shape.layers).map_err(|reason| fail(format!("{name}: {reason}")))?;
+            }
+        }
+        (self.method.check)(&self.params, shape).map_err(fail)
+    }
+
+    /// Whether `layer` of `layers` attends to everything.
+    pub(super) fn is_dense(&self, layer: usize, layers: usize) -> bool {
+        self.method.settings && self.params.layers("dense_layers").contains(layer, layers)
+    }
+
+    /// Decode steps that a selection serves.
+    pub(super) fn reuse(&self) -> usize {
+        if self.method.settings { self.params.int("reuse") } else { 1 }
+    }
+
+    /// What a decode step at `context` reads and keeps for a (layer, KV head), on average over the layers.
+    pub fn predict(&self, context: usize, shape: &MethodShape) -> Predicted {
+        let p = (self.method.predict)(&self.params, context, shape);
+        let dense = match self.method.settings {
+            true => self.params.layers("dense_layers").count(shape.layers),
+            false => 0,
+        };
+        let average = |sparse: usize, dense_value: usize| {
+            let sum = sparse as u128 * (shape.layers - dense) as u128 + dense_value as u128 * dense as u128;
+            usize::try_from(sum / shape.layers.max(1) as u128).unwrap_or(usize::MAX)
+        };
+        Predicted {
+            rows: average(p.rows, context),
+            state_bytes: average(p.state_bytes, 0),
+            read_bytes: average(p.read_bytes / self.reuse(), 0),
+        }
+    }
 }
 
-fn parse_value(spec: &ParamSpec, value: &str) -> Result<f64, String> {
+/// The `key=value` pairs of `text`: what has no `=` goes on with the pair before it, for lists may be joined by commas.
+fn pairs(text: &str) -> Vec<String> {
+    let mut pairs: Vec<String> = Vec::new();
+    for part in text.split(',').filter(|part| !part.is_empty()) {
+        match pairs.last_mut() {
+            Some(last) if !part.contains('=') && last.contains('=') => *last = format!("{last},{part}"),
+            _ => pairs.push(part.to_owned()),
+        }
+    }
+    pairs
+}
+
+fn parse_value(spec: &ParamSpec, value: &str) -> Result<Value, String> {
     let name = spec.name;
     match spec.kind {
         Kind::Int { min, max } => match value.parse::<u64>() {
-            Ok(v) if (min..=max).contains(&v) => Ok(v as f64),
+            Ok(v) if (min..=max).contains(&v) => Ok(Value::Number(v as f64)),
             _ => Err(format!("{name}={value}: expected a whole number from {min} to {max}")),
         },
         Kind::Float { min, max } => match value.parse::<f64>() {
-            Ok(v) if (min..=max).contains(&v) => Ok(v),
+            Ok(v) if (min..=max).contains(&v) => Ok(Value::Number(v)),
             _ => Err(format!("{name}={value}: expected a number from {min} to {max}")),
         },
+        Kind::Choice(words) => match words.iter().find(|word| **word == value) {
+            Some(word) => Ok(Value::Word(word)),
+            None => Err(format!("{name}={value}: expected one of {}", words.join(", "))),
+        },
+        Kind::Layers => {
+            Layers::parse(value).map(Value::Layers).map_err(|reason| format!("{name}={value}: {reason}"))
+        }
     }
 }
 
@@ -149,12 +288,35 @@ mod tests {
         assert_eq!(spec.canonical(), "window:sinks=4,window=64");
         assert_eq!(MethodSpec::parse(&spec.canonical()).unwrap().canonical(), spec.canonical());
         assert_eq!(MethodSpec::parse("dense").unwrap().canonical(), "dense");
+        for text in ["window:dense_layers=0,1,window=64,reuse=1", "window:window=64,dense_layers=0+1"] {
+            let spec = MethodSpec::parse(text).unwrap();
+            assert_eq!(spec.canonical(), "window:sinks=4,window=64,dense_layers=0+1");
+            assert_eq!(MethodSpec::parse(&spec.canonical()).unwrap().canonical(), spec.canonical());
+        }
+    }
+
+    #[test]
+    fn layers_that_the_model_lacks_are_refused() {
+        let dtype = crate::kv::kv_dtype("bf16").unwrap();
+        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, dtype };
+        let spec = MethodSpec::parse("window:dense_layers=0+40").unwrap();
+        let message = spec.check(&shape).unwrap_err().to_string();
+        assert!(message.contains("dense_layers: there is no layer 40: the model has 30"), "{message}");
+        assert!(MethodSpec::parse("window:dense_layers=0+29").unwrap().check(&shape).is_ok());
+    }
+
+    #[test]
+    fn predictions_average_over_the_layers() {
+        let dtype = crate::kv::kv_dtype("bf16").unwrap();
+        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, dtype };
+        let spec = MethodSpec::parse("window:sinks=4,window=996,dense_layers=first3").unwrap();
+        assert_eq!(spec.predict(10_000, &shape).rows, (27 * 1000 + 3 * 10_000) / 30);
     }
 
     #[test]
     fn refusals_say_what_exists() {
         for (text, says) in [
-            ("widow", "did you mean `window`? known: dense, dense-skip, window"),
+            ("widow", "did you mean `window`?"),
             ("window:size=3", "sinks, window"),
             ("dense:x=1", "its parameters: none"),
             ("window:window=0", "from 1 to"),
@@ -162,6 +324,9 @@ mod tests {
             ("window:window=1e3", "whole number"),
             ("window:window=5,window=6", "twice"),
             ("window:window", "key=value"),
+            ("window:dense_layers=x", "every4"),
+            ("window:reuse=0", "from 1 to 1024"),
+            ("window:sinks=1,dense_layers=0,1,x", "`x` is not a layer"),
         ] {
             let message = MethodSpec::parse(text).unwrap_err().to_string();
             assert!(message.contains(says), "{text}: {message}");

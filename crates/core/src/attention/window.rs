@@ -4,7 +4,7 @@
 //! rest is dropped and the softmax renormalised over what is read. `window` counts the newest token.
 
 use super::params::{Kind, ParamSpec};
-use super::{GroupQuery, HeadMethod, Method, Selection};
+use super::{GroupQuery, HeadMethod, Method, Predicted, Selection};
 use crate::kv::KvHead;
 
 pub(super) const METHOD: Method = Method {
@@ -15,17 +15,19 @@ pub(super) const METHOD: Method = Method {
             name: "sinks",
             summary: "first tokens always read",
             kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: 4.0,
+            default: "4",
         },
         ParamSpec {
             name: "window",
             summary: "most recent tokens read, the newest included",
             kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: 1024.0,
+            default: "1024",
         },
     ],
-    make: |p| Box::new(Window { sinks: p.int("sinks"), window: p.int("window") }),
-    reads: |p, context| (p.int("sinks") + p.int("window")).min(context),
+    settings: true,
+    check: |_, _| Ok(()),
+    make: |p, _| Box::new(Window { sinks: p.int("sinks"), window: p.int("window") }),
+    predict: |p, context, _| Predicted::rows((p.int("sinks") + p.int("window")).min(context)),
 };
 
 struct Window {
@@ -69,7 +71,7 @@ mod tests {
             let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
             cache.head_mut(0, 0).append(&rows[..len * 16], &rows[..len * 16]).unwrap();
             let mut selection = Selection::default();
-            let query = GroupQuery { rows: &[0.0; 16], head_dim: 16 };
+            let query = GroupQuery { rows: &[0.0; 16], head_dim: 16, position: len - 1 };
             Window { sinks, window }.select(query, &cache.head(0, 0), &mut selection);
             let spans: Vec<_> = spans.iter().map(|&(start, end)| start..end).collect();
             assert_eq!(selection.spans, spans, "{len} tokens, {sinks} sinks, window {window}");

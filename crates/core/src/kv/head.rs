@@ -23,6 +23,9 @@ pub struct KvHead {
     len: usize,
     /// Rows on their way.
     room: Vec<f32>,
+    /// Bytes of stored rows that were read, for tests.
+    #[cfg(test)]
+    observed: std::sync::atomic::AtomicU64,
 }
 
 impl KvHead {
@@ -42,6 +45,8 @@ impl KvHead {
             values: Side::new(dtype.values, head_dim, values),
             len: 0,
             room: Vec::new(),
+            #[cfg(test)]
+            observed: Default::default(),
         }
     }
 
@@ -56,6 +61,8 @@ impl KvHead {
             values: self.values.fork(values),
             len: self.len,
             room: Vec::new(),
+            #[cfg(test)]
+            observed: Default::default(),
         }
     }
 
@@ -191,13 +198,29 @@ impl KvHead {
         self.runs(tokens).map(|run| self.key_parts(&run).map(<[u8]>::len).sum::<usize>()).sum()
     }
 
+    #[cfg(test)]
+    fn observe<'a>(&self, parts: impl Iterator<Item = &'a [u8]>) {
+        let bytes: usize = parts.map(<[u8]>::len).sum();
+        self.observed.fetch_add(bytes as u64, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Bytes of stored rows that were read since it was last asked.
+    #[cfg(test)]
+    pub(crate) fn take_observed(&self) -> u64 {
+        self.observed.swap(0, std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// Decodes the keys of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
     pub fn decode_keys(&self, tokens: Range<usize>, out: &mut [f32]) {
+        #[cfg(test)]
+        self.runs(tokens.clone()).for_each(|run| self.observe(self.key_parts(&run)));
         self.keys.decode(self.kernels, tokens, out);
     }
 
     /// Decodes the values of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
     pub fn decode_values(&self, tokens: Range<usize>, out: &mut [f32]) {
+        #[cfg(test)]
+        self.runs(tokens.clone()).for_each(|run| self.observe(self.value_parts(&run)));
         self.values.decode(self.kernels, tokens, out);
     }
 
@@ -231,6 +254,8 @@ impl KvHead {
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
+        #[cfg(test)]
+        self.observe(self.key_parts(run));
         self.keys.scores(self.kernels, queries, run, upcoming, scratch, out);
     }
 
@@ -244,6 +269,8 @@ impl KvHead {
         scratch: &mut KvScratch,
         acc: &mut [f32],
     ) {
+        #[cfg(test)]
+        self.observe(self.value_parts(run));
         self.values.accumulate(self.kernels, weights, run, upcoming, scratch, acc);
     }
 }

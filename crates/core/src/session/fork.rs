@@ -29,7 +29,7 @@ impl Session {
     pub fn fork(&self) -> Result<Session> {
         let cache = self.cache.fork()?;
         let (model, team, rope) = (Arc::clone(&self.model), Arc::clone(&self.team), Arc::clone(&self.rope));
-        let mut session = Self::with_cache(model, team, rope, cache, self.attention.spec().clone());
+        let mut session = Self::with_cache(model, team, rope, cache, self.attention.spec().clone())?;
         if self.exact_top > 1 {
             session.set_exact_top(self.exact_top);
         }

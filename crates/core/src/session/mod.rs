@@ -116,7 +116,7 @@ impl Session {
     /// An empty session.
     ///
     /// # Errors
-    /// When memory for the cache cannot be had, or the capacity is zero.
+    /// When memory for the cache cannot be had, the capacity is zero, or the method cannot serve the model or the format.
     pub fn new(model: Arc<Model>, team: Arc<Team>, options: SessionOptions) -> Result<Self> {
         if options.capacity == 0 {
             return Err(Error::Invalid("a session needs a capacity of at least one token".into()));
@@ -124,7 +124,7 @@ impl Session {
         let shape = CacheShape::new(&model.config, options.capacity);
         let cache = KvCache::new(shape, options.kv, model.kernels)?;
         let rope = Self::rope_for(&model, options.capacity, &team)?;
-        Ok(Self::with_cache(model, team, rope, cache, options.method))
+        Self::with_cache(model, team, rope, cache, options.method)
     }
 
     fn rope_for(model: &Model, capacity: usize, team: &Team) -> Result<Arc<RopeTable>> {
@@ -139,11 +139,11 @@ impl Session {
         rope: Arc<RopeTable>,
         cache: KvCache,
         method: MethodSpec,
-    ) -> Self {
-        let attention = Attention::new(method, &cache);
+    ) -> Result<Self> {
+        let attention = Attention::new(method, &cache, &rope)?;
         let decode = Scratch::new(&model.config, team.threads(), 1, rope.len());
         let lower_bounds = lower_bounds(1, &team);
-        Session {
+        Ok(Session {
             model,
             team,
             rope,
@@ -159,7 +159,7 @@ impl Session {
             rescored: 0,
             profiled: None,
             known: Vec::new(),
-        }
+        })
     }
 
     /// The model.
@@ -259,7 +259,15 @@ impl Session {
 
     /// Builds the attention state anew from the whole cache.
     pub fn refresh(&mut self) {
-        self.attention = Attention::new(self.attention.spec().clone(), &self.cache);
+        self.attention.refresh(&self.cache, &self.rope);
+    }
+
+    /// States of another method for this cache, up to date with what it holds; see [`Session::swap_attention`].
+    ///
+    /// # Errors
+    /// A method that cannot serve the model or the number format of the cache.
+    pub fn attention_of(&self, method: MethodSpec) -> Result<Attention> {
+        Attention::new(method, &self.cache, &self.rope)
     }
 
     /// Puts `attention` in place and returns the state that was there. It must have been built for this cache at its

@@ -87,7 +87,7 @@ impl PrefixCache {
         // The logits after the last token are not kept: it is computed again.
         let cache = self.tree.cache(&tokens[..tokens.len().saturating_sub(1)], capacity)?;
         let known = tokens[..cache.len()].to_vec();
-        let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, method);
+        let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, method)?;
         session.known = known;
         Ok(session)
     }

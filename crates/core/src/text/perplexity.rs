@@ -17,7 +17,7 @@ use std::sync::Arc;
 use longbit_sys::Team;
 
 use super::compare::{Distribution, compare};
-use crate::attention::{Attention, MethodSpec, method};
+use crate::attention::{MethodSpec, method};
 use crate::error::{Error, Result};
 use crate::kv::{KvDtype, kv_dtype};
 use crate::model::Model;
@@ -309,7 +309,8 @@ fn score<E: From<Error>>(
     if variant.method.canonical() == method("dense")?.canonical() {
         return session.each_logits(tokens, DENSE_CHUNK, each);
     }
-    let dense = session.swap_attention(Attention::new(variant.method.clone(), session.cache()));
+    let attention = session.attention_of(variant.method.clone())?;
+    let dense = session.swap_attention(attention);
     let scored = tokens.iter().try_for_each(|&token| each(session.decode(token)?));
     session.swap_attention(dense);
     scored

@@ -52,6 +52,7 @@ pub fn capabilities() -> Capabilities {
         summary: summary.into(),
         kind: ParamKind::Int { min, max },
         default: default.into(),
+        setting: false,
     };
     let method = |name: &str, params| MethodInfo { name: name.into(), summary: format!("{name}."), params };
     Capabilities {
@@ -88,6 +89,7 @@ pub fn capabilities() -> Capabilities {
                     summary: "share of the tokens read".into(),
                     kind: ParamKind::Float { min: 0.0, max: 1.0 },
                     default: "0.1".into(),
+                    setting: false,
                 }],
             ),
         ],
@@ -102,6 +104,7 @@ pub fn capabilities() -> Capabilities {
                         summary: "of the tail".into(),
                         kind: ParamKind::Float { min: 0.0, max: 2.0 },
                         default: "0.5".into(),
+                        setting: false,
                     },
                 ],
                 ..WorkloadInfo::default()

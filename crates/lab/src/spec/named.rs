@@ -59,7 +59,7 @@ pub fn parse(kind: &str, text: &str, listed: &[(&str, &[ParamInfo])]) -> Result<
         None => (text.trim(), None),
     };
     let mut given = BTreeMap::new();
-    for pair in rest.into_iter().flat_map(|r| r.split(',')) {
+    for pair in rest.into_iter().flat_map(pairs) {
         let Some((key, value)) = pair.split_once('=') else {
             return Err(Wrong {
                 what: format!("{pair:?} in {kind} {text:?} is not key=value"),
@@ -74,7 +74,19 @@ pub fn parse(kind: &str, text: &str, listed: &[(&str, &[ParamInfo])]) -> Result<
     complete(kind, name, given, listed)
 }
 
-/// Checks parameters and fills in the defaults.
+/// The pairs of `a=1,b=2,3,c=4`: what has no `=` goes on with the pair before it, for lists may be joined by commas.
+fn pairs(text: &str) -> Vec<String> {
+    let mut pairs: Vec<String> = Vec::new();
+    for part in text.split(',') {
+        match pairs.last_mut() {
+            Some(last) if !part.contains('=') && last.contains('=') => *last = format!("{last},{part}"),
+            _ => pairs.push(part.to_owned()),
+        }
+    }
+    pairs
+}
+
+/// Checks parameters and fills in the defaults; a setting at its default is left out.
 ///
 /// # Errors
 /// As [`parse`].
@@ -91,6 +103,7 @@ pub fn complete(
     // A default may be a word outside the range (such as `auto`); it is passed on as the engine lists it.
     let mut params: BTreeMap<String, String> = infos
         .iter()
+        .filter(|i| !i.setting)
         .map(|i| (i.name.clone(), value(&i.kind, &i.default).unwrap_or_else(|_| i.default.clone())))
         .collect();
     for (key, text) in given {
@@ -101,8 +114,14 @@ pub fn complete(
                 if names.is_empty() { format!("{name} takes no parameters") } else { suggest(&key, &names) };
             return Err(Wrong { what, help });
         };
-        let text = if text == info.default { params[&key].clone() } else { check(kind, name, info, &text)? };
-        params.insert(key, text);
+        if text == info.default {
+            // Already there, as the engine spells it, or left out.
+            continue;
+        }
+        let text = check(kind, name, info, &text)?;
+        if !(info.setting && text == info.default) {
+            params.insert(key, text);
+        }
     }
     Ok(Named { name: name.to_owned(), params })
 }
@@ -112,6 +131,11 @@ fn check(kind: &str, name: &str, info: &ParamInfo, text: &str) -> Result<String,
         what: format!("{}={text} of {kind} {name:?} is out of range", info.name),
         help: format!("{}: {range} ({})", info.name, info.summary),
     })
+}
+
+/// Whether a list of layers can have this letter.
+fn layers(letter: u8) -> bool {
+    letter.is_ascii_lowercase() || letter.is_ascii_digit() || b"+,-".contains(&letter)
 }
 
 /// The value in its one canonical spelling, or the range that it should be in.
@@ -127,5 +151,8 @@ fn value(kind: &ParamKind, text: &str) -> Result<String, String> {
         },
         ParamKind::Choice { of } if of.iter().any(|w| w == text) => Ok(text.to_owned()),
         ParamKind::Choice { of } => Err(format!("one of {}", of.join(", "))),
+        // Which rules there are, and which layers, the engine knows.
+        ParamKind::Layers if !text.is_empty() && text.bytes().all(layers) => Ok(text.replace(',', "+")),
+        ParamKind::Layers => Err("layers joined by `+`, e.g. 0+1, 0-3, odd, every4, first2, last2".into()),
     }
 }

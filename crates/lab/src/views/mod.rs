@@ -67,7 +67,7 @@ pub fn list(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<
         let mut rows = Vec::new();
         for (name, summary, params) in items {
             rows.push(vec![name.to_owned(), String::new(), String::new(), String::new(), summary.to_owned()]);
-            for p in params {
+            for p in params.iter().filter(|p| !p.setting) {
                 rows.push(vec![
                     String::new(),
                     p.name.clone(),
@@ -82,6 +82,20 @@ pub fn list(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<
     let methods =
         c.methods.iter().map(|m| (m.name.as_str(), m.summary.as_str(), m.params.as_slice())).collect();
     writeln!(out, "\nMethods\n{}", named(methods))?;
+    let all = c.methods.iter().flat_map(|m| &m.params).filter(|p| p.setting);
+    let mut settings: Vec<&ParamInfo> = Vec::new();
+    all.for_each(|p| {
+        if settings.iter().all(|known| known.name != p.name) {
+            settings.push(p);
+        }
+    });
+    if !settings.is_empty() {
+        let rows = settings
+            .iter()
+            .map(|p| vec![p.name.clone(), p.default.clone(), range(&p.kind), p.summary.clone()]);
+        let settings = table(&["setting", "default", "range", ""], &[], rows.collect());
+        writeln!(out, "\nMethods that choose among the tokens also take\n{settings}")?;
+    }
     let kv = c
         .kv_dtypes
         .iter()
@@ -109,6 +123,7 @@ fn range(kind: &ParamKind) -> String {
         ParamKind::Int { min, max } => format!("{min}..{max}"),
         ParamKind::Float { min, max } => format!("{min}..{max} (real)"),
         ParamKind::Choice { of } => of.join("|"),
+        ParamKind::Layers => "layers".into(),
     }
 }
 

@@ -60,7 +60,8 @@ impl Pass<'_> {
             selection.clear();
             match self.decoding {
                 true => {
-                    state.select(GroupQuery { rows: &queries[..width], head_dim: d }, &kv, &mut selection)
+                    let query = GroupQuery { rows: &queries[..width], head_dim: d, position: self.position };
+                    state.select(query, &kv, &mut selection)
                 }
                 false => selection.spans.push(0..kv.len()),
             }
@@ -71,7 +72,11 @@ impl Pass<'_> {
                 false => kv.read_bytes(span.clone()),
             };
             let bytes = selection.spans.iter().map(bytes).sum::<usize>();
-            self.scratch.count(bytes as u64, selection.index_bytes, selection.tokens() as u64);
+            self.scratch.count(
+                bytes as u64 + selection.read_bytes,
+                selection.index_bytes,
+                selection.tokens() as u64 + selection.tail_rows,
+            );
         }
     }
 

@@ -1,0 +1,247 @@
+//! What must hold for every method, tested on a small cache. A method adds its line to [`CASES`].
+
+use std::sync::Arc;
+
+use longbit_kernels::Kernels;
+use longbit_sys::Team;
+
+use super::partial::{self, stride};
+use super::{GroupQuery, HeadMethod, METHODS, MethodShape, Place, Reader, Selection, method};
+use crate::kv::{CacheShape, KvCache, KvHead, kv_dtype};
+use crate::model::RopeTable;
+
+/// Of each method a specification that chooses among 700 tokens, and one that reads all of them; none where it never
+/// does, with the reason beside it.
+const CASES: &[(&str, Option<&str>)] = &[
+    ("dense", Some("dense")),
+    ("dense-skip:below=0.01", Some("dense-skip:below=0")),
+    ("window:sinks=4,window=64", Some("window:window=1000")),
+    ("window:sinks=4,window=64,reuse=3", Some("window:window=1000,reuse=3")),
+    ("window:window=8,dense_layers=even", Some("window:window=8,dense_layers=even")),
+];
+
+/// Numbers a row; a power of two, so that every format and rotation can serve it.
+const D: usize = 64;
+const GROUP: usize = 2;
+const CAPACITY: usize = 1024;
+/// Formats of one kind each: floats, a scale a row, planes, rotated and centred blocks, channels of the newest tokens kept
+/// exactly.
+const DTYPES: [&str; 5] = ["f32", "bf16", "int8", "planes8", "kivi4"];
+
+/// Rows of a plain generator with a mean, a slow drift and some giants, the same everywhere.
+fn rows(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    (0..n * D)
+        .map(|i| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let noise = (state >> 8) as f32 / (1 << 23) as f32 - 1.0;
+            let (token, channel) = (i / D, i % D);
+            let giant = if (token * 7919 + seed as usize).is_multiple_of(61) { 3.0 } else { 1.0 };
+            giant * noise + if channel % 16 == 3 { 1.5 } else { 0.1 * (token / 100) as f32 }
+        })
+        .collect()
+}
+
+struct Lab {
+    cache: KvCache,
+    rope: Arc<RopeTable>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Lab {
+    fn new(dtype: &str) -> Self {
+        let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: CAPACITY };
+        let team = Team::new(1, false).unwrap();
+        Lab {
+            cache: KvCache::new(shape, kv_dtype(dtype).unwrap(), Kernels::best()).unwrap(),
+            rope: Arc::new(RopeTable::new(10_000.0, D, CAPACITY, &team).unwrap()),
+            keys: rows(CAPACITY, 1),
+            values: rows(CAPACITY, 2),
+        }
+    }
+
+    fn state(&self, spec: &str) -> Box<dyn HeadMethod> {
+        let shape = MethodShape::of(&self.cache);
+        let spec = method(spec).unwrap();
+        spec.check(&shape).unwrap();
+        spec.make(&Place { shape, layer: 0, kv_head: 0, rope: &self.rope })
+    }
+
+    /// Appends until `len` tokens are cached, and tells `state`.
+    fn grow(&self, state: &mut dyn HeadMethod, len: usize) {
+        let mut kv = self.cache.head_mut(0, 0);
+        let from = kv.len();
+        kv.append(&self.keys[from * D..len * D], &self.values[from * D..len * D]).unwrap();
+        state.appended(&kv, from);
+    }
+
+    fn rewind(&self, state: &mut dyn HeadMethod, len: usize) {
+        let mut kv = self.cache.head_mut(0, 0);
+        kv.truncate(len);
+        state.truncated(&kv);
+    }
+
+    /// The queries of step `step`, as [`GroupQuery`] has them.
+    fn queries(&self, step: u32) -> Vec<f32> {
+        let mut queries = rows(GROUP, 100 + step);
+        queries.iter_mut().for_each(|q| *q *= 0.7);
+        self.cache.head(0, 0).rotate_queries(&mut queries);
+        queries
+    }
+
+    /// What `state` decides at step `step`; it must be in order, and what it read itself must have been counted.
+    fn select(&self, state: &mut dyn HeadMethod, step: u32) -> Selection {
+        let kv = self.cache.head(0, 0);
+        let queries = self.queries(step);
+        let mut out = Selection::default();
+        kv.take_observed();
+        state.select(
+            GroupQuery { rows: &queries, head_dim: D, position: kv.len().saturating_sub(1) },
+            &kv,
+            &mut out,
+        );
+        assert_eq!(out.read_bytes, kv.take_observed(), "bytes of rows that it read itself");
+        assert!(out.spans.iter().all(|s| s.start < s.end && s.end <= kv.len()), "{:?}", out.spans);
+        assert!(out.spans.windows(2).all(|w| w[0].end <= w[1].start), "{:?}", out.spans);
+        assert!(out.tail.is_empty() || out.tail.len() == GROUP * stride(D));
+        assert!(out.tail.iter().all(|x| !x.is_nan()));
+        out
+    }
+
+    /// The outputs that `selection` leads to, `[group][D]`, not rotated back.
+    fn outputs(&self, selection: &Selection, step: u32) -> Vec<f32> {
+        let kv = self.cache.head(0, 0);
+        let queries = self.queries(step);
+        let mut whole = attend(&kv, &queries, &selection.spans);
+        if !selection.tail.is_empty() {
+            partial::merge(kv.kernels(), &mut whole, &selection.tail, D, &mut Vec::new());
+        }
+        let mut out = vec![0.0; GROUP * D];
+        partial::finish(kv.kernels(), &whole, D, &mut out);
+        out
+    }
+}
+
+fn attend(kv: &KvHead, queries: &[f32], spans: &[std::ops::Range<usize>]) -> Vec<f32> {
+    let (mut reader, mut logits) = (Reader::default(), Vec::new());
+    let mut out = vec![0.0; GROUP * stride(D)];
+    let query = GroupQuery { rows: queries, head_dim: D, position: kv.len().saturating_sub(1) };
+    reader.logits(query, kv, spans, &mut logits);
+    reader.partial(kv, spans, &mut logits, &mut out);
+    out
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+    (apart / b.iter().map(|b| square(*b)).sum::<f64>().max(1e-30)).sqrt()
+}
+
+/// The specifications that can serve a format.
+fn cases(dtype: &str) -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
+    let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, dtype: kv_dtype(dtype).unwrap() };
+    CASES.iter().copied().filter(move |(spec, _)| method(spec).unwrap().check(&shape).is_ok())
+}
+
+#[test]
+fn every_method_has_a_case() {
+    for method in METHODS {
+        let named = |text: &str| text.split(':').next() == Some(method.name);
+        assert!(CASES.iter().any(|(spec, _)| named(spec)), "no case of {}", method.name);
+    }
+    for (spec, all) in CASES {
+        assert!(DTYPES.iter().any(|d| cases(d).any(|(s, _)| s == *spec)), "no format for {spec}");
+        assert!(all.is_none_or(|all| method(all).is_ok()), "{all:?}");
+    }
+}
+
+#[test]
+fn reading_everything_is_dense() {
+    for dtype in DTYPES {
+        for (_, all) in cases(dtype) {
+            let Some(all) = all else { continue };
+            let lab = Lab::new(dtype);
+            let mut state = lab.state(all);
+            for len in [1, 2, 300, 700] {
+                lab.grow(&mut *state, len);
+                let (step, selection) = (len as u32, lab.select(&mut *state, len as u32));
+                let everything =
+                    Selection { spans: std::iter::once(0..len).collect(), ..Selection::default() };
+                let apart = distance(&lab.outputs(&selection, step), &lab.outputs(&everything, step));
+                assert!(apart < 1e-4, "{all} of {dtype}, {len} tokens: {apart}");
+            }
+        }
+    }
+}
+
+/// An index that grew row by row or in pieces, or came back from a rewind, decides as one built at once.
+#[test]
+fn grown_equals_rebuilt() {
+    for dtype in DTYPES {
+        for (spec, _) in cases(dtype) {
+            let lab = Lab::new(dtype);
+            let mut grown = lab.state(spec);
+            for len in [1, 2, 3, 60, 256, 257, 500] {
+                lab.grow(&mut *grown, len);
+            }
+            (501..=530).for_each(|len| lab.grow(&mut *grown, len));
+            lab.rewind(&mut *grown, 505);
+            for len in [507, 690, 700] {
+                lab.grow(&mut *grown, len);
+            }
+            let fresh = Lab::new(dtype);
+            let mut rebuilt = fresh.state(spec);
+            fresh.grow(&mut *rebuilt, 700);
+            for step in 0..4 {
+                let len = 700 + step as usize;
+                lab.grow(&mut *grown, len);
+                fresh.grow(&mut *rebuilt, len);
+                let (a, b) = (lab.select(&mut *grown, step), fresh.select(&mut *rebuilt, step));
+                assert_eq!(a, b, "{spec} of {dtype}, step {step}");
+            }
+            assert_eq!(grown.state_bytes(), rebuilt.state_bytes(), "{spec} of {dtype}");
+        }
+    }
+}
+
+/// Asking again after a rewind gives the same answers: nothing of the steps in between stays.
+#[test]
+fn a_rewind_repeats_the_decisions() {
+    for (spec, _) in cases("bf16") {
+        let lab = Lab::new("bf16");
+        let mut state = lab.state(spec);
+        lab.grow(&mut *state, 640);
+        let steps = |state: &mut dyn HeadMethod| -> Vec<Selection> {
+            (0..6)
+                .map(|step| {
+                    lab.grow(state, 641 + step as usize);
+                    lab.select(state, step)
+                })
+                .collect()
+        };
+        let first = steps(&mut *state);
+        lab.rewind(&mut *state, 640);
+        assert_eq!(first, steps(&mut *state), "{spec}");
+    }
+}
+
+/// Contexts of one token, and shorter than whatever is always read.
+#[test]
+fn short_contexts_are_read_whole() {
+    for dtype in DTYPES {
+        for (spec, _) in cases(dtype) {
+            let lab = Lab::new(dtype);
+            let mut state = lab.state(spec);
+            for len in 1..5 {
+                lab.grow(&mut *state, len);
+                let selection = lab.select(&mut *state, len as u32);
+                let everything =
+                    Selection { spans: std::iter::once(0..len).collect(), ..Selection::default() };
+                let (ours, dense) =
+                    (lab.outputs(&selection, len as u32), lab.outputs(&everything, len as u32));
+                assert!(distance(&ours, &dense) < 1e-4, "{spec} of {dtype}, {len} tokens");
+            }
+        }
+    }
+}
