@@ -7,6 +7,7 @@ use longbit_lab::plan::{Filter, PlanOptions, Selection};
 use longbit_lab::{emit, spec::units};
 
 use crate::Failure;
+use crate::capture::CaptureArgs;
 use crate::generate::GenerateArgs;
 use crate::perplexity::{PROTOCOL, PerplexityArgs};
 
@@ -92,6 +93,14 @@ Examples:
   longbit logits --model path/to/checkpoint --tokens 1,2,3 --out logits.safetensors
   longbit logits --model path/to/checkpoint --tokens ids.txt --chunk 16")]
     Logits(LogitsArgs),
+    /// Record queries, keys and values of a prompt on a checkpoint, for cells that replay them.
+    #[command(after_help = "\
+Examples:
+  longbit capture --model path/to/checkpoint --prompt-file book.txt --tokens 4096 --out book.safetensors
+  longbit capture --model path/to/checkpoint --prompt-file book.txt --layers 0+15+last1 --steps 16 --format bf16 --out few.safetensors
+
+The layout of the file stands in docs/TRACES.md.")]
+    Capture(CaptureArgs),
     /// Write text that a checkpoint goes on with, as it comes.
     #[command(after_help = "\
 Examples:

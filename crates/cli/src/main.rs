@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod capture;
 mod convert;
 mod estimate;
 mod generate;
@@ -199,6 +200,7 @@ fn dispatch<W: Write>(cli: Cli, matches: &clap::ArgMatches, out: &mut Patient<W>
             report::report(&options, out)?
         }
         Command::Logits(a) => logits::run(&a, out)?,
+        Command::Capture(a) => capture::run(&a, out)?,
         Command::Generate(a) => generate::run(&a, out)?,
         Command::Perplexity(a) => perplexity::run(&a, out)?,
         Command::Estimate(a) => estimate::run(&a, color, out)?,

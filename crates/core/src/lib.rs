@@ -33,6 +33,7 @@ pub mod reference;
 mod rng;
 mod session;
 pub mod text;
+mod trace;
 pub mod workload;
 
 pub use checkpoint::{Checkpoint, Container, Listing, OpenOptions, TensorEntry, list};
@@ -45,6 +46,7 @@ pub use model::{
     Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,
 };
 pub use session::{Op, OpTotal, PrefixCache, Profile, Session, SessionOptions, Supplied, Traffic};
+pub use trace::{Trace, TraceFormat, TraceRows, TraceShape, write_trace};
 
 /// Name of the instruction set that models built in this process use: the best one, or what `LONGBIT_ISA` names.
 ///

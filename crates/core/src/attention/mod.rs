@@ -15,14 +15,16 @@ mod layers;
 mod params;
 pub mod partial;
 mod reader;
+mod record;
 mod reuse;
 mod window;
 
-pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, parts_of, score_chunk};
+pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
 pub use choose::{TokenSet, top_k, top_p};
 pub use layers::Layers;
 pub use params::{Kind, MethodSpec, ParamSpec, Params, SETTINGS};
 pub use reader::Reader;
+pub use record::Recording;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};

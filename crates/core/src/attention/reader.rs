@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::partial::stride;
-use super::{GroupQuery, Selection};
+use super::{GroupQuery, Selection, reads};
 use crate::kv::{KvHead, KvScratch};
 
 /// Reads cached rows, and counts them.
@@ -27,14 +27,14 @@ impl Reader {
         out.resize(group * tokens, 0.0);
         kv.prepare(query.rows, &mut self.scratch);
         let mut at = 0;
-        for run in spans.iter().cloned().flat_map(|span| kv.runs(span)) {
-            self.run.resize(group * run.len(), 0.0);
-            kv.scores(query.rows, &run, &[], &mut self.scratch, &mut self.run);
-            for (all, some) in out.chunks_exact_mut(tokens).zip(self.run.chunks_exact(run.len())) {
-                all[at..at + run.len()].copy_from_slice(some);
+        for read in reads(kv, spans) {
+            self.run.resize(group * read.len(), 0.0);
+            read.score(kv, query.rows, &[], &mut self.scratch, &mut self.run);
+            for (all, some) in out.chunks_exact_mut(tokens).zip(self.run.chunks_exact(read.len())) {
+                all[at..at + read.len()].copy_from_slice(some);
             }
-            at += run.len();
-            self.bytes += kv.key_parts(&run).map(<[u8]>::len).sum::<usize>() as u64;
+            at += read.len();
+            self.bytes += read.bytes(kv)[0] as u64;
         }
     }
 
@@ -67,14 +67,14 @@ impl Reader {
     fn accumulate(&mut self, kv: &KvHead, spans: &[Range<usize>], weights: &[f32]) {
         let tokens: usize = spans.iter().map(Range::len).sum();
         let mut at = 0;
-        for run in spans.iter().cloned().flat_map(|span| kv.runs(span)) {
+        for read in reads(kv, spans) {
             self.run.clear();
             for weights in weights.chunks_exact(tokens) {
-                self.run.extend_from_slice(&weights[at..at + run.len()]);
+                self.run.extend_from_slice(&weights[at..at + read.len()]);
             }
-            kv.accumulate(&self.run, &run, &[], &mut self.scratch, &mut self.sums);
-            at += run.len();
-            self.bytes += kv.value_parts(&run).map(<[u8]>::len).sum::<usize>() as u64;
+            read.accumulate(kv, &self.run, &[], &mut self.scratch, &mut self.sums);
+            at += read.len();
+            self.bytes += read.bytes(kv)[1] as u64;
         }
     }
 

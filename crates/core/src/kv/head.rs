@@ -200,7 +200,11 @@ impl KvHead {
 
     #[cfg(test)]
     fn observe<'a>(&self, parts: impl Iterator<Item = &'a [u8]>) {
-        let bytes: usize = parts.map(<[u8]>::len).sum();
+        self.observe_bytes(parts.map(<[u8]>::len).sum());
+    }
+
+    #[cfg(test)]
+    pub(super) fn observe_bytes(&self, bytes: usize) {
         self.observed.fetch_add(bytes as u64, std::sync::atomic::Ordering::Relaxed);
     }
 
@@ -229,6 +233,11 @@ impl KvHead {
         if self.keys.dtype().rotate() {
             self.kernels.hadamard_signed(queries, self.head_dim);
         }
+    }
+
+    /// Whether keys are kept rotated, see [`KvHead::rotate_queries`].
+    pub fn keys_are_rotated(&self) -> bool {
+        self.keys.dtype().rotate()
     }
 
     /// Rotates attention outputs, rows of `head_dim`, back if the values are rotated.

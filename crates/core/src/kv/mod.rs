@@ -28,6 +28,7 @@ mod planes8;
 mod pool;
 mod prefix;
 mod q_0;
+mod scattered;
 mod side;
 mod unit;
 
@@ -95,6 +96,8 @@ pub struct KvScratch {
     group: Vec<f32>,
     /// The mean of a page.
     mean: Vec<f32>,
+    /// Rows that lay apart.
+    scattered: scattered::Room,
 }
 
 impl KvScratch {

@@ -95,7 +95,12 @@ impl Side {
         self.memory.count(sum);
     }
 
-    fn codec(&self) -> &'static dyn Codec {
+    /// Numbers a row.
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    pub(super) fn codec(&self) -> &'static dyn Codec {
         self.dtype.codec()
     }
 
@@ -149,12 +154,12 @@ impl Side {
     }
 
     /// The rows of a page.
-    fn encoded(&self, page: usize) -> &[u8] {
+    pub(super) fn encoded(&self, page: usize) -> &[u8] {
         &self.memory.page(page)[..self.codec().page_bytes(self.head_dim)]
     }
 
-    /// The mean of a page of a centred side.
-    fn mean(&self, page: usize) -> &[u16] {
+    /// The mean of a page of a centred side, bfloat16.
+    pub(super) fn mean(&self, page: usize) -> &[u16] {
         bytemuck::cast_slice(&self.memory.page(page)[self.codec().page_bytes(self.head_dim)..])
     }
 

@@ -1,8 +1,6 @@
 //! Attention of a pass: rows of the new tokens go into the cache, and prompts attend to it. Decode steps are in
 //! [`super::decode`].
 
-use std::ops::Range;
-
 use longbit_sys::Worker;
 
 use super::super::profile::Op;
@@ -65,18 +63,9 @@ impl Pass<'_> {
                 }
                 false => selection.spans.push(0..kv.len()),
             }
-            let skips = selection.skip_below > 0.0;
-            let bytes = |span: &Range<usize>| match skips {
-                // The values that are read are counted where that is decided.
-                true => kv.read_key_bytes(span.clone()),
-                false => kv.read_bytes(span.clone()),
-            };
-            let bytes = selection.spans.iter().map(bytes).sum::<usize>();
-            self.scratch.count(
-                bytes as u64 + selection.read_bytes,
-                selection.index_bytes,
-                selection.tokens() as u64 + selection.tail_rows,
-            );
+            // What is attended is counted where it is read.
+            let rows = selection.tokens() as u64 + selection.tail_rows;
+            self.scratch.count(selection.read_bytes, selection.index_bytes, rows);
         }
     }
 

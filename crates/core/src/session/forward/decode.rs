@@ -8,7 +8,7 @@ use super::super::profile::Op;
 use super::super::scratch::Private;
 use super::Pass;
 use crate::attention::{
-    CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, parts_of, score_chunk,
+    CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, reads, score_chunk,
 };
 
 /// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
@@ -109,7 +109,11 @@ impl Pass<'_> {
         let work = Work { tasks: &tasks, pieces: &pieces, mine, base };
         let bytes = match self.floors() {
             Some(below) => self.attend_above(worker, p, l, &work, &below),
-            None => self.attend(p, l, &work),
+            None => {
+                let bytes = self.attend(p, l, &work);
+                self.scratch.count(bytes as u64, 0, 0);
+                bytes
+            }
         };
         p.clock.lap(Op::Attention, || bytes);
         if !alone {
@@ -154,14 +158,14 @@ impl Pass<'_> {
             // What a thread reads first of a task of the same head.
             let first = |slot: usize| {
                 let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
-                task.and_then(|task| kv.runs(pieces[task.1.start].clone()).next())
+                task.and_then(|task| reads(&kv, &pieces[task.1.clone()]).next())
             };
             kv.prepare(queries, &mut p.kv);
             for i in slot..last {
                 let next = if i + 1 < last { first(i + 1) } else { None };
                 let upcoming = match (next, first(slot)) {
-                    (Some(next), _) => parts_of(kv.key_parts(&next)),
-                    (None, Some(back)) => parts_of(kv.value_parts(&back)),
+                    (Some(next), _) => next.parts(&kv, false),
+                    (None, Some(back)) => back.parts(&kv, true),
                     (None, None) => [&[][..]; 4],
                 };
                 let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
@@ -170,8 +174,8 @@ impl Pass<'_> {
             }
             for i in slot..last {
                 let upcoming = match first(i + 1) {
-                    Some(next) if i + 1 < last => parts_of(kv.value_parts(&next)),
-                    Some(next) => parts_of(kv.key_parts(&next)),
+                    Some(next) if i + 1 < last => next.parts(&kv, true),
+                    Some(next) => next.parts(&kv, false),
                     None => [&[][..]; 4],
                 };
                 let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
@@ -186,11 +190,8 @@ impl Pass<'_> {
                     &mut partials,
                 );
             }
-            if self.profiling {
-                let read =
-                    (slot..last).flat_map(|i| work.pieces(i)).map(|piece| kv.read_bytes(piece.clone()));
-                bytes += read.sum::<usize>();
-            }
+            let read = (slot..last).flat_map(|i| reads(&kv, work.pieces(i)));
+            bytes += read.map(|read| read.bytes(&kv).iter().sum::<usize>()).sum::<usize>();
             slot = last;
         }
         bytes
@@ -233,8 +234,9 @@ impl Pass<'_> {
             for (largest, partial) in largest.iter_mut().zip(partials.chunks_exact(partial::stride(d))) {
                 *largest = partial[0];
             }
-            bytes += work.pieces(i).iter().map(|piece| kv.read_key_bytes(piece.clone())).sum::<usize>();
+            bytes += reads(&kv, work.pieces(i)).map(|read| read.bytes(&kv)[0]).sum::<usize>();
         }
+        s.count(bytes as u64, 0, 0);
         p.clock.lap(Op::Attention, || bytes);
         if !self.heads_are_single_tasks() {
             self.barrier(worker, p);
