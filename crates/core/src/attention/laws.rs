@@ -18,6 +18,11 @@ const CASES: &[(&str, Option<&str>)] = &[
     ("window:sinks=4,window=64", Some("window:window=1000")),
     ("window:sinks=4,window=64,reuse=3", Some("window:window=1000,reuse=3")),
     ("window:window=8,dense_layers=even", Some("window:window=8,dense_layers=even")),
+    ("topk:k=40", Some("topk:share=1")),
+    ("topk:k=40,tail=mean,sinks=2,local=8", Some("topk:k=1000,tail=mean")),
+    ("topp:p=0.5,tail=mean,sinks=4", Some("topp:p=1")),
+    ("threshold:tau=0.1,tail=mean,local=4", Some("threshold:tau=0")),
+    ("entropy:tail=mean,sinks=4", Some("entropy:min=1,max=1")),
 ];
 
 /// Numbers a row; a power of two, so that every format and rotation can serve it.

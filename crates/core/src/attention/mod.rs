@@ -12,11 +12,13 @@ mod dense_skip;
 #[cfg(test)]
 mod laws;
 mod layers;
+mod oracle;
 mod params;
 pub mod partial;
 mod reader;
 mod record;
 mod reuse;
+mod value_sums;
 mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
@@ -177,7 +179,15 @@ pub struct Method {
 }
 
 /// Every method.
-pub static METHODS: &[Method] = &[dense::METHOD, dense_skip::METHOD, window::METHOD];
+pub static METHODS: &[Method] = &[
+    dense::METHOD,
+    dense_skip::METHOD,
+    window::METHOD,
+    oracle::TOPK,
+    oracle::TOPP,
+    oracle::THRESHOLD,
+    oracle::ENTROPY,
+];
 
 impl Method {
     /// Its own parameters, then the settings.
