@@ -23,6 +23,8 @@ const CASES: &[(&str, Option<&str>)] = &[
     ("topp:p=0.5,tail=mean,sinks=4", Some("topp:p=1")),
     ("threshold:tau=0.1,tail=mean,local=4", Some("threshold:tau=0")),
     ("entropy:tail=mean,sinks=4", Some("entropy:min=1,max=1")),
+    ("vattention", Some("vattention:base=1")),
+    ("vattention:topk=none,block=8", Some("vattention:topk=none,block=8,base=1")),
 ];
 
 /// Numbers a row; a power of two, so that every format and rotation can serve it.

@@ -19,6 +19,7 @@ mod reader;
 mod record;
 mod reuse;
 mod value_sums;
+mod vattention;
 mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
@@ -187,6 +188,7 @@ pub static METHODS: &[Method] = &[
     oracle::TOPP,
     oracle::THRESHOLD,
     oracle::ENTROPY,
+    vattention::METHOD,
 ];
 
 impl Method {
