@@ -25,6 +25,9 @@ const CASES: &[(&str, Option<&str>)] = &[
     ("entropy:tail=mean,sinks=4", Some("entropy:min=1,max=1")),
     ("vattention", Some("vattention:base=1")),
     ("vattention:topk=none,block=8", Some("vattention:topk=none,block=8,base=1")),
+    ("magicpig:bits=4,tables=40", Some("magicpig:hits=0")),
+    ("magicpig:bits=4,tables=40,index=packed,reuse=2", Some("magicpig:local=1000")),
+    ("reformer:local=8", Some("reformer:local=1000")),
 ];
 
 /// Numbers a row; a power of two, so that every format and rotation can serve it.

@@ -12,12 +12,16 @@ mod dense_skip;
 #[cfg(test)]
 mod laws;
 mod layers;
+mod lsh;
+mod magicpig;
 mod oracle;
 mod params;
 pub mod partial;
 mod reader;
 mod record;
+mod reformer;
 mod reuse;
+mod signatures;
 mod value_sums;
 mod vattention;
 mod window;
@@ -189,6 +193,8 @@ pub static METHODS: &[Method] = &[
     oracle::THRESHOLD,
     oracle::ENTROPY,
     vattention::METHOD,
+    magicpig::METHOD,
+    reformer::METHOD,
 ];
 
 impl Method {
