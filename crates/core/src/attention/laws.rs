@@ -28,6 +28,15 @@ const CASES: &[(&str, Option<&str>)] = &[
     ("magicpig:bits=4,tables=40", Some("magicpig:hits=0")),
     ("magicpig:bits=4,tables=40,index=packed,reuse=2", Some("magicpig:local=1000")),
     ("reformer:local=8", Some("reformer:local=1000")),
+    ("quest:budget=64", Some("quest:budget=1024")),
+    ("quest:page=7,budget=50", Some("quest:page=7,budget=1024")),
+    ("blocktopk:block=16,budget=64,local=32", Some("blocktopk")),
+    ("blocktopk:block=10,budget=64,second=on,tail=mean,sinks=0,local=9", Some("blocktopk:tail=mean")),
+    ("landmark:top=3", Some("landmark:top=20")),
+    // One softmax for each block is not dense, whatever is read.
+    ("landmark:block=20,top=3,local=2,softmax=grouped", None),
+    ("nsa:top=4,window=64", Some("nsa")),
+    ("nsa:block=24,stride=8,select=16,top=5,local=1,window=10", Some("nsa:window=1000")),
 ];
 
 /// Numbers a row; a power of two, so that every format and rotation can serve it.

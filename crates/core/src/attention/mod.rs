@@ -6,22 +6,27 @@
 //! the number of threads. A new method is one file and one line in [`METHODS`].
 
 mod attend;
+mod blocktopk;
 mod choose;
 mod dense;
 mod dense_skip;
+mod landmark;
 #[cfg(test)]
 mod laws;
 mod layers;
 mod lsh;
 mod magicpig;
+mod nsa;
 mod oracle;
 mod params;
 pub mod partial;
+mod quest;
 mod reader;
 mod record;
 mod reformer;
 mod reuse;
 mod signatures;
+mod summary;
 mod value_sums;
 mod vattention;
 mod window;
@@ -195,6 +200,10 @@ pub static METHODS: &[Method] = &[
     vattention::METHOD,
     magicpig::METHOD,
     reformer::METHOD,
+    quest::METHOD,
+    blocktopk::METHOD,
+    landmark::METHOD,
+    nsa::METHOD,
 ];
 
 impl Method {
