@@ -17,6 +17,8 @@ const CASES: &[(&str, Option<&str>)] = &[
     ("dense-skip:below=0.01", Some("dense-skip:below=0")),
     ("window:sinks=4,window=64", Some("window:window=1000")),
     ("window:sinks=4,window=64,reuse=3", Some("window:window=1000,reuse=3")),
+    ("streaming:sinks=4,window=64", Some("streaming:window=1000")),
+    ("longformer:window=64,dilation=2,global_every=50", Some("longformer:window=1000")),
     ("window:window=8,dense_layers=even", Some("window:window=8,dense_layers=even")),
     ("topk:k=40", Some("topk:share=1")),
     ("topk:k=40,tail=mean,sinks=2,local=8", Some("topk:k=1000,tail=mean")),

@@ -14,6 +14,7 @@ mod landmark;
 #[cfg(test)]
 mod laws;
 mod layers;
+mod longformer;
 mod lsh;
 mod magicpig;
 mod nsa;
@@ -26,6 +27,7 @@ mod record;
 mod reformer;
 mod reuse;
 mod signatures;
+mod streaming;
 mod summary;
 mod value_sums;
 mod vattention;
@@ -205,6 +207,8 @@ pub static METHODS: &[Method] = &[
     landmark::METHOD,
     nsa::METHOD,
 ];
+pub static METHODS: &[Method] =
+    &[dense::METHOD, dense_skip::METHOD, window::METHOD, streaming::METHOD, longformer::METHOD];
 
 impl Method {
     /// Its own parameters, then the settings.
