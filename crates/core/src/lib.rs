@@ -45,6 +45,7 @@ pub use model::{
     Activation, BlockMatrix, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS,
     Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,
 };
+pub use session::{Captured, Op, OpTotal, PrefixCache, Profile, Session, SessionOptions, Supplied, Traffic};
 pub use session::{Op, OpTotal, PrefixCache, Profile, Session, SessionOptions, Supplied, Traffic};
 pub use trace::{Trace, TraceFormat, TraceRows, TraceShape, write_trace};
 

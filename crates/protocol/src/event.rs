@@ -199,6 +199,17 @@ pub struct Quality {
     /// Median relative L2 error by head type of the workload.
     #[serde(default)]
     pub rel_l2_by_head: BTreeMap<String, f64>,
+    /// How the rows that the method read lie against exact softmax; none where no generator supplies the queries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reads: Option<Reads>,
+    /// How the median relative L2 error varies with the seed of a method that draws at random; none for others, or where one
+    /// seed was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seeds: Option<SeedSpread>,
+    /// Rows that a decode step attended, of those in the cache, mean over compared steps, layers and KV heads: the density
+    /// of a query group, whose heads share what they read.
+    #[serde(default)]
+    pub density_read: Option<f64>,
     /// Share of needle outputs whose readout names the planted value, where the workload plants any.
     #[serde(default)]
     pub needle_accuracy: Option<f64>,
@@ -224,6 +235,49 @@ pub struct Quality {
     /// The same of the reference.
     #[serde(default)]
     pub nll_reference_nats: Option<f64>,
+}
+
+/// Share of the softmax mass that the true top set of a query head holds; see [`Reads`].
+pub const TOP_P: f64 = 0.95;
+
+/// What a method read against the exact softmax of the same queries over the keys as they were made, for some (layer, KV
+/// head)s and the first of the compared steps. A sample is one query head at one step; masses are shares of the whole
+/// softmax. The top set of a sample is the fewest tokens that hold [`TOP_P`] of it.
+///
+/// The tokens of a sample are those of the cache at that step. Attended are those whose rows the shared kernel read for the
+/// group; what a method accounts for itself, by an estimate or by rows that it reads under weights of its own, is its tail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reads {
+    /// Samples.
+    pub samples: u64,
+    /// Mass of the attended tokens, median over samples.
+    pub captured_mass_p50: f64,
+    /// 5th percentile.
+    pub captured_mass_p5: f64,
+    /// Mass that the method gives to its tail less the true mass of all that is not attended, without the sign: median.
+    /// Without a tail it is what was missed.
+    pub tail_mass_error_p50: f64,
+    /// 95th percentile.
+    pub tail_mass_error_p95: f64,
+    /// Share of the tokens of the top set that were attended: mean.
+    pub top_recall_mean: f64,
+    /// 5th percentile.
+    pub top_recall_p5: f64,
+    /// Share of all tokens that are in the top set: mean.
+    pub top_density_head: f64,
+    /// Share of all tokens that are in the top set of any query head of a group: mean.
+    pub top_density_group: f64,
+}
+
+/// How a figure of a method that draws at random varies with its seed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SeedSpread {
+    /// Seeds: 1 and those that follow.
+    pub count: u32,
+    /// Median relative L2 error, mean over seeds.
+    pub rel_l2_mean: f64,
+    /// Its standard deviation, of the sample.
+    pub rel_l2_sd: f64,
 }
 
 /// Bytes and rows that the attention of a decode step really read, counted by the engine.
@@ -290,4 +344,7 @@ pub struct Sample {
     /// Bytes of method state at the end of the repetition.
     #[serde(default)]
     pub index_bytes: u64,
+    /// Time to build that state from the filled cache with one thread, for all layers and KV heads; measured once a worker.
+    #[serde(default)]
+    pub index_build_ns: Option<u64>,
 }

@@ -129,6 +129,14 @@ fn is_one(batch: &usize) -> bool {
     *batch == 1
 }
 
+fn one_seed() -> u32 {
+    1
+}
+
+fn is_one_seed(seeds: &u32) -> bool {
+    *seeds == 1
+}
+
 /// How a cell is measured. Fixed before the first sample.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -142,6 +150,10 @@ pub struct Measure {
     /// Decode steps whose output is compared: that of attention with exact attention on generated inputs, or the logits with
     /// those of the reference where a text is decoded; 0 measures no quality.
     pub quality_steps: u32,
+    /// Seeds with which a method that draws at random, one with a parameter `seed`, is compared, beside its own: 1 to this
+    /// many. 1 compares it as it is.
+    #[serde(default = "one_seed", skip_serializing_if = "is_one_seed")]
+    pub seeds: u32,
     /// Pin thread i of a team to the i-th allowed CPU.
     pub pin: bool,
     /// Buffer of the read-bandwidth probe that accompanies each round.
@@ -190,6 +202,9 @@ pub struct EstimateRequest {
     /// See [`Measure::quality_steps`].
     #[serde(default)]
     pub quality_steps: u32,
+    /// See [`Measure::seeds`].
+    #[serde(default = "one_seed", skip_serializing_if = "is_one_seed")]
+    pub seeds: u32,
     /// Bytes of the text, where one fills the cache.
     #[serde(default)]
     pub text_bytes: u64,

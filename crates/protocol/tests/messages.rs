@@ -2,8 +2,8 @@
 //! an unknown field is refused instead of half understood.
 
 use longbit_protocol::{
-    CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Request, Sample, Status, TextFile,
-    Traffic,
+    CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Reads, Request, Sample, SeedSpread,
+    Status, TextFile, Traffic,
 };
 
 fn job() -> Job {
@@ -21,6 +21,7 @@ fn job() -> Job {
             gen_tokens: 50,
             warmup_tokens: 2,
             quality_steps: 4,
+            seeds: 1,
             pin: true,
             probe_bytes: 1 << 30,
         },
@@ -94,6 +95,23 @@ fn quality_of_before_logits_were_compared_is_read() {
     let quality: Quality = serde_json::from_str(old).unwrap();
     assert_eq!((quality.rel_l2_max, quality.cosine_min), (Some(0.3), Some(0.8)));
     assert_eq!((quality.kl_nats, quality.kl_nats_max, quality.nll_nats), (None, None, None));
+}
+
+#[test]
+fn one_seed_is_not_written_and_not_needed() {
+    // Hashes of plans are over this text.
+    let measure = job().measure;
+    let text = serde_json::to_string(&measure).unwrap();
+    assert!(!text.contains("seeds"), "{text}");
+    assert_eq!(serde_json::from_str::<Measure>(&text).unwrap(), measure);
+    let text = serde_json::to_string(&Measure { seeds: 5, ..measure }).unwrap();
+    assert_eq!(serde_json::from_str::<Measure>(&text).unwrap().seeds, 5);
+    let spread = SeedSpread { count: 5, rel_l2_mean: 0.5, rel_l2_sd: 0.1 };
+    let reads = Reads { samples: 3, captured_mass_p50: 0.9, ..Reads::default() };
+    let quality = Quality { reads: Some(reads), seeds: Some(spread), ..Quality::default() };
+    let text = serde_json::to_string(&quality).unwrap();
+    assert_eq!(serde_json::from_str::<Quality>(&text).unwrap(), quality);
+    assert!(!serde_json::to_string(&Quality::default()).unwrap().contains("reads"));
 }
 
 #[test]

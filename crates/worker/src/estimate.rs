@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use longbit::attention::{MethodShape, method};
+use longbit::attention::{MethodShape, MethodSpec, method};
 use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
 use longbit::matrix::{is_name, shape_of};
@@ -15,11 +15,16 @@ use longbit_sys::FileMap;
 
 use crate::capabilities::{compaction, open_options};
 use crate::matrix;
+use crate::reads::Scope;
+use crate::seeds;
 use crate::text::REFERENCE_KV;
 
 /// Times that each decoded step's queries, keys and values are held at once, at the most: by the generators, by the
 /// steps.
 const STEP_COPIES: u64 = 2;
+
+/// Bytes of a span of tokens.
+const SPAN_BYTES: u64 = std::mem::size_of::<std::ops::Range<usize>>() as u64;
 
 /// Bytes of memory that a tokenizer takes for each byte of its file while it is read. Measured: 53 MiB for a `tokenizer.json`
 /// of 3.8 MB without white space, with 128,000 tokens and 142,000 merges (14.5); 5.2 for the same file indented.
@@ -45,12 +50,7 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     let of = |kv: &str| {
         let method = method(&request.method)?;
         let (context, headroom) = (request.context, request.headroom.max(request.batch));
-        method.check(&MethodShape {
-            layers: config.layers,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            dtype: kv_dtype(kv)?,
-        })?;
+        method.check(&method_shape(&config, kv)?)?;
         Ok::<_, Error>(footprint(
             &config,
             weights,
@@ -91,7 +91,18 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             let steps = STEP_COPIES * 4 * request.headroom as u64 * numbers;
             // Exact logits of a head, one head a thread.
             let head = 4 * u64::from(request.quality_steps) * config.group() as u64;
-            steps.saturating_add(head.saturating_mul((request.context * request.threads) as u64))
+            let logits = head.saturating_mul((request.context * request.threads) as u64);
+            let method = method(&request.method)?;
+            // Exact weights that stay, and what each head decided in a step.
+            let scope = Scope::new(&config, request.context, request.quality_steps as usize);
+            let shape = method_shape(&config, &request.kv_dtype)?;
+            let decided = match request.quality_steps {
+                0 => 0,
+                _ => SPAN_BYTES * most_spans(&method, request.context, &shape),
+            };
+            // The state of another seed beside that of the cell.
+            let other = if seeds::reseeded(&method, request.seeds).is_empty() { 0 } else { f.index };
+            [logits, scope.bytes(), decided, other].into_iter().fold(steps, u64::saturating_add)
         }
         Fill::Prefill => {
             let apart = request.quality_steps > 0 && request.kv_dtype != REFERENCE_KV;
@@ -107,6 +118,19 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
     };
     estimate.scratch_bytes = estimate.scratch_bytes.saturating_add(more);
     Ok(estimate)
+}
+
+fn method_shape(config: &ModelConfig, kv: &str) -> Result<MethodShape, Error> {
+    let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
+    Ok(MethodShape { layers, kv_heads, head_dim, dtype: kv_dtype(kv)? })
+}
+
+/// Spans that the decisions of a step have at the most, all heads together: no more than rows that are read, or gaps between
+/// them.
+fn most_spans(method: &MethodSpec, context: usize, shape: &MethodShape) -> u64 {
+    let rows = method.predict(context, shape).rows.min(context);
+    let spans = rows.min(context - rows + 1) as u64;
+    spans.saturating_mul((shape.layers * shape.kv_heads) as u64)
 }
 
 /// One matrix and the activations of a batch.
@@ -225,6 +249,7 @@ mod tests {
             batch: 1,
             fill: Fill::Synthetic,
             quality_steps: 0,
+            seeds: 1,
             text_bytes: 0,
         };
         assert!(estimate(&request).error.unwrap().contains("bitnet-2b-4t"));
@@ -245,6 +270,7 @@ mod tests {
             batch: 1,
             fill: Fill::Synthetic,
             quality_steps: 0,
+            seeds: 1,
             text_bytes: 0,
         };
         let batch = EstimateRequest { batch: 512, ..step.clone() };
@@ -272,6 +298,32 @@ mod tests {
     }
 
     #[test]
+    fn comparing_keeps_exact_weights_within_their_room() {
+        let timed = EstimateRequest {
+            model: ModelSpec { preset: "bitnet-2b-4t".into(), head: "bf16".into(), ..ModelSpec::default() },
+            context: 98_304,
+            headroom: 64,
+            kv_dtype: "bf16".into(),
+            method: "window".into(),
+            threads: 2,
+            batch: 1,
+            fill: Fill::Synthetic,
+            quality_steps: 0,
+            seeds: 1,
+            text_bytes: 0,
+        };
+        let compared = EstimateRequest { quality_steps: 4, ..timed.clone() };
+        let more = estimate(&compared).scratch_bytes - estimate(&timed).scratch_bytes;
+        // Logits of a head for each of two threads, 260 MB of weights, and 1028 spans for each of 150 heads.
+        let logits = 2 * 4 * 4 * 4 * 98_304;
+        let spans = 150 * 1028 * 16;
+        assert!(more > logits + spans + (200 << 20) && more <= logits + spans + (256 << 20), "{more}");
+        // Another seed of a method that draws nothing is the same method.
+        let seeds = EstimateRequest { seeds: 5, ..compared.clone() };
+        assert_eq!(estimate(&seeds), estimate(&compared));
+    }
+
+    #[test]
     fn a_prompt_costs_its_multiplications_and_the_reference_its_own() {
         let request = EstimateRequest {
             model: ModelSpec { preset: "bitnet-2b-4t".into(), head: "bf16".into(), ..ModelSpec::default() },
@@ -283,6 +335,7 @@ mod tests {
             batch: 1,
             fill: Fill::Prefill,
             quality_steps: 8,
+            seeds: 1,
             text_bytes: 0,
         };
         let same = estimate(&request);
@@ -321,6 +374,7 @@ mod tests {
             batch: 1,
             fill: Fill::Prefill,
             quality_steps: 0,
+            seeds: 1,
             text_bytes: 0,
         };
         let bare = estimate(&request);

@@ -11,6 +11,7 @@ use longbit_sys::Team;
 use sha2::{Digest, Sha256};
 use std::sync::Mutex;
 
+use crate::reads::{Scope, Softmax};
 use crate::{WorkerError, hex};
 
 /// Exact attention of one (layer, KV head): for each compared step and query head, the partial over the context.
@@ -21,6 +22,8 @@ pub(crate) struct ExactHead {
     /// Largest difference between the logits that attention sees, `q . k / sqrt(head_dim)` with the rows as they are cached,
     /// and those of the rows as they were made; over steps, query heads and tokens.
     pub(crate) logit_error: f64,
+    /// The exact softmax of all tokens, `[steps][group]`, of the steps and layers for which it is kept.
+    pub(crate) softmax: Vec<Softmax>,
 }
 
 /// A softmax partial in f64.
@@ -87,7 +90,8 @@ pub(crate) fn fill(
     let count = config.layers * config.kv_heads;
     let slots: Vec<Mutex<Slot>> = (0..count).map(|_| Mutex::default()).collect();
     let failure: Mutex<Option<WorkerError>> = Mutex::new(None);
-    let task = Task { session, config: &config, workload, context, steps, compared };
+    let scope = Scope::new(&config, context, compared);
+    let task = Task { session, config: &config, workload, context, steps, compared, scope };
     // Some heads a thread at a time: often enough for a progress display, rarely enough to stay balanced.
     let batch = 4 * team.threads();
     for start in (0..count).step_by(batch) {
@@ -129,6 +133,7 @@ struct Task<'a> {
     context: usize,
     steps: usize,
     compared: usize,
+    scope: Scope,
 }
 
 impl Task<'_> {
@@ -161,6 +166,9 @@ impl Task<'_> {
         let stored = cache.head(layer, kv_head);
         slot.digest = digest(&stored);
         exact.hold_against(&stored);
+        if self.scope.has(layer) {
+            exact.keep_softmax(&slot.steps, self.scope.steps);
+        }
         slot.exact = exact.done;
         slot.head = Some(head);
         Ok(slot)
@@ -246,7 +254,7 @@ impl<'a> Exact<'a> {
             seen: 0,
             done: ExactHead {
                 partials: vec![Partial64::empty(head_dim); task.compared * group],
-                logit_error: 0.0,
+                ..ExactHead::default()
             },
             logits: vec![0.0; task.compared * group * task.context],
             weights: vec![0.0; group * BLOCK],
@@ -287,6 +295,24 @@ impl<'a> Exact<'a> {
 }
 
 impl Exact<'_> {
+    /// Keeps the softmax of the first `steps` steps: over the context, and over the keys of the steps so far. `supplied` are
+    /// queries, keys and values of the steps.
+    fn keep_softmax(&mut self, supplied: &[Vec<f32>; 3], steps: usize) {
+        let (d, [queries, keys, _]) = (self.head_dim, supplied);
+        let scale = 1.0 / (d as f32).sqrt();
+        for step in 0..steps {
+            for h in 0..self.group {
+                let i = step * self.group + h;
+                let query = &queries[i * d..(i + 1) * d];
+                let appended = keys[..(step + 1) * d].chunks_exact(d);
+                let appended =
+                    appended.map(|key| scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f32>());
+                let context = &self.logits[i * self.context..(i + 1) * self.context];
+                self.done.softmax.push(Softmax::new(context.iter().copied().chain(appended).collect()));
+            }
+        }
+    }
+
     /// Compares the logits with those of the rows that `stored` holds, computed as attention does.
     fn hold_against(&mut self, stored: &KvHead) {
         let d = self.head_dim;

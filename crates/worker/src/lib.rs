@@ -3,7 +3,8 @@
 //! - `capabilities`, `estimate`: what the core crate offers and what a configuration will weigh.
 //! - `inputs`: the model, the filled cache, and what each decode step is given.
 //! - `fill`: a generator fills the cache, while exact attention is computed on the same rows in f32; `quality`: attention
-//!   outputs against exact ones.
+//!   outputs against exact ones; `reads`: what a method reads against exact softmax; `seeds`: the spread of methods that draw
+//!   at random.
 //! - `append`: what appending a token to the cache takes.
 //! - `text`: the tokens of a real text fill the cache; `logits`: next-token distributions against those of a reference.
 //! - `matrix`: a job that times the product of one matrix.
@@ -22,6 +23,8 @@ mod matrix;
 mod measure;
 pub mod profile;
 mod quality;
+mod reads;
+mod seeds;
 mod text;
 mod timing;
 

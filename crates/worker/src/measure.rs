@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use longbit::Session;
-use longbit::attention::{Attention, method};
+use longbit::attention::Attention;
 use longbit_protocol::{CellJob, Event, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
 use crate::inputs::{self, Inputs, Prepared};
-use crate::{Events, WorkerError, capabilities, matrix, panic_text, timing};
+use crate::{Events, WorkerError, capabilities, matrix, panic_text, seeds, timing};
 
 /// A cell that is still being measured.
 struct Cell<'a> {
@@ -21,6 +21,23 @@ struct Cell<'a> {
     team: Arc<Team>,
     /// The method's state; none while it is in the session.
     attention: Option<Attention>,
+    /// Time to build that state.
+    build_ns: u64,
+}
+
+impl<'a> Cell<'a> {
+    /// With the state of `method`, built from the filled cache of `session`.
+    fn new(job: &'a CellJob, method: &str, team: Arc<Team>, session: &Session) -> Result<Self, WorkerError> {
+        let spec = longbit::attention::method(method)?;
+        let clock = Instant::now();
+        let attention = Some(session.attention_of(spec)?);
+        Ok(Cell { job, team, attention, build_ns: clock.elapsed().as_nanos() as u64 })
+    }
+
+    /// The method in full.
+    fn method(&self) -> String {
+        self.attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default()
+    }
 }
 
 pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), WorkerError> {
@@ -66,11 +83,8 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
 
     let mut cells = Vec::new();
     for cell in &job.cells {
-        let made = teams.get(cell.threads).and_then(|team| {
-            let attention = session.attention_of(method(&cell.method)?)?;
-            Ok(Cell { job: cell, team, attention: Some(attention) })
-        });
-        match made {
+        let team = teams.get(cell.threads);
+        match team.and_then(|team| Cell::new(cell, &cell.method, team, &session)) {
             Ok(cell) => cells.push(cell),
             Err(error) => events.send(&failed(cell, &error))?,
         }
@@ -126,14 +140,11 @@ fn compare_all<W: Write>(
     let mut kept = Vec::new();
     for mut cell in cells.drain(..) {
         if !cell.job.quality_done && cell.job.batch == 1 {
-            let name = cell.attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default();
+            let name = cell.method();
             let measured = match known.get(&name) {
                 Some(quality) => Ok(quality.clone()),
-                None => with_cell(session, &mut cell, |session| {
-                    inputs.quality(session, job.measure.quality_steps as usize, &mut |done, total| {
-                        events.send(&phase("comparing the output", done, total))
-                    })
-                }),
+                None => compare(job, session, inputs, &mut cell, events)
+                    .and_then(|quality| spread(job, session, inputs, &cell, quality, events)),
             };
             match measured {
                 Ok(quality) => {
@@ -152,6 +163,50 @@ fn compare_all<W: Write>(
     }
     *cells = kept;
     Ok(())
+}
+
+/// Quality of the cell's method.
+fn compare<W: Write>(
+    job: &Job,
+    session: &mut Session,
+    inputs: &Inputs,
+    cell: &mut Cell<'_>,
+    events: &mut Events<W>,
+) -> Result<Quality, WorkerError> {
+    with_cell(session, cell, |session| {
+        inputs.quality(session, job.measure.quality_steps as usize, &mut |done, total| {
+            events.send(&phase("comparing the output", done, total))
+        })
+    })
+}
+
+/// `own`, the quality of the cell's method, with that of other seeds where the method draws at random. One state at a time is
+/// there beside those of the cells.
+fn spread<W: Write>(
+    job: &Job,
+    session: &mut Session,
+    inputs: &Inputs,
+    cell: &Cell<'_>,
+    own: Quality,
+    events: &mut Events<W>,
+) -> Result<Quality, WorkerError> {
+    let Some(attention) = &cell.attention else { return Ok(own) };
+    let seeds = seeds::reseeded(attention.spec(), job.measure.seeds);
+    // Without attention outputs there is no error to spread.
+    let Some(error) = own.rel_l2_p50 else { return Ok(own) };
+    let mut errors = Vec::new();
+    for method in seeds {
+        let same = method == cell.method();
+        let other = match same {
+            true => Some(error),
+            false => {
+                let mut other = Cell::new(cell.job, &method, cell.team.clone(), session)?;
+                compare(job, session, inputs, &mut other, events)?.rel_l2_p50
+            }
+        };
+        errors.extend(other);
+    }
+    Ok(Quality { seeds: seeds::spread(&errors), ..own })
 }
 
 fn time_all<W: Write>(
@@ -187,6 +242,7 @@ fn time_all<W: Write>(
                 Ok(mut sample) => {
                     (sample.cell, sample.rep) = (cell.job.id.clone(), rep);
                     (sample.round, sample.slot) = (rep, slot as u32);
+                    sample.index_build_ns = Some(cell.build_ns);
                     events.send(&Event::Sample(Box::new(sample)))?;
                 }
                 Err(error) => {

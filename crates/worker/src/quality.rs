@@ -7,6 +7,7 @@ use longbit_protocol::{NOT_FINITE, Quality};
 
 use crate::WorkerError;
 use crate::fill::Filled;
+use crate::reads::Samples;
 
 /// One compared output.
 struct Compared {
@@ -26,10 +27,17 @@ pub(crate) fn measure(
     let (d, group) = (config.head_dim, config.group());
     let mut by_type: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let (mut all, mut needles) = (Vec::new(), Vec::new());
+    let (mut samples, mut densities) = (Samples::default(), Vec::new());
     for step in 0..compared {
         session.decode_supplied(token(step, config.vocab), &filled.steps[step], true)?;
         let output = session.attention_output();
+        densities.push(density_read(session));
         for (i, exact) in filled.exact.iter().enumerate() {
+            if let Some(softmax) = exact.softmax.get(step * group..(step + 1) * group)
+                && let Some(captured) = session.captured(i / config.kv_heads, i % config.kv_heads)
+            {
+                samples.add(softmax, &captured, |row| row);
+            }
             let exact = exact.outputs(step, i, &filled.steps[..compared], d);
             for h in 0..group {
                 let ours = &output[(i * group + h) * d..][..d];
@@ -55,7 +63,7 @@ pub(crate) fn measure(
         rel_l2_p50: Some(quantile(&errors, 0.5)),
         rel_l2_p95: Some(quantile(&errors, 0.95)),
         rel_l2_max: Some(quantile(&errors, 1.0)),
-        cosine_mean: Some(cosines.iter().sum::<f64>() / cosines.len() as f64),
+        cosine_mean: mean(&cosines),
         cosine_p5: Some(quantile(&cosines, 0.05)),
         cosine_min: Some(cosines.iter().copied().fold(f64::INFINITY, f64::min)),
         attention_logit_error_max: Some(filled.exact.iter().map(|e| e.logit_error).fold(0.0, f64::max)),
@@ -66,9 +74,23 @@ pub(crate) fn measure(
                 (name, quantile(&errors, 0.5))
             })
             .collect(),
+        reads: samples.summary(),
+        density_read: mean(&densities),
         needle_accuracy: (!needles.is_empty()).then(|| hits as f64 / needles.len() as f64),
         ..Quality::default()
     })
+}
+
+/// Share of the cached rows that the last decode step attended, over all layers and KV heads.
+pub(crate) fn density_read(session: &Session) -> f64 {
+    let config = &session.model().config;
+    let rows = config.layers * config.kv_heads * session.len();
+    session.traffic().rows as f64 / rows.max(1) as f64
+}
+
+/// None of no values.
+pub(crate) fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
 /// The token that step `step` decodes. Which one does not matter; that it differs from step to step keeps the embedding
@@ -99,7 +121,7 @@ fn compare(ours: &[f32], exact: &[f64]) -> Compared {
 }
 
 /// Nearest-rank quantile of sorted numbers; 0 of none.
-fn quantile(sorted: &[f64], p: f64) -> f64 {
+pub(crate) fn quantile(sorted: &[f64], p: f64) -> f64 {
     let rank = (p * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
 }

@@ -16,7 +16,7 @@ use longbit_protocol::{Job, MAX_TEXT_BYTES, Measure, Quality, TextFile};
 use longbit_sys::Team;
 use sha2::{Digest, Sha256};
 
-use crate::{WorkerError, fill, hex, logits};
+use crate::{WorkerError, fill, hex, logits, quality};
 
 /// KV dtype of the reference: what released checkpoints are run with.
 pub(crate) const REFERENCE_KV: &str = "bf16";
@@ -201,14 +201,16 @@ impl TextRun {
         mut progress: impl FnMut(u64, u64) -> Result<(), WorkerError>,
     ) -> Result<Quality, WorkerError> {
         let mut steps = Vec::with_capacity(self.reference.len());
+        let mut densities = Vec::new();
         session.set_exact_top(usize::MAX);
         for (step, reference) in self.reference.iter().enumerate() {
             let ours = session.decode(self.token(step))?;
             steps.push(logits::step(reference, ours, self.token(step + 1))?);
+            densities.push(quality::density_read(session));
             progress(step as u64 + 1, self.reference.len() as u64)?;
         }
         session.set_exact_top(1);
         session.rewind(self.context);
-        Ok(logits::summary(&steps))
+        Ok(Quality { density_read: quality::mean(&densities), ..logits::summary(&steps) })
     }
 }

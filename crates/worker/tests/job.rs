@@ -28,7 +28,15 @@ fn job(kv: &str, methods: &[&str], measure: Measure) -> Job {
 }
 
 fn measure(reps: u32) -> Measure {
-    Measure { reps, gen_tokens: 5, warmup_tokens: 2, quality_steps: 3, pin: false, probe_bytes: 1 << 20 }
+    Measure {
+        reps,
+        gen_tokens: 5,
+        warmup_tokens: 2,
+        quality_steps: 3,
+        seeds: 1,
+        pin: false,
+        probe_bytes: 1 << 20,
+    }
 }
 
 fn run(job: Job) -> (u8, Vec<Event>) {
@@ -83,6 +91,21 @@ fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
     assert!(window.rel_l2_p50.unwrap() > 10.0 * p50);
     // What is not read is stored all the same.
     assert_eq!(window.attention_logit_error_max, Some(logits));
+    // Everything is read, or the first and the last tokens.
+    let [all, few] = [dense, window].map(|q| q.reads.unwrap());
+    assert_eq!((all.samples, few.samples), (3 * 4 * 4, 3 * 4 * 4));
+    assert!(all.captured_mass_p5 > 1.0 - 1e-5 && all.tail_mass_error_p95 < 1e-5, "{all:?}");
+    assert_eq!((all.top_recall_p5, dense.density_read), (1.0, Some(1.0)));
+    assert!(few.captured_mass_p50 < 1.0 && few.captured_mass_p5 <= few.captured_mass_p50, "{few:?}");
+    // A window assumes nothing of the rest.
+    assert!((few.tail_mass_error_p50 - (1.0 - few.captured_mass_p50)).abs() < 0.2, "{few:?}");
+    assert!(few.top_recall_mean < 1.0 && few.top_recall_p5 <= few.top_recall_mean);
+    let density = window.density_read.unwrap();
+    assert!((density - 68.0 / 1002.0).abs() < 1e-4, "{density}");
+    // What is needed does not depend on what is read; a group needs what any of its heads does.
+    assert_eq!((all.top_density_head, all.top_density_group), (few.top_density_head, few.top_density_group));
+    assert!(0.0 < all.top_density_head && all.top_density_head < all.top_density_group);
+    assert!(dense.seeds.is_none() && samples.iter().all(|s| s.index_build_ns.is_some()));
     assert!(ready(&events).append_ns.unwrap() > 0);
     assert_eq!(ready(&events).kv_bytes_stored, 1000 * 8 * 2 * 64 * 2);
 }

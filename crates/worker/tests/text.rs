@@ -66,6 +66,7 @@ fn job(kv: &str, cells: &[(&str, usize)]) -> Job {
             gen_tokens: 5,
             warmup_tokens: 2,
             quality_steps: 24,
+            seeds: 1,
             pin: false,
             probe_bytes: 1 << 20,
         },

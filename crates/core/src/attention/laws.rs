@@ -12,7 +12,7 @@ use crate::model::RopeTable;
 
 /// Of each method a specification that chooses among 700 tokens, and one that reads all of them; none where it never
 /// does, with the reason beside it.
-const CASES: &[(&str, Option<&str>)] = &[
+pub(crate) const CASES: &[(&str, Option<&str>)] = &[
     ("dense", Some("dense")),
     ("dense-skip:below=0.01", Some("dense-skip:below=0")),
     ("window:sinks=4,window=64", Some("window:window=1000")),

@@ -12,7 +12,7 @@ mod dense;
 mod dense_skip;
 mod landmark;
 #[cfg(test)]
-mod laws;
+pub(crate) mod laws;
 mod layers;
 mod longformer;
 mod lsh;

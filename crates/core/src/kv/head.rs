@@ -214,6 +214,13 @@ impl KvHead {
         self.observed.swap(0, std::sync::atomic::Ordering::Relaxed)
     }
 
+    /// Keeps what was read so far out of [`KvHead::take_observed`]: an index that grows reads rows too, which is no part of
+    /// the traffic of a decision.
+    #[cfg(test)]
+    pub(crate) fn begin_observing(&self) {
+        self.take_observed();
+    }
+
     /// Decodes the keys of `tokens` into `out`, `[tokens][head_dim]`, rotated if they are.
     pub fn decode_keys(&self, tokens: Range<usize>, out: &mut [f32]) {
         #[cfg(test)]

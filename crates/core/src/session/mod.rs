@@ -4,12 +4,15 @@
 //! barriers (`forward`). The result has the same bits for any number of threads, any prefill chunk and any
 //! instruction set.
 
+mod capture;
 mod fork;
 mod forward;
 mod prefix;
 mod profile;
 mod scratch;
 mod stage;
+#[cfg(test)]
+mod traffic_tests;
 #[cfg(test)]
 mod two_stage_tests;
 
@@ -20,7 +23,9 @@ use longbit_sys::{Shared, Team};
 use crate::attention::{Attention, MethodSpec, method};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
-use crate::model::{Model, RopeTable};
+use crate::model::{Model, ModelConfig, RopeTable};
+use capture::Capture;
+pub use capture::Captured;
 use forward::{Pass, Tracing, Want};
 pub use prefix::PrefixCache;
 pub use profile::{Op, OpTotal, Profile};
@@ -366,7 +371,7 @@ impl Session {
     }
 
     /// As [`Session::decode`], with queries, keys and values from outside. With `capture`,
-    /// [`Session::attention_output`] afterwards holds what attention returned.
+    /// [`Session::attention_output`] afterwards holds what attention returned, and [`Session::captured`] how.
     ///
     /// # Errors
     /// As [`Session::decode`]; also buffers of another shape than the model's.
@@ -410,7 +415,14 @@ impl Session {
 
     /// What attention returned in the last captured step, `[layers][heads][head_dim]`.
     pub fn attention_output(&self) -> Vec<f32> {
-        self.decode.captured()
+        self.decode.capture.get().map(Capture::outputs).unwrap_or_default()
+    }
+
+    /// What the last captured step did in (`layer`, `kv_head`); none before the first, or where there is no such head.
+    pub fn captured(&self, layer: usize, kv_head: usize) -> Option<Captured> {
+        let ModelConfig { layers, kv_heads, .. } = self.model.config;
+        let known = layer < layers && kv_head < kv_heads;
+        Some(self.decode.capture.get().filter(|_| known)?.head(layer * kv_heads + kv_head))
     }
 
     /// The logits of the last pass.
@@ -453,7 +465,7 @@ impl Session {
             _ => &self.decode,
         };
         if capture {
-            scratch.prepare_capture(config);
+            scratch.capture.get_or_init(|| Capture::new(config));
         }
         let pass = Pass {
             model: &self.model,

@@ -8,6 +8,7 @@ use longbit_kernels::{ColumnShape, Planes, Quantized, TILE_ROWS, TernaryShape};
 use longbit_sys::{Shared, Worker};
 
 use super::Traffic;
+use super::capture::Capture;
 use super::profile::{Clock, OpTotal};
 use super::stage::{Stage, shares, stripes};
 use crate::attention::{CHUNK_TOKENS, Selection, partial};
@@ -125,7 +126,8 @@ pub(super) struct Scratch {
     pub(super) private: Vec<Mutex<Private>>,
     /// One a phase of a pass.
     tickets: Vec<Ticket>,
-    capture: OnceLock<Shared<f32>>,
+    /// What the last captured step did; nothing before the first.
+    pub(super) capture: OnceLock<Capture>,
     failure: Mutex<Option<Error>>,
     kv_bytes: AtomicU64,
     index_bytes: AtomicU64,
@@ -303,25 +305,5 @@ impl Scratch {
     /// The laps of each thread, `[thread][operation]`; starts anew.
     pub(super) fn take_laps(&self) -> Vec<Vec<OpTotal>> {
         self.private.iter().map(|p| p.lock().unwrap_or_else(|e| e.into_inner()).clock.take()).collect()
-    }
-
-    /// Makes room for captured attention output.
-    pub(super) fn prepare_capture(&self, config: &ModelConfig) {
-        let stripes = config.layers * config.kv_heads;
-        self.capture.get_or_init(|| {
-            Shared::even(stripes, config.group() * config.head_dim, stripes, 0.0).named("capture")
-        });
-    }
-
-    /// Keeps the attention output of (`layer`, `kv_head`), stripe `layer * kv_heads + kv_head`.
-    pub(super) fn capture(&self, stripe: usize, output: &[f32]) {
-        if let Some(capture) = self.capture.get() {
-            capture.write(stripe).copy_from_slice(output);
-        }
-    }
-
-    /// The captured attention output, `[layers][heads][head_dim]`; empty when none was.
-    pub(super) fn captured(&self) -> Vec<f32> {
-        self.capture.get().map(|c| c.read().to_vec()).unwrap_or_default()
     }
 }

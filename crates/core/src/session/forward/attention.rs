@@ -53,6 +53,8 @@ impl Pass<'_> {
         }
         let mut state = self.attention.head(l, kv_head);
         state.appended(&kv, self.position);
+        #[cfg(test)]
+        kv.begin_observing();
         if n == 1 {
             let mut selection = self.scratch.selections[kv_head].write().unwrap_or_else(|e| e.into_inner());
             selection.clear();

@@ -127,14 +127,19 @@ impl Pass<'_> {
             let partials = s.partials.read_range(slots.start * slot_len..slots.end * slot_len);
             partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
             let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
+            let capture = s.capture.get().filter(|_| self.capture);
+            let stripe = l * self.model.config.kv_heads + kv_head;
+            if let Some(capture) = capture {
+                capture.decided(stripe, &selection, &p.partials, d);
+            }
             if !selection.tail.is_empty() {
                 partial::merge(kernels, &mut p.partials, &selection.tail, d, &mut p.factors);
             }
             let mut out = s.attn.write(kv_head);
             partial::finish(kernels, &p.partials, d, &mut out);
             self.cache.head(l, kv_head).restore_outputs(&mut out);
-            if self.capture {
-                s.capture(l * self.model.config.kv_heads + kv_head, &out);
+            if let Some(capture) = capture {
+                capture.output(stripe, &out);
             }
         }
         (p.pieces, p.tasks) = (pieces, tasks);
