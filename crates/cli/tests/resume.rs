@@ -47,6 +47,7 @@ const TIMINGS: &[&str] = &[
     "started_utc",
     "wall_ms",
     "append_ns",
+    "index_build_ns",
 ];
 
 /// Some seconds of work in four cohorts of two cells.

@@ -244,8 +244,9 @@ pub const TOP_P: f64 = 0.95;
 /// head)s and the first of the compared steps. A sample is one query head at one step; masses are shares of the whole
 /// softmax. The top set of a sample is the fewest tokens that hold [`TOP_P`] of it.
 ///
-/// The tokens of a sample are those of the cache at that step. Attended are those whose rows the shared kernel read for the
-/// group; what a method accounts for itself, by an estimate or by rows that it reads under weights of its own, is its tail.
+/// The tokens of a sample are those of the cache at that step. Attended are those whose own rows entered the output: the spans
+/// that the whole group attends, and rows that the method attends itself for this head. Its tail is what the method accounts
+/// for itself, by an estimate or by rows under weights of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reads {
     /// Samples.
@@ -254,7 +255,7 @@ pub struct Reads {
     pub captured_mass_p50: f64,
     /// 5th percentile.
     pub captured_mass_p5: f64,
-    /// Mass that the method gives to its tail less the true mass of all that is not attended, without the sign: median.
+    /// Mass that the method gives to its tail less the true mass of all tokens beyond the spans, without the sign: median.
     /// Without a tail it is what was missed.
     pub tail_mass_error_p50: f64,
     /// 95th percentile.

@@ -98,7 +98,7 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             let shape = method_shape(&config, &request.kv_dtype)?;
             let decided = match request.quality_steps {
                 0 => 0,
-                _ => SPAN_BYTES * most_spans(&method, request.context, &shape),
+                _ => SPAN_BYTES * (1 + config.group() as u64) * most_spans(&method, request.context, &shape),
             };
             // The state of another seed beside that of the cell.
             let other = if seeds::reseeded(&method, request.seeds).is_empty() { 0 } else { f.index };
@@ -125,8 +125,8 @@ fn method_shape(config: &ModelConfig, kv: &str) -> Result<MethodShape, Error> {
     Ok(MethodShape { layers, kv_heads, head_dim, dtype: kv_dtype(kv)? })
 }
 
-/// Spans that the decisions of a step have at the most, all heads together: no more than rows that are read, or gaps between
-/// them.
+/// Spans that the decisions of a step have at the most, all heads together, of a KV head and of each of its query heads: no
+/// more than rows that are read, or gaps between them.
 fn most_spans(method: &MethodSpec, context: usize, shape: &MethodShape) -> u64 {
     let rows = method.predict(context, shape).rows.min(context);
     let spans = rows.min(context - rows + 1) as u64;
@@ -314,9 +314,9 @@ mod tests {
         };
         let compared = EstimateRequest { quality_steps: 4, ..timed.clone() };
         let more = estimate(&compared).scratch_bytes - estimate(&timed).scratch_bytes;
-        // Logits of a head for each of two threads, 260 MB of weights, and 1028 spans for each of 150 heads.
+        // Logits of a head for each of two threads, 260 MB of weights, and 1028 spans for each of 150 KV heads and 600 query heads.
         let logits = 2 * 4 * 4 * 4 * 98_304;
-        let spans = 150 * 1028 * 16;
+        let spans = 750 * 1028 * 16;
         assert!(more > logits + spans + (200 << 20) && more <= logits + spans + (256 << 20), "{more}");
         // Another seed of a method that draws nothing is the same method.
         let seeds = EstimateRequest { seeds: 5, ..compared.clone() };

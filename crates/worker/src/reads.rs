@@ -77,10 +77,11 @@ impl Softmax {
         Softmax { log_mass: f64::from(max) + sum.ln(), top, top_tokens: chosen.len(), weights }
     }
 
-    /// Share of the mass, and tokens of the top set, among `tokens`.
-    fn among(&self, tokens: impl Iterator<Item = usize>) -> (f64, usize) {
-        let (mut mass, mut found) = (0.0, 0);
-        for token in tokens {
+    /// Share of the mass, and tokens of the top set, that `tokens` hold.
+    fn among(&self, tokens: &TokenSet) -> (f64, usize) {
+        let (mut mass, mut found, mut spans) = (0.0, 0, Vec::new());
+        tokens.spans(&mut spans);
+        for token in spans.into_iter().flatten() {
             mass += self.weights.get(token).map_or(0.0, |w| f64::from(*w));
             found += usize::from(self.top.contains(token));
         }
@@ -107,23 +108,37 @@ impl Samples {
         captured: &Captured,
         position_of: impl Fn(usize) -> usize,
     ) {
-        let attended: Vec<usize> =
-            captured.selection.spans.iter().cloned().flatten().map(&position_of).collect();
-        for (softmax, tail) in exact.iter().zip(&captured.tail) {
-            let tokens = softmax.weights.len().max(1) as f64;
-            let (mass, found) = softmax.among(attended.iter().copied());
+        let Some(tokens) = exact.first().map(|s| s.weights.len()) else { return };
+        let mut shared = TokenSet::default();
+        shared.reset(tokens);
+        let insert = |set: &mut TokenSet, row: usize| {
+            let token = position_of(row);
+            if token < tokens {
+                set.insert(token);
+            }
+        };
+        captured.selection.spans.iter().cloned().flatten().for_each(|row| insert(&mut shared, row));
+        for (h, (softmax, tail)) in exact.iter().zip(&captured.tail).enumerate() {
+            let beyond = 1.0 - softmax.among(&shared).0;
+            let mut attended = shared.clone();
+            captured
+                .own
+                .get(h)
+                .into_iter()
+                .flatten()
+                .cloned()
+                .flatten()
+                .for_each(|row| insert(&mut attended, row));
+            let (mass, found) = softmax.among(&attended);
             let assumed = (f64::from(*tail) - softmax.log_mass).exp();
-            let error = (assumed - (1.0 - mass)).abs();
+            let error = (assumed - beyond).abs();
             self.masses.push(mass);
             self.tail_errors.push(if error.is_finite() { error } else { NOT_FINITE });
             self.recalls.push(found as f64 / softmax.top_tokens.max(1) as f64);
-            self.densities.push(softmax.top_tokens as f64 / tokens);
+            self.densities.push(softmax.top_tokens as f64 / tokens.max(1) as f64);
         }
-        if let Some(first) = exact.first() {
-            let tokens = first.weights.len();
-            let any = (0..tokens).filter(|&token| exact.iter().any(|s| s.top.contains(token))).count();
-            self.group_densities.push(any as f64 / tokens.max(1) as f64);
-        }
+        let any = (0..tokens).filter(|&token| exact.iter().any(|s| s.top.contains(token))).count();
+        self.group_densities.push(any as f64 / tokens.max(1) as f64);
     }
 
     /// The figures; none of no samples.
@@ -160,6 +175,7 @@ mod tests {
     fn reading(spans: &[std::ops::Range<usize>], tail: &[f64]) -> Captured {
         Captured {
             selection: Selection { spans: spans.to_vec(), ..Selection::default() },
+            own: Vec::new(),
             exact: vec![0.0; tail.len()],
             tail: tail.iter().map(|mass| (mass.ln() + 50.0) as f32).collect(),
         }
@@ -189,6 +205,21 @@ mod tests {
         close(reads.top_recall_p5, 0.0);
         close(reads.top_density_head, 0.2);
         close(reads.top_density_group, 0.4);
+    }
+
+    /// What a method attends itself is attended, by the head that weighs it, and its mass is that of the tail.
+    #[test]
+    fn rows_of_its_own_are_attended_and_stand_in_the_tail() {
+        let weights = [0.5, 0.25, 0.25];
+        let mut captured = reading(std::slice::from_ref(&(0..1)), &[0.25, 0.5]);
+        captured.own = vec![vec![1..2, 0..2], vec![1..3]];
+        let mut samples = Samples::default();
+        samples.add(&[softmax(&weights), softmax(&weights)], &captured, |row| row);
+        let reads = samples.summary().unwrap();
+        close(reads.captured_mass_p5, 0.75);
+        close(reads.top_recall_mean, (2.0 / 3.0 + 1.0) / 2.0);
+        close(reads.tail_mass_error_p50, 0.0);
+        close(reads.tail_mass_error_p95, 0.25);
     }
 
     #[test]

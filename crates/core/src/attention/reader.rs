@@ -56,6 +56,7 @@ impl Reader {
             }
             (partial[0], partial[1]) = (max, kernels.exp_sum(logits, max));
         }
+        kv.watch().note(spans, logits);
         self.sums.clear();
         self.sums.resize(group * d, 0.0);
         self.accumulate(kv, spans, logits);

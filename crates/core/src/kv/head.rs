@@ -6,6 +6,7 @@ use longbit_kernels::Kernels;
 
 use super::pool::{KvMemory, Memory};
 use super::side::Side;
+use super::watch::Watch;
 use super::{KvDtype, KvScratch};
 use crate::error::{Error, Result};
 
@@ -23,6 +24,8 @@ pub struct KvHead {
     len: usize,
     /// Rows on their way.
     room: Vec<f32>,
+    /// Rows that a method attends itself.
+    watch: Watch,
     /// Bytes of stored rows that were read, for tests.
     #[cfg(test)]
     observed: std::sync::atomic::AtomicU64,
@@ -45,6 +48,7 @@ impl KvHead {
             values: Side::new(dtype.values, head_dim, values),
             len: 0,
             room: Vec::new(),
+            watch: Watch::default(),
             #[cfg(test)]
             observed: Default::default(),
         }
@@ -61,6 +65,7 @@ impl KvHead {
             values: self.values.fork(values),
             len: self.len,
             room: Vec::new(),
+            watch: Watch::default(),
             #[cfg(test)]
             observed: Default::default(),
         }
@@ -196,6 +201,11 @@ impl KvHead {
     /// Bytes that reading the keys of `tokens` touches.
     pub fn read_key_bytes(&self, tokens: Range<usize>) -> usize {
         self.runs(tokens).map(|run| self.key_parts(&run).map(<[u8]>::len).sum::<usize>()).sum()
+    }
+
+    /// Rows that a method attends itself, while they are watched.
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     #[cfg(test)]

@@ -31,6 +31,7 @@ mod q_0;
 mod scattered;
 mod side;
 mod unit;
+mod watch;
 
 pub use cache::{CacheShape, KvCache};
 pub use dtype::{KvDtype, KvFormat, SideDtype, kv_dtype};

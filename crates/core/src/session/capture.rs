@@ -2,6 +2,7 @@
 //!
 //! A measurement asks for it; other steps pay nothing.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use longbit_sys::Shared;
@@ -14,6 +15,8 @@ use crate::model::ModelConfig;
 pub struct Captured {
     /// What the method decided; rows of the cache, which are positions unless the method evicted some.
     pub selection: Selection,
+    /// Rows that the method attended itself, under weights that are part of its tail: by query head; empty where it did not.
+    pub own: Vec<Vec<Range<usize>>>,
     /// Logarithm of the softmax mass, the sum of `exp(logit)`, of the tokens attended exactly: one a query head, negative
     /// infinity of none. Logits are `q . k / sqrt(head_dim)`, of keys as they are cached.
     pub exact: Vec<f32>,
@@ -52,6 +55,11 @@ impl Capture {
         masses(&selection.tail, head_dim, &mut kept.tail);
         kept.tail.resize(kept.exact.len(), f32::NEG_INFINITY);
         kept.selection.clone_from(selection);
+    }
+
+    /// Keeps the rows that the method attended itself.
+    pub(super) fn attended(&self, stripe: usize, own: Vec<Vec<Range<usize>>>) {
+        self.heads[stripe].lock().unwrap_or_else(|e| e.into_inner()).own = own;
     }
 
     /// Keeps the attention output of stripe `layer * kv_heads + kv_head`.

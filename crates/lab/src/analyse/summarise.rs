@@ -273,6 +273,21 @@ fn identity(
         attention_logit_error_max: None,
         kv_bytes_stored_per_token: None,
         append_ns: None,
+        density_read: None,
+        top95_density_head: None,
+        top95_density_group: None,
+        captured_mass_p50: None,
+        captured_mass_p5: None,
+        tail_mass_error_p50: None,
+        tail_mass_error_p95: None,
+        top95_recall_mean: None,
+        top95_recall_p5: None,
+        reads_samples: None,
+        index_bytes_stored_per_token: None,
+        index_build_ns: None,
+        rel_l2_seed_mean: None,
+        rel_l2_seed_sd: None,
+        seeds: None,
     }
 }
 
@@ -322,6 +337,23 @@ fn add_quality(record: &mut Record, quality: &Quality) {
     record.nll_nats = known(quality.nll_nats);
     record.nll_reference_nats = known(quality.nll_reference_nats);
     record.quality_steps = Some(u64::from(quality.steps));
+    record.density_read = known(quality.density_read);
+    if let Some(reads) = &quality.reads {
+        record.top95_density_head = finite(reads.top_density_head);
+        record.top95_density_group = finite(reads.top_density_group);
+        record.captured_mass_p50 = finite(reads.captured_mass_p50);
+        record.captured_mass_p5 = finite(reads.captured_mass_p5);
+        record.tail_mass_error_p50 = finite(reads.tail_mass_error_p50);
+        record.tail_mass_error_p95 = finite(reads.tail_mass_error_p95);
+        record.top95_recall_mean = finite(reads.top_recall_mean);
+        record.top95_recall_p5 = finite(reads.top_recall_p5);
+        record.reads_samples = Some(reads.samples);
+    }
+    if let Some(seeds) = &quality.seeds {
+        record.rel_l2_seed_mean = finite(seeds.rel_l2_mean);
+        record.rel_l2_seed_sd = finite(seeds.rel_l2_sd);
+        record.seeds = Some(u64::from(seeds.count));
+    }
 }
 
 fn add_times(record: &mut Record, plan: &Plan, samples: &[&Sample]) {
@@ -365,6 +397,14 @@ fn add_traffic(record: &mut Record, samples: &[&Sample]) {
     record.index_bytes_read_per_token = per_token(samples.iter().map(|s| s.traffic.index_bytes).sum());
     record.rows_read_per_token = per_token(samples.iter().map(|s| s.traffic.rows).sum());
     record.index_bytes_stored = samples.iter().map(|s| s.index_bytes).max();
+    let context = record.context_tokens;
+    record.index_bytes_stored_per_token =
+        record.index_bytes_stored.filter(|_| context > 0).map(|bytes| bytes as f64 / context as f64);
+    // A worker builds a state once, whatever it times with it.
+    let mut built: Vec<u64> = samples.iter().filter_map(|s| s.index_build_ns).collect();
+    built.dedup();
+    let built: Vec<f64> = built.into_iter().map(|ns| ns as f64).collect();
+    record.index_build_ns = stats::median(&built).map(|ns| ns.round() as u64);
 }
 
 fn add_process(record: &mut Record, samples: &[&Sample]) {

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use longbit_protocol::{
-    Machine, Measure, ModelSpec, Outcome, Probe, Quality, Ready, Sample, Status, Toolchain, Traffic,
+    Machine, Measure, ModelSpec, Outcome, Probe, Quality, Reads, Ready, Sample, SeedSpread, Status,
+    Toolchain, Traffic,
 };
 
 use super::interval::SplitMix64;
@@ -72,6 +73,7 @@ impl Sweep {
             gen_tokens: 64,
             warmup_tokens: 8,
             quality_steps: 4,
+            seeds: 1,
             pin: true,
             probe_bytes: 1 << 30,
         };
@@ -197,7 +199,9 @@ impl Sweep {
             }
             for &m in members {
                 let cell = &plan.cells[m];
-                let (_, far) = behaviour(&cell.method, &cell.method_params, cell.context);
+                let (rows, far) = behaviour(&cell.method, &cell.method_params, cell.context);
+                let density = rows as f64 / cell.context as f64;
+                let draws = cell.method_params.contains_key("seed");
                 let p50 = (error * error + far * far).sqrt();
                 let cell = cell.id.clone();
                 let quality = match self.text {
@@ -212,6 +216,23 @@ impl Sweep {
                         cosine_p5: Some(1.0 - p50 * p50 * 0.8),
                         cosine_min: Some(1.0 - p50 * p50),
                         attention_logit_error_max: Some(20.0 * error),
+                        density_read: Some(density),
+                        reads: Some(Reads {
+                            samples: 4 * 30 * 20,
+                            captured_mass_p50: density.sqrt(),
+                            captured_mass_p5: density,
+                            tail_mass_error_p50: 1.0 - density.sqrt(),
+                            tail_mass_error_p95: 1.0 - density,
+                            top_recall_mean: density.cbrt(),
+                            top_recall_p5: density.sqrt(),
+                            top_density_head: 0.02,
+                            top_density_group: 0.05,
+                        }),
+                        seeds: draws.then_some(SeedSpread {
+                            count: 5,
+                            rel_l2_mean: p50 * 1.01,
+                            rel_l2_sd: p50 * 0.1,
+                        }),
                         ..Quality::default()
                     },
                     true => Quality {
@@ -252,9 +273,15 @@ impl Sweep {
                         t0: format!("2026-01-31T12:{rep:02}:{slot:02}Z"),
                         tok_ns,
                         rss_peak_bytes: Some(2 << 30),
+                        index_bytes: if cell.method == "quest" { 240 * cell.context as u64 } else { 0 },
+                        index_build_ns: Some(1_000_000 + u64::from(cell.method == "quest") * 5_000_000),
                         traffic: Traffic {
                             kv_bytes: kv * tokens,
-                            index_bytes: 0,
+                            index_bytes: if cell.method == "quest" {
+                                240 * cell.context as u64 * tokens
+                            } else {
+                                0
+                            },
                             rows: rows * 30 * 5 * tokens,
                         },
                         ..Sample::default()

@@ -84,7 +84,7 @@ const LINES: [[&str; 3]; 6] = [
     ["done", "cell, reps", "a cell has everything that the plan asks for"],
 ];
 
-const SAMPLE: [[&str; 3]; 19] = [
+const SAMPLE: [[&str; 3]; 20] = [
     ["cell", "-", "cell_id"],
     ["rep", "-", "repetition, from 0"],
     ["round", "-", "round of the cohort"],
@@ -104,12 +104,23 @@ const SAMPLE: [[&str; 3]; 19] = [
     ["khz", "kHz", "lowest and highest clock of a CPU, or null"],
     ["traffic", "bytes, rows", "kv_bytes, index_bytes and rows read, summed over the timed tokens"],
     ["index_bytes", "bytes", "state of the method at the end of the repetition"],
+    ["index_build_ns", "ns", "time to build that state from the filled cache, once a worker, or null"],
 ];
 
-const OTHER: [[&str; 2]; 6] = [
+const OTHER: [[&str; 2]; 8] = [
     ["quality.steps", "decode steps compared"],
     ["quality.outputs", "outputs compared: steps x layers x query heads, or steps where logits are compared"],
     ["quality.rel_l2_by_head", "median relative L2 error by head type of the workload"],
+    [
+        "quality.reads",
+        "samples, captured_mass_p50, captured_mass_p5, tail_mass_error_p50, tail_mass_error_p95, top_recall_mean, \
+         top_recall_p5, top_density_head, top_density_group: what was read against exact softmax; absent where a text is \
+         decoded",
+    ],
+    [
+        "quality.seeds",
+        "count, rel_l2_mean, rel_l2_sd: the spread over seeds; absent for methods that draw nothing",
+    ],
     ["ready.build_ns", "time to build or load the model"],
     ["ready.huge_page_bytes", "anonymous huge pages in use, or null"],
     ["ready.workload_stats", "statistics of the workload, by name; of a text its bytes and tokens"],
@@ -125,7 +136,7 @@ const PLAN: [[&str; 2]; 17] = [
     ["engine, engine_version", "the program that measures"],
     ["isa", "instruction set of its kernels"],
     ["flags", "the flags that chose the cells and how they are measured"],
-    ["measure", "reps, gen_tokens, warmup_tokens, quality_steps, pin, probe_bytes"],
+    ["measure", "reps, gen_tokens, warmup_tokens, quality_steps, seeds (where not 1), pin, probe_bytes"],
     [
         "min_samples_p99, max_drift_pct",
         "below this many tokens p99 is empty; beyond this drift a cell is not steady",

@@ -20,6 +20,7 @@ pub fn summary(plan: &Plan, machine: &Machine, records: &[Record], sentence: &st
     }
     page.push_str("## Cells\n\n");
     page.push_str(&cells(records));
+    page.push_str(&reads(records));
     let gaps = table::gaps(records).markdown();
     if !gaps.is_empty() {
         page.push_str("\n## Skipped and failed\n\n");
@@ -78,6 +79,45 @@ pub fn cells(records: &[Record]) -> String {
         text.push_str(&format!("Methods in full: {}.\n", full.join(", ")));
     }
     text
+}
+
+/// What the columns of the table of reads mean.
+const READS_LEGEND: [(&str, &str); 8] = [
+    ("density", "density: rows attended of those in the cache, by the query heads of a group together."),
+    (
+        "needed, head",
+        "needed: the fewest tokens that hold 95 % of the exact softmax mass, of a query head and of all heads of a group \
+         together; whatever the method does.",
+    ),
+    ("mass p50", "mass: exact softmax mass of the attended tokens."),
+    (
+        "tail error p50",
+        "tail error: what the method assumes of the mass of the rest, less what it is; without an assumption the mass missed.",
+    ),
+    ("recall", "recall: share of the needed tokens of a head that were attended."),
+    (
+        "index MB/token",
+        "index MB/token: indexes and summaries that a decode step reads, beside the keys and values.",
+    ),
+    (
+        "index ms",
+        "index MB, ms: the method's state beside the cache, and the time to build it with one thread.",
+    ),
+    (
+        "rel L2 over seeds",
+        "over seeds: median relative L2, mean and standard deviation over seeds of a method that draws at random.",
+    ),
+];
+
+/// What the methods read, with its heading and legend; empty where all read everything.
+fn reads(records: &[Record]) -> String {
+    let rows = table::reads(records);
+    if rows.body.is_empty() {
+        return String::new();
+    }
+    let shown = READS_LEGEND.iter().filter(|(column, _)| rows.head.iter().any(|h| h == column));
+    let legend: Vec<&str> = shown.map(|(_, meaning)| *meaning).collect();
+    format!("\n## What was read\n\n{}\n{}\n", rows.markdown(), legend.join(" "))
 }
 
 /// What the machine says of itself; what it does not say is shown as unknown.

@@ -99,6 +99,69 @@ pub fn measured(records: &[Record]) -> Rows {
         .without_empty_columns()
 }
 
+/// What the measured methods read against what matters, a row a context, KV dtype and method: threads change nothing of it.
+/// Nothing where all attend to everything.
+pub fn reads(records: &[Record]) -> Rows {
+    let labels = Labels::new(records);
+    if !records.iter().any(|r| r.measured() && r.chooses()) {
+        return Rows::default();
+    }
+    let head = [
+        "context",
+        "KV",
+        "method",
+        "density",
+        "needed, head",
+        "needed, group",
+        "mass p50",
+        "mass p5",
+        "tail error p50",
+        "tail error p95",
+        "recall",
+        "recall p5",
+        "KV MB/token",
+        "index MB/token",
+        "index MB",
+        "index ms",
+        "rel L2 over seeds",
+    ];
+    let number = |v: Option<f64>| v.map_or(String::new(), digits);
+    let share = |v: Option<f64>| v.map_or(String::new(), percent);
+    let mb = |bytes: Option<u64>| number(bytes.map(|b| b as f64 / 1e6));
+    let mut seen = Vec::new();
+    let mut body = Vec::new();
+    for r in records.iter().filter(|r| r.measured() && r.batch_tokens() == 1 && !r.one_matrix()) {
+        let key = (r.context_tokens, r.kv_dtype.as_str(), labels.method(r));
+        if seen.contains(&key) {
+            continue;
+        }
+        let indexed = r.index_bytes_stored.is_some_and(|bytes| bytes > 0);
+        let seeds = r.rel_l2_seed_mean.zip(r.rel_l2_seed_sd).zip(r.seeds);
+        body.push(vec![
+            context(r.context_tokens),
+            r.kv_dtype.clone(),
+            labels.method(r),
+            share(r.density_read),
+            share(r.top95_density_head),
+            share(r.top95_density_group),
+            share(r.captured_mass_p50),
+            share(r.captured_mass_p5),
+            share(r.tail_mass_error_p50),
+            share(r.tail_mass_error_p95),
+            share(r.top95_recall_mean),
+            share(r.top95_recall_p5),
+            mb(r.kv_bytes_read_per_token),
+            mb(r.index_bytes_read_per_token.filter(|_| indexed)),
+            mb(r.index_bytes_stored.filter(|_| indexed)),
+            number(r.index_build_ns.filter(|_| indexed).map(|ns| ns as f64 / 1e6)),
+            seeds
+                .map_or(String::new(), |((mean, sd), n)| format!("{} ± {} of {n}", digits(mean), digits(sd))),
+        ]);
+        seen.push(key);
+    }
+    Rows { head: head.map(str::to_owned).to_vec(), body, left: vec![1, 2] }.without_empty_columns()
+}
+
 /// The cells without numbers, with the reason.
 pub fn gaps(records: &[Record]) -> Rows {
     let batches = records.iter().any(|r| r.batch_tokens() != 1);
@@ -247,6 +310,40 @@ mod tests {
         let text = rows.markdown();
         assert!(text.contains("1.0000×") && text.contains("100 %"), "{text}");
         assert!(!measured(&testing::records()).head.iter().any(|h| h.contains("KL")));
+    }
+
+    #[test]
+    fn what_was_read_is_told_once_a_method() {
+        let methods: Vec<(&str, &[(&str, &str)])> = vec![
+            ("dense", &[]),
+            ("quest", &[("budget", "2048"), ("page", "16")]),
+            ("window", &[("seed", "7"), ("window", "1024")]),
+        ];
+        let of = |methods| {
+            let sweep = testing::Sweep {
+                contexts: vec![8192],
+                kv_dtypes: vec!["bf16"],
+                threads: vec![1, 2],
+                methods,
+                ..testing::Sweep::default()
+            };
+            let (plan, machine, lines) = sweep.build();
+            reads(&crate::analyse::summarise::summarise(&plan, &machine, &lines))
+        };
+        let rows = of(methods.clone());
+        assert_eq!(rows.body.len(), 3, "{rows:?}");
+        let field = |row: usize, name: &str| {
+            rows.body[row][rows.head.iter().position(|h| h == name).unwrap()].as_str()
+        };
+        // A quarter of 8k, whose root is a half.
+        assert_eq!(
+            [field(1, "density"), field(1, "mass p50"), field(0, "recall")],
+            ["25 %", "50 %", "100 %"]
+        );
+        assert_eq!([field(1, "index MB"), field(1, "index ms"), field(0, "index ms")], ["1.97", "6.00", ""]);
+        assert!(field(2, "rel L2 over seeds").ends_with(" of 5") && field(1, "rel L2 over seeds").is_empty());
+        // Nothing is chosen where everything is read.
+        assert_eq!(of(methods[..1].to_vec()), Rows::default());
     }
 
     #[test]

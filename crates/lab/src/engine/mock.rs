@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use longbit_protocol::{
     Capabilities, Estimate, EstimateRequest, Event, Fill, Job, KvDtypeInfo, MethodInfo, Outcome, ParamInfo,
-    ParamKind, PresetInfo, Probe, Quality, Ready, Sample, Status, Traffic, WorkloadInfo,
+    ParamKind, PresetInfo, Probe, Quality, Reads, Ready, Sample, SeedSpread, Status, Traffic, WorkloadInfo,
 };
 
 use super::{Engine, Next, Running};
@@ -92,6 +92,7 @@ pub fn capabilities() -> Capabilities {
                     setting: false,
                 }],
             ),
+            method("draw", vec![int("seed", "of what is drawn", 0, 1 << 20, "0")]),
         ],
         workloads: vec![
             WorkloadInfo {
@@ -232,6 +233,7 @@ impl MockEngine {
                     t0: "2026-01-31T12:00:00Z".into(),
                     tok_ns: vec![ns; tokens],
                     traffic: Traffic { kv_bytes: 1000, index_bytes: 0, rows: 10 },
+                    index_build_ns: Some(5),
                     ..Sample::default()
                 }))));
             }
@@ -267,6 +269,13 @@ impl MockEngine {
                 outputs: 8,
                 cosine_mean: Some(cosine),
                 cosine_min: Some(cosine),
+                density_read: Some(0.25),
+                reads: Some(Reads { samples: 8, captured_mass_p50: 0.75, ..Reads::default() }),
+                seeds: (job.measure.seeds > 1 && cell.method.contains("seed=")).then_some(SeedSpread {
+                    count: job.measure.seeds,
+                    rel_l2_mean: 0.5,
+                    rel_l2_sd: 0.125,
+                }),
                 ..Quality::default()
             }))));
         }

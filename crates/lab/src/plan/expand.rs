@@ -63,8 +63,8 @@ pub(super) fn short_hash<T: Serialize>(value: &T) -> Result<String> {
     Ok(hex(&Sha256::digest(&text)[..8]))
 }
 
-/// Identity of a cell: equal exactly when everything that decides its numbers is equal. The number of repetitions and
-/// the size of the probe are not part of it: they change how well a number is known, not what it is.
+/// Identity of a cell: equal exactly when everything that decides its numbers is equal. The numbers of repetitions
+/// and of seeds and the size of the probe are not part of it: they change how well a number is known, not what it is.
 ///
 /// # Errors
 /// Only where the configuration cannot be written as JSON.

@@ -187,6 +187,7 @@ pub fn predict(
         batch: c.batch,
         fill: if c.text.is_some() { Fill::Prefill } else { Fill::Synthetic },
         quality_steps: if c.compares(&measure) { measure.quality_steps } else { 0 },
+        seeds: measure.seeds,
         text_bytes: c.text.as_ref().map_or(0, bytes),
     };
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
@@ -286,8 +287,9 @@ fn seconds(e: &Estimate, measure: &Measure, cell: &PlannedCell, probes: &[Probe]
     let (warmup, timed) = measure.passes(cell.batch);
     let pass = token.max(slower * e.pass_macs as f64 / (PREFILL_MACS_S * threads as f64));
     let quality_steps = if cell.compares(measure) { measure.quality_steps } else { 0 };
+    let seeds = if cell.method_params.contains_key("seed") { measure.seeds } else { 1 };
     f64::from(measure.reps) * (warmup + timed) as f64 * pass
-        + f64::from(quality_steps) * compared
+        + f64::from(quality_steps) * f64::from(seeds) * compared
         + f64::from(measure.reps) * measure.probe_bytes as f64 / rate
 }
 

@@ -281,6 +281,23 @@ fn more_threads_than_cpus_are_measured_and_said() {
 }
 
 #[test]
+fn seeds_take_time_where_something_is_drawn_and_leave_identities_alone() {
+    let axes = "context = 1024\nthreads = 1\nkv_dtype = \"bf16\"\nmethod = [\"window\", \"draw\"]";
+    let of = |seeds: &str| {
+        let rest = format!("[measure]\nquality_steps = 4\nprobe = \"1MiB\"\n{seeds}");
+        plan(axes, &rest, &PlanOptions::default())
+    };
+    let (one, said, many) = (of(""), of("seeds = 1"), of("seeds = 5"));
+    assert_eq!((one.measure.seeds, many.measure.seeds), (1, 5));
+    assert_eq!(one.plan_hash, said.plan_hash);
+    assert_ne!(one.plan_hash, many.plan_hash);
+    let ids = |plan: &Plan| plan.cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>();
+    assert_eq!(ids(&one), ids(&many));
+    assert_eq!(one.cells[0].predicted.seconds, many.cells[0].predicted.seconds, "a window draws nothing");
+    assert!(many.cells[1].predicted.seconds > one.cells[1].predicted.seconds);
+}
+
+#[test]
 fn batches_are_cells_of_their_own_and_leave_identities_alone() {
     let axes = "context = [0, 1024]\nthreads = 1\nkv_dtype = \"bf16\"\nmethod = \"dense\"";
     let rest = "[measure]\nquality_steps = 2\nprobe = \"1MiB\"";

@@ -286,6 +286,24 @@ fn violated_limits_are_exit_four() {
 }
 
 #[test]
+fn what_was_read_and_the_spread_of_seeds_reach_the_rows() {
+    let axes = AXES.replace("[\"dense\", \"window\", \"topk\"]", "[\"dense\", \"draw:seed=3\"]");
+    let lab = Lab::new(&axes, &format!("{MEASURE}\nseeds = 4"));
+    let engine = MockEngine::default();
+    assert_eq!(lab.run(&engine), Exit::Ok);
+    assert!(engine.jobs.borrow().iter().all(|job| job.measure.seeds == 4));
+    let records = crate::analyse::summarise::summarise(&lab.plan(), &Machine::default(), &lab.lines());
+    for r in &records {
+        assert_eq!((r.density_read, r.captured_mass_p50, r.reads_samples), (Some(0.25), Some(0.75), Some(8)));
+        assert_eq!((r.index_build_ns, r.index_bytes_stored_per_token), (Some(5), Some(0.0)));
+        let spread = (r.seeds, r.rel_l2_seed_mean, r.rel_l2_seed_sd);
+        let expected =
+            if r.method == "draw" { (Some(4), Some(0.5), Some(0.125)) } else { (None, None, None) };
+        assert_eq!(spread, expected, "{}", r.method);
+    }
+}
+
+#[test]
 fn skipped_cells_are_not_failures() {
     let lab = Lab::new(&AXES.replace("[1]", "[1, 64]"), MEASURE);
     assert_eq!(lab.run(&MockEngine::default()), Exit::Ok);

@@ -8,6 +8,9 @@ use super::units;
 use super::walk::Section;
 use crate::plan::{Gate, OnFail, VerifySpec};
 
+/// More seeds tell no more than these.
+const MAX_SEEDS: u64 = 1000;
+
 impl<'a> Reader<'a> {
     pub(super) fn measure(&self, section: &Section<'a>) -> (Measure, u32, f64) {
         let count = |key, min, default: u32| {
@@ -18,6 +21,10 @@ impl<'a> Reader<'a> {
             gen_tokens: count("gen_tokens", 1, 64),
             warmup_tokens: count("warmup_tokens", 0, 8),
             quality_steps: count("quality_steps", 0, 4),
+            seeds: section
+                .int("seeds", 1, MAX_SEEDS)
+                .and_then(|at| u32::try_from(at.value).ok())
+                .unwrap_or(1),
             pin: section.bool("pin").is_none_or(|at| at.value),
             probe_bytes: section.quantity("probe", units::size).unwrap_or(1 << 30),
         };

@@ -61,7 +61,14 @@ impl Pass<'_> {
             match self.decoding {
                 true => {
                     let query = GroupQuery { rows: &queries[..width], head_dim: d, position: self.position };
-                    state.select(query, &kv, &mut selection)
+                    let capture = self.scratch.capture.get().filter(|_| self.capture);
+                    if capture.is_some() {
+                        kv.watch().begin();
+                    }
+                    state.select(query, &kv, &mut selection);
+                    if let Some(capture) = capture {
+                        capture.attended(l * config.kv_heads + kv_head, kv.watch().take());
+                    }
                 }
                 false => selection.spans.push(0..kv.len()),
             }

@@ -107,7 +107,8 @@ impl Pass<'_> {
         // The partials of a thread that is alone with its heads begin at the first of them, one each.
         let base = if alone { owned.start } else { 0 };
         let work = Work { tasks: &tasks, pieces: &pieces, mine, base };
-        let bytes = match self.floors() {
+        // What another thread's head decides is known only after a barrier.
+        let bytes = match self.floors(if alone { owned.clone() } else { 0..heads }) {
             Some(below) => self.attend_above(worker, p, l, &work, &below),
             None => {
                 let bytes = self.attend(p, l, &work);
@@ -202,13 +203,13 @@ impl Pass<'_> {
         bytes
     }
 
-    /// The shares of the largest weight below which each KV head leaves values unread, if any does.
-    fn floors(&self) -> Option<Vec<f32>> {
-        let below = |selection: &std::sync::RwLock<Selection>| {
-            selection.read().unwrap_or_else(|e| e.into_inner()).skip_below
+    /// The shares of the largest weight below which each KV head leaves values unread, if any of `heads` does; 0 for others.
+    fn floors(&self, heads: Range<usize>) -> Option<Vec<f32>> {
+        let below = |kv_head: usize| match heads.contains(&kv_head) {
+            true => self.scratch.selections[kv_head].read().unwrap_or_else(|e| e.into_inner()).skip_below,
+            false => 0.0,
         };
-        let selections = &self.scratch.selections;
-        selections.iter().any(|s| below(s) > 0.0).then(|| selections.iter().map(below).collect())
+        heads.clone().any(|h| below(h) > 0.0).then(|| (0..self.scratch.selections.len()).map(below).collect())
     }
 
     /// As [`Pass::attend`] where heads leave values unread: all keys come first, for the weight of a token counts against the
@@ -246,7 +247,7 @@ impl Pass<'_> {
         if !self.heads_are_single_tasks() {
             self.barrier(worker, p);
         }
-        let (mut values, mut floors) = (0, Vec::new());
+        let (mut values, mut counted, mut floors) = (0, 0, Vec::new());
         for i in mine.clone() {
             let kv_head = tasks[i].0;
             let kv = self.cache.head(l, kv_head);
@@ -261,10 +262,13 @@ impl Pass<'_> {
             }
             let weights = &p.weights[(i - mine.start) * room..];
             let mut partials = s.partials.write(base + i);
-            values +=
+            let read =
                 gather_above(&kv, work.pieces(i), &floors, weights, &mut p.kv, &mut p.attend, &mut partials);
+            values += read;
+            // The values of a head that leaves none unread were counted with its keys.
+            counted += if below[kv_head] > 0.0 { read } else { 0 };
         }
-        s.count(values as u64, 0, 0);
+        s.count(counted as u64, 0, 0);
         values
     }
 }

@@ -41,7 +41,8 @@ pub fn figures(records: &[Record], lines: &[Line]) -> Vec<Figure> {
         let look = Look::new(records, &decoded);
         figures.extend([speed(&look), latency(&look)]);
         figures.extend(threads(&look));
-        figures.extend(error_against_speed(&look));
+        figures.extend(error_against(&look, Price::Speed));
+        figures.extend(error_against(&look, Price::Traffic));
         figures.extend(formats::error_against_bytes(&look));
         figures.push(percentiles(&look, lines));
     }
@@ -363,8 +364,51 @@ fn threads(look: &Look<'_>) -> Option<Figure> {
     })
 }
 
-/// Error against speed, one panel a context; one figure a KV dtype where they would not fit in one.
-fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
+/// What error is weighed against.
+#[derive(Clone, Copy)]
+enum Price {
+    Speed,
+    /// Bytes that a decode step reads of the cache and of the method's indexes.
+    Traffic,
+}
+
+impl Price {
+    fn of(self, r: &Record) -> Option<f64> {
+        match self {
+            Price::Speed => r.decode_tok_s,
+            Price::Traffic => Some(r.cache_bytes_per_token().filter(|b| *b > 0)? as f64 / 1e6),
+        }
+    }
+
+    fn file(self) -> &'static str {
+        match self {
+            Price::Speed => "error-speed",
+            Price::Traffic => "error-traffic",
+        }
+    }
+
+    fn title(self) -> (&'static str, &'static str) {
+        match self {
+            Price::Speed => ("decode speed", "lower right is better"),
+            Price::Traffic => ("what a step reads", "lower left is better"),
+        }
+    }
+
+    fn axis(self, values: &[f64]) -> Axis {
+        let most = stats::max(values).unwrap_or(0.0);
+        match self {
+            Price::Speed => Axis::from_zero("Decode speed (tokens/s)", most),
+            Price::Traffic => Axis::log(
+                "Cached keys, values and indexes read per token (MB)",
+                stats::min(values).unwrap_or(most),
+                most,
+            ),
+        }
+    }
+}
+
+/// Error against a price, one panel a context; one figure a KV dtype where they would not fit in one.
+fn error_against(look: &Look<'_>, price: Price) -> Vec<Figure> {
     let threads = look.most_threads();
     let at_threads: Vec<&Record> = look.records.iter().copied().filter(|r| r.threads == threads).collect();
     let Some(loss) = Loss::of(at_threads.iter().copied()) else { return Vec::new() };
@@ -377,10 +421,9 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
     let (Some(lo), Some(hi)) = (stats::min(&errors), stats::max(&errors)) else { return Vec::new() };
     let y = Axis::log(loss.axis(), lo, hi);
     let floor = y.range.0;
-    let x = Axis::from_zero(
-        "Decode speed (tokens/s)",
-        look.max(|r| r.decode_tok_s.filter(|_| r.threads == threads && loss.typical(r).is_some())),
-    );
+    let compared = at_threads.iter().filter(|r| loss.typical(r).is_some());
+    let prices: Vec<f64> = compared.filter_map(|r| price.of(r)).collect();
+    let x = price.axis(&prices);
     let exact = at_threads.iter().any(|r| loss.typical(r).is_some_and(|e| e <= NO_ERROR));
     let kvs: Vec<Option<&str>> =
         if look.split { look.kv_dtypes.iter().map(|k| Some(*k)).collect() } else { vec![None] };
@@ -396,7 +439,7 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
                     let typical = loss.typical(r).filter(|e| !is_not_finite(*e))?.max(floor);
                     let whisker =
                         loss.bad(r).filter(|e| !is_not_finite(*e)).map(|bad| (typical, bad.max(typical)));
-                    Some(Point { x: r.decode_tok_s?, y: typical, whisker })
+                    Some(Point { x: price.of(r)?, y: typical, whisker })
                 });
                 series.iter_mut().for_each(|s| s.style = s.style.points());
                 if !series.is_empty() {
@@ -405,9 +448,10 @@ fn error_against_speed(look: &Look<'_>) -> Vec<Figure> {
             }
             let note = if exact { "; no error: at the lower edge" } else { "" };
             let dtype = kv.map(|k| format!(", {k} KV")).unwrap_or_default();
+            let (what, better) = price.title();
             Figure {
-                name: kv.map_or("error-speed".into(), |k| format!("error-speed-{}", file_word(k))),
-                title: format!("Error against decode speed at each context{dtype} (lower right is better)"),
+                name: kv.map_or(price.file().into(), |k| format!("{}-{}", price.file(), file_word(k))),
+                title: format!("Error against {what} at each context{dtype} ({better})"),
                 subtitle: format!("{} · {}{note}", look.conditions(&[threads]), loss.caption()),
                 x: x.clone(),
                 y: y.clone(),
@@ -482,7 +526,7 @@ mod tests {
     #[test]
     fn two_dtypes_share_a_panel_and_many_get_their_own() {
         let two = of(Sweep::default());
-        assert_eq!(names(&two), ["speed", "latency", "error-speed", "percentiles"]);
+        assert_eq!(names(&two), ["speed", "latency", "error-speed", "error-traffic", "percentiles"]);
         assert_eq!(two[0].panels.len(), 1);
         let legend: Vec<&str> = two[0].legend().into_iter().map(|e| e.0).collect();
         assert_eq!(legend[..2], ["dense, bf16 KV", "dense, int8 KV"]);
@@ -505,6 +549,26 @@ mod tests {
         assert!(figure.subtitle.contains("dense attention over a bf16 cache"), "{}", figure.subtitle);
         let window = figure.panels[0].series.iter().find(|s| s.name == "window").unwrap();
         assert!((window.points[0].y - 0.43f64.powi(2)).abs() < 1e-4, "{:?}", window.points);
+    }
+
+    #[test]
+    fn error_is_drawn_against_everything_that_a_step_reads() {
+        let figures = of(Sweep { kv_dtypes: vec!["bf16"], contexts: vec![8192, 32768], ..Sweep::default() });
+        let figure = figures.iter().find(|f| f.name == "error-traffic").unwrap();
+        assert_eq!(
+            figure.panels.iter().map(|p| p.title.as_str()).collect::<Vec<_>>(),
+            ["8k tokens", "32k tokens"]
+        );
+        let at = |method: &str| {
+            figure.panels[0].series.iter().find(|s| s.name == method).map(|s| s.points[0]).unwrap()
+        };
+        let (dense, quest) = (at("dense"), at("quest"));
+        assert!((dense.x - 8192.0 * 76_800.0 / 1e6).abs() < 1e-6);
+        // A quarter of the rows, and an index.
+        assert!((quest.x - (2048.0 * 76_800.0 + 240.0 * 8192.0) / 1e6).abs() < 1e-6);
+        let (low, high) = quest.whisker.unwrap();
+        assert!(low == quest.y && (high / low - 2.2).abs() < 1e-9 && quest.y > dense.y);
+        assert!(figure.title.contains("lower left is better") && figure.x.title.contains("(MB)"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Figures of a result as SVG and PNG: speed and latency against context, error against speed, latency percentiles.
+//! Figures of a result as SVG and PNG: speed and latency against context, error against speed and against bytes read,
+//! latency percentiles.
 
 use std::path::{Path, PathBuf};
 
