@@ -195,20 +195,20 @@ pub static METHODS: &[Method] = &[
     dense::METHOD,
     dense_skip::METHOD,
     window::METHOD,
+    streaming::METHOD,
+    longformer::METHOD,
+    landmark::METHOD,
     oracle::TOPK,
     oracle::TOPP,
     oracle::THRESHOLD,
     oracle::ENTROPY,
-    vattention::METHOD,
     magicpig::METHOD,
     reformer::METHOD,
     quest::METHOD,
     blocktopk::METHOD,
-    landmark::METHOD,
     nsa::METHOD,
+    vattention::METHOD,
 ];
-pub static METHODS: &[Method] =
-    &[dense::METHOD, dense_skip::METHOD, window::METHOD, streaming::METHOD, longformer::METHOD];
 
 impl Method {
     /// Its own parameters, then the settings.
