@@ -11,10 +11,9 @@
 //! `tail=mean` lets unread blocks stand in the softmax by `B e^score` and the mean of their values, for another row a block;
 //! `tail=none`, as the authors have it, renormalises over what is read.
 //!
-//! Different here: MoBA is trained with blocks of 512 and reads the best 3 or 12; InfLLM picks some keys of a block by
-//! their scores in prefill. Neither needs more than a mean to be tried on a model that is not trained for it. Blocks of
-//! 64 and a budget of 1024 tokens are what the trained block methods of today use (NSA). Rows that a format has not settled
-//! yet are read.
+//! Different here: MoBA is trained, with larger blocks, and InfLLM has some keys of a block stand for it, chosen by
+//! attention in prefill; a mean is what both come down to on a model that is trained for neither. Blocks of 64 and 1024
+//! tokens of them are what NSA reads. Rows that a format has not settled yet are read.
 //!
 //! Cost a block of keys of 128 numbers: 132 bytes, and as many for variances and for values; of the values a step reads
 //! those of the blocks outside the newest tokens.
