@@ -69,16 +69,13 @@ impl Signatures {
         self.packed.truncate(packed * self.page_words());
     }
 
-    /// Passes the number of each bit whose sign is set to `to`: bit `j` of table `l` is number `l * bits + j`.
-    fn signs(&mut self, kernels: &Kernels, x: &[f32], mut to: impl FnMut(usize)) {
+    /// Passes every bit and its sign to `to`: bit `j` of table `l` is number `l * bits + j`.
+    fn signs(&mut self, kernels: &Kernels, x: &[f32], mut to: impl FnMut(usize, bool)) {
         self.rotations.project(kernels, x, &mut self.turned);
-        let rotations = self.turned.len() / x.len();
+        let (count, rotations) = (self.bits * self.tables, self.turned.len() / x.len());
         for (r, turned) in self.turned.chunks_exact(x.len()).enumerate() {
-            for (i, _) in turned.iter().enumerate().filter(|(_, x)| **x > 0.0) {
-                let bit = i * rotations + r;
-                if bit < self.bits * self.tables {
-                    to(bit);
-                }
+            for (bit, &x) in (r..count).step_by(rotations).zip(turned) {
+                to(bit, x > 0.0);
             }
         }
     }
@@ -89,7 +86,9 @@ impl Signatures {
         let at = packed.len();
         packed.resize(at + self.page_words(), 0);
         for (t, row) in rows.chunks_exact(rows.len() / PAGE_TOKENS).enumerate() {
-            self.signs(kernels, row, |bit| packed[at + bit * WORDS + t / 64] |= 1 << (t % 64));
+            self.signs(kernels, row, |bit, sign| {
+                packed[at + bit * WORDS + t / 64] |= u64::from(sign) << (t % 64);
+            });
         }
         self.packed = packed;
         if self.listed && self.packed.len() == PAGES * self.page_words() {
@@ -143,7 +142,7 @@ impl Signatures {
         let mut signs = vec![0u64; queries.len() / dim * width];
         let mut bytes = (self.rotations.bytes() + 8 * self.packed.len()) as u64;
         for (query, signs) in queries.chunks_exact(dim).zip(signs.chunks_exact_mut(width)) {
-            self.signs(kernels, query, |bit| signs[bit] = u64::MAX);
+            self.signs(kernels, query, |bit, sign| signs[bit] = if sign { u64::MAX } else { 0 });
         }
         for (signs, marks) in signs.chunks_exact(width).zip(marks.chunks_exact_mut(words.max(1))) {
             for (segment, marks) in self.segments.iter().zip(marks.chunks_exact_mut(SEGMENT / 64)) {
@@ -243,7 +242,7 @@ mod tests {
         let mut both = [false, true].map(|listed| Signatures::new(5, D, bits, tables, listed));
         let mut code = |x: &[f32]| {
             let mut code = vec![0u32; tables];
-            both[0].signs(kernels, x, |bit| code[bit / bits] |= 1 << (bit % bits));
+            both[0].signs(kernels, x, |bit, sign| code[bit / bits] |= u32::from(sign) << (bit % bits));
             code
         };
         let codes: Vec<_> = rows.chunks_exact(D).map(&mut code).collect();
