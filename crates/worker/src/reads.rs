@@ -212,7 +212,7 @@ mod tests {
     fn rows_of_its_own_are_attended_and_stand_in_the_tail() {
         let weights = [0.5, 0.25, 0.25];
         let mut captured = reading(std::slice::from_ref(&(0..1)), &[0.25, 0.5]);
-        captured.own = vec![vec![1..2, 0..2], vec![1..3]];
+        captured.own = vec![vec![1..2, 0..2], vec![1..2, 2..3]];
         let mut samples = Samples::default();
         samples.add(&[softmax(&weights), softmax(&weights)], &captured, |row| row);
         let reads = samples.summary().unwrap();

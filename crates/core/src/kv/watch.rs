@@ -59,8 +59,8 @@ mod tests {
         assert!(watch.take().is_empty());
         watch.begin();
         watch.note(&spans, &weights);
-        watch.note(std::slice::from_ref(&(9..10)), &[0.0, 1.0]);
-        assert_eq!(watch.take(), [vec![2..4, 7..8], vec![9..10]]);
+        watch.note(&[9..10, 12..13], &[0.0, 0.0, 1.0, 1.0]);
+        assert_eq!(watch.take(), [vec![2..4, 7..8], vec![9..10, 12..13]]);
         watch.note(&spans, &weights);
         assert!(watch.take().is_empty());
     }
