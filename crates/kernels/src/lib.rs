@@ -37,6 +37,7 @@ mod vector;
 pub use blocks::{BlockFormat, BlockShape, Planes};
 pub use codes::{CodeBits, CodeShape, QueryBits, QueryCodes, Rows, Scales};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
+pub use ops::depths::DEPTHS;
 pub use ops::fp8::Fp8;
 pub use ops::quantize::Quantized;
 pub use table::Kernels;

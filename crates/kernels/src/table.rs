@@ -47,6 +47,7 @@ macro_rules! for_each_float_op {
             rope(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) -> () = elementwise::rope;
             relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = elementwise::relu2_mul;
             add_assign(x: &mut [f32], y: &[f32]) -> () = elementwise::add_assign;
+            mul_assign(x: &mut [f32], y: &[f32]) -> () = elementwise::mul_assign;
             scale(x: &mut [f32], f: f32) -> () = elementwise::scale;
             scale_add(acc: &mut [f32], f: f32, other: &[f32], g: f32) -> () = elementwise::scale_add;
             f32_to_bf16(x: &[f32], out: &mut [u16]) -> () = convert::f32_to_bf16;
@@ -62,6 +63,7 @@ macro_rules! for_each_float_op {
             hadamard(rows: &mut [f32], d: usize, before: bool, after: bool) -> () = hadamard::hadamard;
             runs_above(weights: &[f32], floors: &[f32], min_gap: usize, runs: &mut Vec<std::ops::Range<usize>>) -> ()
                 = runs::runs_above;
+            count_depths(x: &[f32], top: f32, per_unit: f32, counts: &mut [u32; crate::DEPTHS]) -> () = depths::count_depths;
             quantize_activations(x: &[f32], codes: &mut [i8]) -> crate::Quantized
                 = quantize::quantize_activations;
             quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()

@@ -115,6 +115,17 @@ conform! {
         }
     }
 
+    count_depths over LENGTHS = |k, n, random| {
+        let mut got = [7; longbit_kernels::DEPTHS];
+        for (x, top) in [(random.floats(n), 3.0), (random.wild(n), 0.5), (vec![1.0; n], 1.0), (random.wild(n), f32::NAN)] {
+            for per_unit in [0.5, 32.0, 1000.0] {
+                k.count_depths(&x, top, per_unit, &mut got);
+                let want = oracle::count_depths(&x, top, per_unit);
+                assert_eq!(got.to_vec(), want, "{} count_depths n={n} top={top} per_unit={per_unit}", k.isa());
+            }
+        }
+    }
+
     silu_mul over LENGTHS = |k, n, random| {
         for (gate, up) in [(random.floats(n), random.floats(n)), (random.wild(n), random.wild(n))] {
             let (mut got, mut want) = (vec![9.0; n], vec![8.0; n]);
@@ -161,6 +172,9 @@ conform! {
         let mut got = x.clone();
         k.add_assign(&mut got, &y);
         same(k, &format!("add_assign n={n}"), &got, &x.iter().zip(&y).map(|(x, y)| x + y).collect::<Vec<_>>());
+        let mut got = x.clone();
+        k.mul_assign(&mut got, &y);
+        same(k, &format!("mul_assign n={n}"), &got, &x.iter().zip(&y).map(|(x, y)| x * y).collect::<Vec<_>>());
         let mut got = x.clone();
         k.scale(&mut got, 0.1);
         same(k, &format!("scale n={n}"), &got, &x.iter().map(|x| x * 0.1).collect::<Vec<_>>());

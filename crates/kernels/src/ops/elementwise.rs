@@ -28,6 +28,13 @@ pub(crate) fn add_assign<V: F32x16>(x: &mut [f32], y: &[f32]) {
 }
 
 #[inline(always)]
+pub(crate) fn mul_assign<V: F32x16>(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x *= y;
+    }
+}
+
+#[inline(always)]
 pub(crate) fn scale<V: F32x16>(x: &mut [f32], f: f32) {
     for x in x {
         *x *= f;
@@ -67,6 +74,13 @@ impl Kernels {
         assert_eq!(x.len(), y.len(), "add_assign: x and y");
         // SAFETY: this table was handed out against proof of its instruction set.
         unsafe { (self.float.add_assign)(x, y) }
+    }
+
+    /// `x *= y`, element by element.
+    pub fn mul_assign(&self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "mul_assign: x and y");
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.mul_assign)(x, y) }
     }
 
     /// `x *= f`.

@@ -7,6 +7,7 @@ pub(crate) use crate::{blocks, codes};
 
 pub(crate) mod attention;
 pub(crate) mod convert;
+pub(crate) mod depths;
 pub(crate) mod elementwise;
 pub(crate) mod exp;
 pub(crate) mod fp8;

@@ -129,3 +129,15 @@ pub fn runs_above(weights: &[f32], floors: &[f32], min_gap: usize) -> Vec<Range<
     }
     runs
 }
+
+/// How many numbers lie in each bin below `top`.
+pub fn count_depths(x: &[f32], top: f32, per_unit: f32) -> Vec<u32> {
+    let mut counts = vec![0; crate::DEPTHS];
+    let last = counts.len() - 1;
+    for &x in x {
+        let depth = (top - x) * per_unit;
+        let bin = if depth.is_nan() { last } else { (depth as usize).min(last) };
+        counts[bin] += 1;
+    }
+    counts
+}

@@ -13,8 +13,8 @@ pub use blocks::{head_blocks, quantize_planes, quantize_row};
 pub use code_accumulate::code_accumulate;
 pub use codes::{code_score, quantize_query};
 pub use floats::{
-    accumulate_f16, accumulate_fp8, f16_to_f32, f32_to_f16, f32_to_fp8, fp8_to_f32, hadamard, runs_above,
-    scores_f16, scores_fp8,
+    accumulate_f16, accumulate_fp8, count_depths, f16_to_f32, f32_to_f16, f32_to_fp8, fp8_to_f32, hadamard,
+    runs_above, scores_f16, scores_fp8,
 };
 pub use ternary::{ternary_columns, ternary_gemm, ternary_gemv, ternary_rows};
 
