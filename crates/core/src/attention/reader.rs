@@ -38,6 +38,38 @@ impl Reader {
         }
     }
 
+    /// Logits of the tokens of `spans`, estimated from the upper part of the keys alone ([`KvHead::upper_scores`]): `out`
+    /// becomes `[group][tokens]`, `steps` `[tokens]`.
+    pub fn upper_logits(
+        &mut self,
+        query: GroupQuery<'_>,
+        kv: &KvHead,
+        spans: &[Range<usize>],
+        steps: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) {
+        let group = query.group();
+        let tokens: usize = spans.iter().map(Range::len).sum();
+        // Every place is written.
+        out.resize(group * tokens, 0.0);
+        steps.resize(tokens, 0.0);
+        kv.prepare_upper(query.rows, &mut self.scratch);
+        let runs = || spans.iter().cloned().flat_map(|span| kv.runs(span));
+        let (mut at, mut ahead) = (0, runs().skip(1));
+        for run in runs() {
+            let next = ahead.next();
+            let upcoming = next.as_ref().and_then(|next| kv.upper_parts(next).next()).unwrap_or_default();
+            self.run.resize(group * run.len(), 0.0);
+            let steps = &mut steps[at..at + run.len()];
+            kv.upper_scores(query.rows, &run, upcoming, &mut self.scratch, steps, &mut self.run);
+            for (all, some) in out.chunks_exact_mut(tokens).zip(self.run.chunks_exact(run.len())) {
+                all[at..at + run.len()].copy_from_slice(some);
+            }
+            at += run.len();
+            self.bytes += kv.upper_parts(&run).map(<[u8]>::len).sum::<usize>() as u64;
+        }
+    }
+
     /// Turns logits `[group][tokens]` of the tokens of `spans` into weights, in place, and writes the partials of the group
     /// over them to `out`. A logit of negative infinity leaves a token out for its head.
     pub fn partial(&mut self, kv: &KvHead, spans: &[Range<usize>], logits: &mut [f32], out: &mut [f32]) {

@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-use longbit_kernels::codes::SIGNED_NIBBLES;
+use longbit_kernels::codes::{HIGH_NIBBLES, SIGNED_NIBBLES};
 use longbit_kernels::{CodeBits, CodeShape, Kernels, QueryBits, Rows as CodeRows, Scales};
 
-use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, ValueCodec, slice_rows};
+use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, UpperKeys, ValueCodec, slice_rows};
 
 /// How many scales a row has.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,11 @@ impl<R: Rounding> Coded<R> {
 
     fn shape(head_dim: usize) -> CodeShape {
         CodeShape { dims: head_dim, bits: R::BITS }
+    }
+
+    /// The upper one of two planes.
+    fn upper_shape(head_dim: usize) -> CodeShape {
+        CodeShape { dims: head_dim, bits: CodeBits::Four }
     }
 
     fn scales_a_row(head_dim: usize) -> usize {
@@ -162,6 +167,46 @@ impl<R: Rounding> KeyCodec for Coded<R> {
         let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
         let scales = Self::scales(&scratch.floats);
         kernels.code_scores(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
+    }
+
+    fn upper(&self) -> Option<&'static dyn UpperKeys> {
+        (Self::PLANES == 2).then_some(&Self::NEW)
+    }
+}
+
+/// Of two planes the upper one, a row of four bits. The lower four bits are 0 to 15: in the middle, 7.5.
+impl<R: Rounding> UpperKeys for Coded<R> {
+    fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3] {
+        let [codes, _, scales] = Self::split(page, &rows, head_dim);
+        [codes, scales, &[]]
+    }
+
+    fn prepare(&self, kernels: &Kernels, queries: &[f32], head_dim: usize, scratch: &mut KvScratch) {
+        // 2^-8 of the largest element is little beside half a step of the codes.
+        kernels.quantize_queries(Self::upper_shape(head_dim), QueryBits::Eight, queries, &mut scratch.query);
+        scratch.query_sums.clear();
+        scratch.query_sums.extend(queries.chunks_exact(head_dim).map(|query| kernels.sum(query)));
+    }
+
+    fn scores(
+        &self,
+        kernels: &Kernels,
+        _: &[f32],
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
+        steps: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let [codes, _, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
+        Self::widen(kernels, scales, &mut scratch.floats);
+        let stored = CodeRows { codes, low: &[], table: &HIGH_NIBBLES, upcoming: rows.upcoming };
+        let scales = Scales::Row(&scratch.floats);
+        kernels.code_scores(Self::upper_shape(rows.head_dim), &scratch.query, stored, scales, out);
+        for (sum, out) in scratch.query_sums.iter().zip(out.chunks_exact_mut(rows.range.len())) {
+            kernels.scale_add(out, 1.0, &scratch.floats, 7.5 * sum);
+        }
+        steps.copy_from_slice(&scratch.floats);
+        kernels.scale(steps, 16.0);
     }
 }
 

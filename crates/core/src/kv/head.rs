@@ -285,6 +285,40 @@ impl KvHead {
         self.keys.scores(self.kernels, queries, run, upcoming, scratch, out);
     }
 
+    /// Whether the keys have an upper part that can be read alone.
+    pub fn has_upper(&self) -> bool {
+        self.keys.dtype().key_codec().upper().is_some()
+    }
+
+    /// The stored bytes that [`KvHead::upper_scores`] of `run` reads, in pieces: the largest first.
+    pub fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        self.keys.upper_parts(run)
+    }
+
+    /// As [`KvHead::prepare`], for [`KvHead::upper_scores`].
+    pub fn prepare_upper(&self, queries: &[f32], scratch: &mut KvScratch) {
+        match self.keys.dtype().key_codec().upper() {
+            Some(upper) => upper.prepare(self.kernels, queries, self.head_dim, scratch),
+            None => self.prepare(queries, scratch),
+        }
+    }
+
+    /// As [`KvHead::scores`], from the upper part of the keys alone: estimates, at fewer bytes. `steps` `[run]` become what
+    /// each number of a row is known to, within half of it; zero where the row was read whole.
+    pub fn upper_scores(
+        &self,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        steps: &mut [f32],
+        out: &mut [f32],
+    ) {
+        #[cfg(test)]
+        self.observe(self.upper_parts(run));
+        self.keys.upper_scores(self.kernels, queries, run, upcoming, scratch, (steps, out));
+    }
+
     /// Adds the values of `run`, one of [`KvHead::runs`], weighted by `weights` `[group][run]`, to `acc`
     /// `[group][head_dim]`, rotated if they are. `upcoming` as for [`KvHead::scores`].
     pub fn accumulate(

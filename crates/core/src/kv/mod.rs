@@ -87,6 +87,8 @@ pub struct Rows<'a> {
 pub struct KvScratch {
     /// The query that [`KeyCodec::prepare`] left.
     query: QueryCodes,
+    /// Sums of the numbers of each query, for [`UpperKeys::scores`].
+    query_sums: Vec<f32>,
     /// A query with scales of channels in it.
     folded_query: QueryCodes,
     /// The same before it is rounded.
@@ -170,6 +172,32 @@ pub trait KeyCodec: Codec {
         queries: &[f32],
         rows: &Rows<'_>,
         scratch: &mut KvScratch,
+        out: &mut [f32],
+    );
+
+    /// What reads the upper part of the codes alone, where that is fewer bytes.
+    fn upper(&self) -> Option<&'static dyn UpperKeys> {
+        None
+    }
+}
+
+/// Keys of which an upper part of every code can be read alone: their dot products, known less finely, at fewer bytes.
+pub trait UpperKeys: Send + Sync {
+    /// The bytes of `page` that [`UpperKeys::scores`] of `rows` reads: what is largest first.
+    fn parts<'a>(&self, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> [&'a [u8]; 3];
+
+    /// As [`KeyCodec::prepare`].
+    fn prepare(&self, kernels: &Kernels, queries: &[f32], head_dim: usize, scratch: &mut KvScratch);
+
+    /// As [`KeyCodec::scores`], as if each number stood in the middle of its step; `steps` become the steps of the rows, so
+    /// that a number is at most half a step from what [`KeyCodec::scores`] reads.
+    fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
+        steps: &mut [f32],
         out: &mut [f32],
     );
 }

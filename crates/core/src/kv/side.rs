@@ -472,14 +472,57 @@ impl Side {
         let place = self.place(run);
         let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
         codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
-        if let Some(mean) = place.mean {
-            scratch.mean.resize(self.head_dim, 0.0);
-            kernels.bf16_to_f32(mean, &mut scratch.mean);
-            for (query, out) in queries.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(run.len())) {
-                let more = kernels.dot(query, &scratch.mean);
-                out.iter_mut().for_each(|x| *x += more);
-            }
+        self.add_mean(kernels, queries, place.mean, run.len(), scratch, out);
+    }
+
+    /// Adds to scores `[group][n]` what the mean of the page was taken off for.
+    fn add_mean(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        mean: Option<&[u16]>,
+        n: usize,
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        let Some(mean) = mean else { return };
+        scratch.mean.resize(self.head_dim, 0.0);
+        kernels.bf16_to_f32(mean, &mut scratch.mean);
+        for (query, out) in queries.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(n)) {
+            let more = kernels.dot(query, &scratch.mean);
+            out.iter_mut().for_each(|x| *x += more);
         }
+    }
+
+    /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
+    pub(super) fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let Place { exact, rows, mean } = self.place(run);
+        let parts = match self.dtype.key_codec().upper() {
+            Some(upper) if !exact => upper.parts(rows.page, rows.range, self.head_dim),
+            _ if exact => EXACT.parts(rows.page, rows.range, self.head_dim),
+            _ => self.codec().parts(rows.page, rows.range, self.head_dim),
+        };
+        parts.into_iter().chain(mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
+    }
+
+    /// See [`super::KvHead::upper_scores`].
+    pub(super) fn upper_scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        (steps, out): (&mut [f32], &mut [f32]),
+    ) {
+        let place = self.place(run);
+        let upper = if place.exact { None } else { self.dtype.key_codec().upper() };
+        let Some(upper) = upper else {
+            steps.fill(0.0);
+            return self.scores(kernels, queries, run, upcoming, scratch, out);
+        };
+        upper.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, steps, out);
+        self.add_mean(kernels, queries, place.mean, run.len(), scratch, out);
     }
 
     /// See [`super::KvHead::accumulate`].
