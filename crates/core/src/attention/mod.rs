@@ -5,12 +5,16 @@
 //! `attend` turns spans into [`partial`]s in any KV dtype and merges them on a tree that does not depend on
 //! the number of threads. A new method is one file and one line in [`METHODS`].
 
+mod approximate;
 mod attend;
 mod blocktopk;
+mod bitplane;
 mod choose;
+mod columns;
 mod dense;
 mod dense_skip;
 mod landmark;
+mod doublesparsity;
 #[cfg(test)]
 pub(crate) mod laws;
 mod layers;
@@ -31,6 +35,8 @@ mod streaming;
 mod summary;
 mod value_sums;
 mod vattention;
+mod sparq;
+mod twilight;
 mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
@@ -208,6 +214,10 @@ pub static METHODS: &[Method] = &[
     blocktopk::METHOD,
     nsa::METHOD,
     vattention::METHOD,
+    sparq::METHOD,
+    doublesparsity::METHOD,
+    twilight::METHOD,
+    bitplane::METHOD,
 ];
 
 impl Method {
