@@ -50,6 +50,8 @@ macro_rules! for_each_float_op {
             mul_assign(x: &mut [f32], y: &[f32]) -> () = elementwise::mul_assign;
             scale(x: &mut [f32], f: f32) -> () = elementwise::scale;
             scale_add(acc: &mut [f32], f: f32, other: &[f32], g: f32) -> () = elementwise::scale_add;
+            add_to_rows(rows: &mut [f32], y: &[f32]) -> () = elementwise::add_to_rows;
+            multiply_rows(rows: &[f32], factors: &[f32], out: &mut [f32]) -> () = elementwise::multiply_rows;
             f32_to_bf16(x: &[f32], out: &mut [u16]) -> () = convert::f32_to_bf16;
             bf16_to_f32(x: &[u16], out: &mut [f32]) -> () = convert::bf16_to_f32;
             weave_bf16(x: &[f32], d: usize, out: &mut [u16]) -> () = convert::weave_bf16;
@@ -93,6 +95,7 @@ macro_rules! for_each_float_op {
             quantize_planes(x: &[f32], zero: i32, dither: &[i16], planes: &mut [crate::blocks::PlaneBlock]) -> f32
                 = blocks::quantize_planes;
             pack_codes(shape: crate::CodeShape, rows: &[i8], out: &mut [u8], low: &mut [u8]) -> () = codes::pack;
+            unpack_codes(shape: crate::CodeShape, rows: crate::codes::Rows<'_>, out: &mut [i8]) -> () = codes::unpack;
             magnitudes(x: &[f32], run: usize, out: &mut [f32]) -> () = codes::magnitudes;
             round_codes(x: &[f32], run: usize, offsets: &[f32], factors: &[f32], limits: [f32; 2], codes: &mut [i8]) -> ()
                 = codes::round_codes;

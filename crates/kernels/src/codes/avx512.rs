@@ -44,10 +44,7 @@ impl<'a> Reader<'a> {
 
     /// The code of index 0 where the codes are consecutive, so that the indices are as good as the codes.
     pub(crate) fn origin(&self) -> Option<i32> {
-        let (table, width) = (self.rows.table, self.shape.bits.width());
-        let origin = i32::from(table[0]);
-        let follow = || table.iter().zip(origin..).take(1 << width).all(|(&code, i)| i32::from(code) == i);
-        (!self.shape.bits.is_signed() && follow()).then_some(origin)
+        self.rows.consecutive(self.shape.bits)
     }
 
     /// The biased bytes of segment `s` of row `t`, whose positions are 128; bare indices with [`BARE`].

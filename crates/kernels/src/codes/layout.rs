@@ -176,6 +176,28 @@ pub(crate) fn pack<V: F32x16>(shape: CodeShape, rows: &[i8], out: &mut [u8], low
     }
 }
 
+/// The codes of rows, `out` `[n][dims]`; compiled for each instruction set.
+#[inline(always)]
+pub(crate) fn unpack<V: F32x16>(shape: CodeShape, rows: Rows<'_>, out: &mut [i8]) {
+    for (t, row) in out.chunks_exact_mut(shape.dims).enumerate() {
+        for (s, numbers) in row.chunks_mut(SEGMENT).enumerate() {
+            let (mut x, mut all) = ([0u8; SEGMENT], [0u8; SEGMENT]);
+            spread(Segment::new(shape, rows, t, s), &mut x);
+            for w in 0..WORDS {
+                for b in 0..SEGMENT_BLOCKS {
+                    let (from, to) = (4 * (w * SEGMENT_BLOCKS + b), 4 * (b * WORDS + w));
+                    all[to..to + 4].copy_from_slice(&x[from..from + 4]);
+                }
+            }
+            if shape.bits.is_signed() {
+                numbers.iter_mut().zip(&all).for_each(|(code, &x)| *code = x as i8);
+            } else {
+                numbers.iter_mut().zip(&all).for_each(|(code, &x)| *code = rows.table[usize::from(x & 15)]);
+            }
+        }
+    }
+}
+
 impl CodeShape {
     /// The codes of rows, `out` `[n][dims]`: number by number, for tests and for what is not hot.
     ///
@@ -213,6 +235,17 @@ impl CodeShape {
 }
 
 impl Kernels {
+    /// The codes of rows, `out` `[n][shape.dims]`, as [`CodeShape::unpack`] gives them.
+    ///
+    /// # Panics
+    /// The lengths do not agree.
+    pub fn unpack_codes(&self, shape: CodeShape, rows: Rows<'_>, out: &mut [i8]) {
+        let n = shape.count(rows, "unpack_codes");
+        assert_eq!(out.len(), n * shape.dims, "unpack_codes: codes of {n} rows");
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.unpack_codes)(shape, rows, out) }
+    }
+
     /// Packs codes, or the indices of codes, into rows: `codes` `[n][shape.dims]`, `out` `[n][shape.row_bytes()]`, `low` the
     /// same where `shape` has two planes and otherwise empty. Bits beyond those of the format are ignored.
     ///
@@ -271,6 +304,13 @@ mod tests {
                 k.pack_codes(shape, &codes, &mut out, &mut low);
                 let mut back = vec![0; n * dims];
                 shape.unpack(Rows { codes: &out, low: &low, table: &table, upcoming: &[] }, &mut back);
+                assert!(back == wanted, "{} {shape:?}", k.isa());
+                back.fill(99);
+                k.unpack_codes(
+                    shape,
+                    Rows { codes: &out, low: &low, table: &table, upcoming: &[] },
+                    &mut back,
+                );
                 assert!(back == wanted, "{} {shape:?}", k.isa());
                 if bits == CodeBits::Planes {
                     let shape = CodeShape { dims, bits: CodeBits::Four };

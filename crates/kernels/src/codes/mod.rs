@@ -32,8 +32,8 @@ pub(crate) mod scores;
 
 pub use accumulate::MOST_ROWS;
 pub(crate) use encode::{encode_int8, magnitudes, round_codes};
-pub(crate) use layout::pack;
 pub use layout::position;
+pub(crate) use layout::{pack, unpack};
 pub use query::{QueryBits, QueryCodes};
 
 /// Numbers of a block: as many as share a scale of [`Scales::Block`], and the unit that rows are padded to.
@@ -156,6 +156,13 @@ impl<'a> Rows<'a> {
     /// Rows of [`CodeBits::Planes`].
     pub fn planes(high: &'a [u8], low: &'a [u8]) -> Rows<'a> {
         Rows { codes: high, low, table: &SIGNED_NIBBLES, upcoming: &[] }
+    }
+
+    /// The code of index 0 where the codes of all indices are consecutive, so that indices are as good as codes.
+    pub(crate) fn consecutive(&self, bits: CodeBits) -> Option<i32> {
+        let origin = i32::from(self.table[0]);
+        let mut codes = self.table.iter().zip(origin..).take(1 << bits.width());
+        (!bits.is_signed() && codes.all(|(&code, i)| i32::from(code) == i)).then_some(origin)
     }
 
     /// The same rows, with those that are read next.

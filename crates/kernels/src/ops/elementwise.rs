@@ -48,6 +48,26 @@ pub(crate) fn scale_add<V: F32x16>(acc: &mut [f32], f: f32, other: &[f32], g: f3
     }
 }
 
+#[inline(always)]
+pub(crate) fn add_to_rows<V: F32x16>(rows: &mut [f32], y: &[f32]) {
+    let n = rows.len() / y.len();
+    for (row, &y) in rows.chunks_exact_mut(n).zip(y) {
+        for x in row {
+            *x += y;
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn multiply_rows<V: F32x16>(rows: &[f32], factors: &[f32], out: &mut [f32]) {
+    let d = factors.len();
+    for (row, out) in rows.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+        for ((o, &x), &f) in out.iter_mut().zip(row).zip(factors) {
+            *o = x * f;
+        }
+    }
+}
+
 impl Kernels {
     /// Rotary position embedding of one head in the half-rotation (NEOX) order: with `h = len / 2`, the pair
     /// `(a, b) = (head[i], head[i + h])` becomes `(fma(a, c, -(b * s)), fma(b, c, a * s))` for `c = cos[i]`,
@@ -81,6 +101,23 @@ impl Kernels {
         assert_eq!(x.len(), y.len(), "mul_assign: x and y");
         // SAFETY: this table was handed out against proof of its instruction set.
         unsafe { (self.float.mul_assign)(x, y) }
+    }
+
+    /// Adds `y[i]` to every number of row `i` of `rows`, of which there are as many as `y` has numbers.
+    pub fn add_to_rows(&self, rows: &mut [f32], y: &[f32]) {
+        assert!(!y.is_empty() && rows.len().is_multiple_of(y.len()), "add_to_rows: {} rows", y.len());
+        if !rows.is_empty() {
+            // SAFETY: this table was handed out against proof of its instruction set.
+            unsafe { (self.float.add_to_rows)(rows, y) }
+        }
+    }
+
+    /// Every row of `rows`, as long as `factors`, times `factors` number by number.
+    pub fn multiply_rows(&self, rows: &[f32], factors: &[f32], out: &mut [f32]) {
+        assert!(!factors.is_empty() && rows.len().is_multiple_of(factors.len()), "multiply_rows: whole rows");
+        assert_eq!(rows.len(), out.len(), "multiply_rows: rows and out");
+        // SAFETY: this table was handed out against proof of its instruction set.
+        unsafe { (self.float.multiply_rows)(rows, factors, out) }
     }
 
     /// `x *= f`.

@@ -89,6 +89,7 @@ macro_rules! stamp {
                     low: [*const u8; 4],
                     pass: usize,
                     table: Y,
+                    _: bool,
                 ) -> [[Y; 4]; 2] {
                     let mut codes = [table.0; 4];
                     // SAFETY: see above.
@@ -106,6 +107,18 @@ macro_rules! stamp {
                 unsafe fn everywhere(p: *const i16) -> Y {
                     // SAFETY: see above.
                     unsafe { Y(_mm256_set1_epi32(p.cast::<i32>().read_unaligned())) }
+                }
+
+                #[inline(always)]
+                unsafe fn add_scaled(self, taken: i32, step: f32, acc: *mut f32) {
+                    // SAFETY: see above.
+                    unsafe {
+                        let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(self.0, _mm256_set1_epi32(taken)));
+                        _mm256_storeu_ps(
+                            acc,
+                            _mm256_fmadd_ps(sum, _mm256_set1_ps(step), _mm256_loadu_ps(acc)),
+                        );
+                    }
                 }
 
                 #[inline(always)]

@@ -6,7 +6,7 @@
 
 use super::super::ahead::request;
 use super::super::{CodeShape, Rows, Scales};
-use super::lanes::{FOUR, HEADS, Lanes, PLANES, THREE, TWO};
+use super::lanes::{BARE, FOUR, HEADS, Lanes, PLANES, THREE, TWO};
 use super::pass::accumulate;
 use super::prepare::{Factors, Prepare, Steps, Weights};
 use std::arch::x86_64::*;
@@ -31,6 +31,32 @@ unsafe fn load_four(rows: [*const u8; 4], at: usize) -> [__m512i; 4] {
 unsafe fn halves_twice(rows: [*const u8; 4]) -> [__m512i; 4] {
     // SAFETY: the caller's.
     unsafe { rows.map(|row| _mm512_broadcast_i64x4(_mm256_loadu_si256(row.cast()))) }
+}
+
+/// Byte `4 b + e` of each 128 bits to place `4 e + b`, if asked.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn turned<const N: usize>(rows: [__m512i; N], turn: bool) -> [__m512i; N] {
+    let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let order = _mm512_broadcast_i32x4(order);
+    rows.map(|row| if turn { _mm512_shuffle_epi8(row, order) } else { row })
+}
+
+/// Even and odd indices of packed pairs of nibbles as words: of the lower nibbles, then of the upper ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn bare_words([a, b]: [__m512i; 2]) -> [[__m512i; 4]; 2] {
+    let four = _mm512_set1_epi16(15);
+    let lower = |x: __m512i| _mm512_and_si512(x, four);
+    [
+        [lower(a), lower(b), lower(_mm512_srli_epi16::<4>(a)), lower(_mm512_srli_epi16::<4>(b))],
+        [
+            lower(_mm512_srli_epi16::<8>(a)),
+            lower(_mm512_srli_epi16::<8>(b)),
+            _mm512_srli_epi16::<12>(a),
+            _mm512_srli_epi16::<12>(b),
+        ],
+    ]
 }
 
 /// The bytes of four rows beside each other: quarters `2 * pass` and `2 * pass + 1`.
@@ -132,6 +158,8 @@ macro_rules! stamp {
                 const SUMS: [usize; 2] = [4, 2];
                 const BIAS: i32 = 128;
                 const PLANES: bool = false;
+                const BARE: bool = true;
+                const TURNED: bool = true;
 
                 /// Two quarters of both chunks.
                 #[inline(always)]
@@ -180,32 +208,42 @@ macro_rules! stamp {
                     low: [*const u8; 4],
                     pass: usize,
                     table: Z,
+                    turn: bool,
                 ) -> [[Z; 4]; 2] {
                     let mut all = [[table; 4]; 2];
                     // SAFETY: see above.
                     unsafe {
+                        if FORMAT == BARE {
+                            let both = bare_words(interleaved(turned(load_four(rows, 0), turn), pass));
+                            return both.map(|words| words.map(Z));
+                        }
                         let quarters = match FORMAT {
-                            FOUR => nibbles(interleaved(load_four(rows, 0), pass), table.0),
+                            FOUR => nibbles(interleaved(turned(load_four(rows, 0), turn), pass), table.0),
                             PLANES => {
-                                let high = interleaved(load_four(rows, 0), pass);
-                                joined(high, interleaved(load_four(low, 0), pass))
+                                let high = interleaved(turned(load_four(rows, 0), turn), pass);
+                                joined(high, interleaved(turned(load_four(low, 0), turn), pass))
                             }
                             TWO => {
-                                let low = bits_of_halves(interleaved(halves_twice(rows), pass));
+                                let rows = turned(halves_twice(rows), turn);
+                                let low = bits_of_halves(interleaved(rows, pass));
                                 looked_up(low, table.0)
                             }
                             THREE => {
                                 let mut four = [[table.0; 4]; 2];
                                 for k in 0..4 {
-                                    let three = three_bits(rows[k]);
+                                    let three = turned(three_bits(rows[k]), turn);
                                     (four[0][k], four[1][k]) = (three[0], three[1]);
                                 }
                                 let [a, b] = [interleaved(four[0], pass), interleaved(four[1], pass)];
                                 looked_up([a[0], a[1], b[0], b[1]], table.0)
                             }
                             _ => {
-                                let a = interleaved(load_four(rows, 0), pass);
-                                let b = if SINGLE { a } else { interleaved(load_four(rows, 64), pass) };
+                                let a = interleaved(turned(load_four(rows, 0), turn), pass);
+                                let b = if SINGLE {
+                                    a
+                                } else {
+                                    interleaved(turned(load_four(rows, 64), turn), pass)
+                                };
                                 [a[0], a[1], b[0], b[1]]
                             }
                         };
@@ -221,6 +259,39 @@ macro_rules! stamp {
                 unsafe fn everywhere(p: *const i16) -> Z {
                     // SAFETY: see above.
                     unsafe { Z(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
+                }
+
+                #[inline(always)]
+                unsafe fn four_everywhere(p: *const i16) -> Z {
+                    // SAFETY: see above.
+                    unsafe { Z(_mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()))) }
+                }
+
+                #[inline(always)]
+                fn transposed([a, b, c, d]: [Z; 4]) -> [Z; 4] {
+                    // SAFETY: see above.
+                    unsafe {
+                        let [ab, cd] = [_mm512_unpacklo_epi32(a.0, b.0), _mm512_unpacklo_epi32(c.0, d.0)];
+                        let [ef, gh] = [_mm512_unpackhi_epi32(a.0, b.0), _mm512_unpackhi_epi32(c.0, d.0)];
+                        [
+                            Z(_mm512_unpacklo_epi64(ab, cd)),
+                            Z(_mm512_unpackhi_epi64(ab, cd)),
+                            Z(_mm512_unpacklo_epi64(ef, gh)),
+                            Z(_mm512_unpackhi_epi64(ef, gh)),
+                        ]
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn add_scaled(self, taken: i32, step: f32, acc: *mut f32) {
+                    // SAFETY: see above.
+                    unsafe {
+                        let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(self.0, _mm512_set1_epi32(taken)));
+                        _mm512_storeu_ps(
+                            acc,
+                            _mm512_fmadd_ps(sum, _mm512_set1_ps(step), _mm512_loadu_ps(acc)),
+                        );
+                    }
                 }
 
                 #[inline(always)]
@@ -441,7 +512,10 @@ impl Prepare for Rounding {
                     }
                 }
                 for h in 0..H {
-                    let pairs = _mm512_add_epi32(sums[h], _mm512_shuffle_epi32::<0b10_11_00_01>(sums[h]));
+                    let mut pairs = _mm512_add_epi32(sums[h], _mm512_shuffle_epi32::<0b10_11_00_01>(sums[h]));
+                    if factors.whole {
+                        pairs = _mm512_add_epi32(pairs, _mm512_shuffle_epi32::<0b01_00_11_10>(pairs));
+                    }
                     let four = _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, pairs));
                     let at = bias[h].as_mut_ptr().cast();
                     _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), four));
@@ -458,7 +532,8 @@ impl Prepare for Rounding {
                 }
                 for h in 0..H {
                     // Rows 0 and 1 of each group of four.
-                    let sum = _mm512_mask_reduce_add_epi32(0x3333, sums[h]);
+                    let some = if factors.whole { 0xffff } else { 0x3333 };
+                    let sum = _mm512_mask_reduce_add_epi32(some, sums[h]);
                     bias[h] = bias[h].map(|b| b.wrapping_add(sum));
                 }
             }

@@ -11,6 +11,8 @@ pub(super) const FOUR: u8 = 1;
 pub(super) const THREE: u8 = 2;
 pub(super) const TWO: u8 = 3;
 pub(super) const PLANES: u8 = 4;
+/// Four bits whose codes are consecutive: the indices are as good as the codes.
+pub(super) const BARE: u8 = 5;
 
 /// The constant of a format.
 pub(super) const fn format_of(bits: CodeBits) -> u8 {
@@ -38,6 +40,11 @@ pub(super) trait Lanes: Copy {
     const BIAS: i32;
     /// Whether the two halves of four rows' products are summed apart, as planes: 256 times the first and the second.
     const PLANES: bool;
+    /// Whether passes know [`BARE`]: pairs are indices, with nothing added.
+    const BARE: bool = false;
+    /// Whether, under weights of blocks, `pairs` brings the blocks into the lanes of each 128 bits, so that one register of
+    /// weights serves all sums; these are then transposed once.
+    const TURNED: bool = false;
 
     /// Chunk and quarter of sum `s` of a pass.
     fn place(pass: usize, s: usize) -> (usize, usize);
@@ -67,7 +74,7 @@ pub(super) trait Lanes: Copy {
 
     /// Rows 0, 2, 1 and 3 of a group as pairs of words, `[rows 0 and 1, rows 2 and 3][sum]`, for the sums of a pass. Rows 0
     /// and 1 come with [`Lanes::BIAS`] added. With [`Lanes::PLANES`], twice the four bytes of the rows, in the order given.
-    /// `SINGLE`: the segment has one chunk.
+    /// `SINGLE`: the segment has one chunk. `turn`: lane `j` of 128 bits has what is otherwise in register `j`.
     ///
     /// # Safety
     /// The rows (and `low`, for planes) are readable for a segment.
@@ -76,6 +83,7 @@ pub(super) trait Lanes: Copy {
         low: [*const u8; 4],
         pass: usize,
         table: Self,
+        turn: bool,
     ) -> [[Self; 4]; 2];
 
     /// Four bytes everywhere: a pair of weights.
@@ -83,6 +91,28 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// `p` is readable for 4 bytes.
     unsafe fn everywhere(p: *const i16) -> Self;
+
+    /// Four pairs of weights in every 128 bits; with [`Lanes::TURNED`].
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    #[inline(always)]
+    unsafe fn four_everywhere(p: *const i16) -> Self {
+        // SAFETY: the caller's.
+        unsafe { Self::everywhere(p) }
+    }
+
+    /// Lane `j` of 128 bits of register `i` becomes lane `i` of register `j`; with [`Lanes::TURNED`].
+    #[inline(always)]
+    fn transposed(four: [Self; 4]) -> [Self; 4] {
+        four
+    }
+
+    /// `acc[l] = fma((self[l] - taken) as f32, step, acc[l])`.
+    ///
+    /// # Safety
+    /// `acc` is readable and writable for a register.
+    unsafe fn add_scaled(self, taken: i32, step: f32, acc: *mut f32);
 
     /// Of four pairs of weights `[b0 b1 b2 -]` those of the blocks of chunk `c`, quarter `j` in a segment of three blocks.
     ///

@@ -128,6 +128,7 @@ impl Lanes for Q {
         low: [*const u8; 4],
         pass: usize,
         table: Q,
+        _: bool,
     ) -> [[Q; 4]; 2] {
         let mut codes = [table.0; 4];
         // SAFETY: see above.
@@ -152,6 +153,15 @@ impl Lanes for Q {
     unsafe fn everywhere(p: *const i16) -> Q {
         // SAFETY: see above.
         unsafe { Q(vreinterpretq_u8_u32(vdupq_n_u32(p.cast::<u32>().read_unaligned()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled(self, taken: i32, step: f32, acc: *mut f32) {
+        // SAFETY: see above.
+        unsafe {
+            let sum = vcvtq_f32_s32(vsubq_s32(self.sums(), vdupq_n_s32(taken)));
+            vst1q_f32(acc, vfmaq_f32(vld1q_f32(acc), sum, vdupq_n_f32(step)));
+        }
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use super::super::ahead::LINE;
 use super::super::{CodeBits, CodeShape, Rows, SEGMENT, Scales};
 use super::finish::finish;
-use super::lanes::{EIGHT, FOUR, HEADS, Lanes, PLANES, THREE, TWO, format_of};
+use super::lanes::{BARE, EIGHT, FOUR, HEADS, Lanes, PLANES, THREE, TWO, format_of};
 use super::prepare::{Factors, Prepare, Weights};
 use std::mem::MaybeUninit;
 
@@ -48,7 +48,7 @@ unsafe fn group<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, c
     let at = [at[0], at[2], at[1], at[3]];
     let (rows, low) = (at.map(|at| source.row.wrapping_add(at)), at.map(|at| source.low.wrapping_add(at)));
     // SAFETY: the offsets are those of rows.
-    let pairs = unsafe { V::pairs::<FORMAT, SINGLE>(rows, low, pass, table) };
+    let pairs = unsafe { V::pairs::<FORMAT, SINGLE>(rows, low, pass, table, V::TURNED && WEIGHTS == BLOCKS) };
     for h in 0..H {
         for p in 0..2 {
             let plane = if V::PLANES { p } else { 0 };
@@ -58,6 +58,9 @@ unsafe fn group<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, c
                 let w = unsafe {
                     match WEIGHTS {
                         ROWS => V::everywhere(weights.add(Weights::of_row(g, h, p))),
+                        BLOCKS if V::TURNED => {
+                            V::four_everywhere(weights.add(Weights::of_blocks(g, h, p, H)))
+                        }
                         BLOCKS => V::everywhere(weights.add(Weights::of_blocks(g, h, p, H) + 2 * j)),
                         _ => V::thirds(weights.add(Weights::of_blocks(g, h, p, H)), c, j),
                     }
@@ -223,7 +226,21 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
     let mut first = 0;
     while first < shape.padded() {
         let m = SEGMENT.min(shape.padded() - first);
-        let factors = Factors { weights, n, scales, shape, first_block: first / 32, blocks: m / 32 };
+        // Indices that stand for consecutive codes are multiplied themselves: the sum of the weights makes up for it.
+        let origin = if V::BARE && m == SEGMENT && shape.bits == CodeBits::Four {
+            rows.consecutive(shape.bits)
+        } else {
+            None
+        };
+        let factors = Factors {
+            weights,
+            n,
+            scales,
+            shape,
+            first_block: first / 32,
+            blocks: m / 32,
+            whole: origin.is_some(),
+        };
         // SAFETY: the instruction set is enabled.
         let (inverse, step) = unsafe { P::largest::<H>(&factors) };
         let mut sums = [[0i32; SEGMENT]; HEADS];
@@ -241,7 +258,7 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
                 let at = start * stride + first * shape.bits.width() / 8;
                 let low = if rows.low.is_empty() { std::ptr::null() } else { rows.low.as_ptr().add(at) };
                 let mut source = Source { row: rows.codes.as_ptr().add(at), low, stride, n: count, later };
-                let mut format = format_of(shape.bits);
+                let mut format = if origin.is_some() { BARE } else { format_of(shape.bits) };
                 if !direct {
                     let (out, stride) = (bytes.as_mut_ptr().cast::<u8>(), m.next_multiple_of(64));
                     widen::<V>(shape.bits, source, m, table, out, stride);
@@ -249,6 +266,7 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
                     format = EIGHT;
                 }
                 match format {
+                    BARE => passes::<V, BARE, H>(source, table, &prepared, m, &mut sums),
                     FOUR => passes::<V, FOUR, H>(source, table, &prepared, m, &mut sums),
                     THREE => passes::<V, THREE, H>(source, table, &prepared, m, &mut sums),
                     TWO => passes::<V, TWO, H>(source, table, &prepared, m, &mut sums),
@@ -260,12 +278,10 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
         }
         for (h, acc) in acc.chunks_exact_mut(shape.dims).enumerate() {
             let some = &mut acc[first..shape.dims.min(first + m)];
-            let taken = bias[h].map(|b| b.wrapping_mul(V::BIAS));
-            match V::LANES {
-                16 => finish::<16>(&sums[h], &step[h], &taken, m / 32, some),
-                8 => finish::<8>(&sums[h], &step[h], &taken, m / 32, some),
-                _ => finish::<4>(&sums[h], &step[h], &taken, m / 32, some),
-            }
+            let taken = bias[h].map(|b| b.wrapping_mul(origin.map_or(V::BIAS, |origin| -origin)));
+            let turned = V::TURNED && prepared.blocks && m != 96;
+            // SAFETY: the instruction set is enabled.
+            unsafe { finish::<V>(&mut sums[h], turned, &step[h], &taken, m / 32, some) };
         }
         first += m;
     }

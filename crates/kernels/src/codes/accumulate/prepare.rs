@@ -17,6 +17,9 @@ pub(super) struct Factors<'a> {
     pub(super) first_block: usize,
     /// Blocks of the segment.
     pub(super) blocks: usize,
+    /// Whether `bias` becomes the sum of all rows' weights, for [`super::lanes::BARE`].
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    pub(super) whole: bool,
 }
 
 impl Factors<'_> {
@@ -109,7 +112,8 @@ pub(super) trait Prepare {
     unsafe fn largest<const H: usize>(factors: &Factors<'_>) -> Steps;
 
     /// Rounds the weights of rows `start` to `start + count` (a multiple of four but at the end of the rows), and adds those of
-    /// rows 0 and 1 of each group to `bias`.
+    /// rows 0 and 1 of each group to `bias`, or those of all rows with [`Factors::whole`], if the registers know
+    /// [`super::lanes::BARE`].
     ///
     /// # Safety
     /// As [`Prepare::largest`]; `count` is at most [`STRETCH`], and the rows are there.

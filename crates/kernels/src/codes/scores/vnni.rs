@@ -20,6 +20,8 @@ const CHUNK: usize = 256;
 const TOKENS: usize = 4;
 /// Bytes by which requests run ahead of the reading.
 const AHEAD: usize = 8192;
+/// The same in a lower plane, of which no more is known than the rows that are read.
+const AHEAD_LOW: usize = 2048;
 
 const ONE: u8 = 0;
 const ROW: u8 = 1;
@@ -98,6 +100,13 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
                 if group == 0 && !later.is_null() {
                     for line in (0..TOKENS * row).step_by(LINE) {
                         request(later.wrapping_add(line));
+                    }
+                }
+                if BITS == PLANES && group == 0 {
+                    // From the rows' first on, once.
+                    let start = if t == 0 { 0 } else { at + AHEAD_LOW };
+                    for line in (start..at + AHEAD_LOW + TOKENS * row).step_by(LINE) {
+                        request(work.rows.low.as_ptr().wrapping_add(line));
                     }
                 }
                 let mut dots = [query.bias; TOKENS];
