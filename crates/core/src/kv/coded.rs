@@ -135,7 +135,8 @@ impl<R: Rounding> Codec for Coded<R> {
         let mut widened = Vec::new();
         Self::widen(kernels, scales, &mut widened);
         let mut unpacked = vec![0i8; out.len()];
-        Self::shape(d).unpack(CodeRows { codes, low, table: &R::TABLE, upcoming: &[] }, &mut unpacked);
+        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: &[] };
+        kernels.unpack_codes(Self::shape(d), stored, &mut unpacked);
         let block = if R::SCALING == Scaling::Block { 32 } else { d };
         let blocks = out.chunks_exact_mut(d).flat_map(|row| row.chunks_mut(block));
         let codes = unpacked.chunks_exact(d).flat_map(|row| row.chunks(block));

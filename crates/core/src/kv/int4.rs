@@ -9,8 +9,8 @@
 use longbit_kernels::{CodeBits, Kernels, QueryBits};
 
 use super::KvFormat;
-use super::coded::{Coded, Rounding, ScaleBits, Scaling, inverse, round_even};
-use super::q_0::{FROM_8, extreme};
+use super::coded::{Coded, MOST_DIMS, Rounding, ScaleBits, Scaling, inverse};
+use super::q_0::{FROM_8, extremes};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "int4",
@@ -35,24 +35,32 @@ impl Rounding for Int4 {
     const TABLE: [i8; 16] = FROM_8;
 
     fn round(kernels: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
-        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK)).zip(scales);
-        for ((block, codes), bits) in blocks {
-            let steps = |scale: f32| {
-                let inverse = inverse(scale);
-                block.iter().map(move |x| round_even((x * inverse).clamp(-8.0, 7.0)))
-            };
+        let n = row.len() / BLOCK;
+        let [mut first, mut factors] = [[0.0; MOST_DIMS / BLOCK]; 2];
+        let (first, factors) = (&mut first[..n], &mut factors[..n]);
+        extremes(kernels, row, first);
+        for (first, factor) in first.iter_mut().zip(&mut *factors) {
+            *first /= -8.0;
+            *factor = inverse(*first);
+        }
+        kernels.round_codes(row, BLOCK, &[], factors, [-8, 7], codes);
+        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact(BLOCK)).zip(&*first);
+        for (((block, codes), first), factor) in blocks.zip(&mut *factors) {
             let (mut product, mut square) = (0.0f32, 0.0f32);
-            let first = extreme(block) / -8.0;
-            for (x, q) in block.iter().zip(steps(first)) {
+            for (x, &q) in block.iter().zip(codes) {
+                let q = f32::from(q);
                 product += x * q;
                 square += q * q;
             }
             // A lone giant among small numbers would give up too much of itself.
             let fitted = (product * inverse(square) / first).clamp(1.0 - NEAR, 1.0 + NEAR);
-            let fitted = if fitted.is_nan() { first } else { fitted * first };
-            kernels.f32_to_bf16(&[fitted], std::slice::from_mut(bits));
-            let scale = f32::from_bits(u32::from(*bits) << 16);
-            codes.iter_mut().zip(steps(scale)).for_each(|(code, q)| *code = q as i8 + 8);
+            *factor = if fitted.is_nan() { *first } else { fitted * first };
         }
+        kernels.f32_to_bf16(factors, scales);
+        for (factor, &bits) in factors.iter_mut().zip(&*scales) {
+            *factor = inverse(f32::from_bits(u32::from(bits) << 16));
+        }
+        kernels.round_codes(row, BLOCK, &[], factors, [-8, 7], codes);
+        codes.iter_mut().for_each(|code| *code += 8);
     }
 }

@@ -4,7 +4,7 @@
 use longbit_kernels::{CodeBits, Kernels, QueryBits};
 
 use super::KvFormat;
-use super::coded::{Coded, Rounding, ScaleBits, Scaling, bf16_up, inverse, largest, round_even};
+use super::coded::{Coded, Rounding, ScaleBits, Scaling, bf16_up, inverse};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "int8",
@@ -23,17 +23,16 @@ impl Rounding for Int8 {
     const SCALE: ScaleBits = ScaleBits::Bf16;
     const QUERY: QueryBits = QueryBits::Sixteen;
 
-    fn round(_: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
-        scales[0] = round_row(row, codes);
+    fn round(kernels: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
+        scales[0] = round_row(kernels, row, codes);
     }
 }
 
 /// Rounds a row to signed bytes; returns the bits of its scale.
-pub(super) fn round_row(row: &[f32], codes: &mut [i8]) -> u16 {
-    let (bits, scale) = bf16_up(largest(row) / 127.0);
-    let inverse = inverse(scale);
-    for (code, x) in codes.iter_mut().zip(row) {
-        *code = round_even(x * inverse) as i8;
-    }
+pub(super) fn round_row(kernels: &Kernels, row: &[f32], codes: &mut [i8]) -> u16 {
+    let mut largest = [0.0];
+    kernels.magnitudes(row, row.len(), &mut largest);
+    let (bits, scale) = bf16_up(largest[0] / 127.0);
+    kernels.round_codes(row, row.len(), &[], &[inverse(scale)], [-128, 127], codes);
     bits
 }

@@ -87,7 +87,7 @@ impl Codec for Channels {
         let d = rows.head_dim;
         let mut codes = vec![0i8; out.len()];
         let stored = CodeRows::bytes(slice_rows(rows.page, 0, row_bytes(d), &rows.range));
-        shape(d).unpack(stored, &mut codes);
+        kernels.unpack_codes(shape(d), stored, &mut codes);
         let mut scales = Vec::new();
         widened(kernels, rows.page, d, &mut scales);
         for (out, codes) in out.chunks_exact_mut(d).zip(codes.chunks_exact(d)) {

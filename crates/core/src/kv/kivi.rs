@@ -132,7 +132,11 @@ impl Codec for Keys {
         let d = rows.head_dim;
         let mut codes = vec![0i8; out.len()];
         let stored = slice_rows(rows.page, 0, row_bytes(self.0, d), &rows.range);
-        CodeShape { dims: d, bits: self.0 }.unpack(CodeRows::indices(stored, &STEPS), &mut codes);
+        kernels.unpack_codes(
+            CodeShape { dims: d, bits: self.0 },
+            CodeRows::indices(stored, &STEPS),
+            &mut codes,
+        );
         let (mut steps, mut leasts) = (vec![0.0; d], vec![0.0; d]);
         for ((row, out), codes) in rows.range.clone().zip(out.chunks_exact_mut(d)).zip(codes.chunks_exact(d))
         {
@@ -259,7 +263,11 @@ impl Codec for Values {
         let d = rows.head_dim;
         let [stored, steps, leasts] = self.split(rows.page, &rows.range, d);
         let mut codes = vec![0i8; out.len()];
-        CodeShape { dims: d, bits: self.0 }.unpack(CodeRows::indices(stored, &STEPS), &mut codes);
+        kernels.unpack_codes(
+            CodeShape { dims: d, bits: self.0 },
+            CodeRows::indices(stored, &STEPS),
+            &mut codes,
+        );
         let [steps, leasts] = [steps, leasts].map(|bytes| {
             let mut floats = vec![0.0; bytes.len() / 2];
             kernels.f16_to_f32(bytemuck::cast_slice(bytes), &mut floats);

@@ -106,10 +106,8 @@ pub struct KvScratch {
 impl KvScratch {
     /// Multiplies each of `queries` by `floats`, channel by channel, and rounds them into `folded_query`.
     fn fold(&mut self, kernels: &Kernels, shape: CodeShape, bits: QueryBits, queries: &[f32]) {
-        self.folded.clear();
-        for query in queries.chunks_exact(shape.dims) {
-            self.folded.extend(query.iter().zip(&self.floats).map(|(x, scale)| x * scale));
-        }
+        self.folded.resize(queries.len(), 0.0);
+        kernels.multiply_rows(queries, &self.floats[..shape.dims], &mut self.folded);
         kernels.quantize_queries(shape, bits, &self.folded, &mut self.folded_query);
     }
 }

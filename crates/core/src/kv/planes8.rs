@@ -25,7 +25,7 @@ impl Rounding for Planes8 {
     const SCALE: ScaleBits = ScaleBits::Bf16;
     const QUERY: QueryBits = QueryBits::Sixteen;
 
-    fn round(_: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
-        scales[0] = round_row(row, codes);
+    fn round(kernels: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
+        scales[0] = round_row(kernels, row, codes);
     }
 }

@@ -9,7 +9,7 @@
 use longbit_kernels::{CodeBits, Kernels, QueryBits};
 
 use super::KvFormat;
-use super::coded::{Coded, Rounding, ScaleBits, Scaling, inverse, largest};
+use super::coded::{Coded, MOST_DIMS, Rounding, ScaleBits, Scaling, inverse};
 
 pub(super) const Q8_0: KvFormat = KvFormat {
     name: "q8_0",
@@ -43,10 +43,13 @@ impl Rounding for Bytes {
     const LARGEST: f32 = 127.0 * F16_MAX;
 
     fn round(kernels: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
-        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK)).zip(scales);
-        for ((block, codes), bits) in blocks {
-            let d = largest(block) / 127.0;
-            kernels.f32_to_f16(&[d], std::slice::from_mut(bits));
+        let mut steps = [0.0; MOST_DIMS / BLOCK];
+        let steps = &mut steps[..row.len() / BLOCK];
+        kernels.magnitudes(row, BLOCK, steps);
+        steps.iter_mut().for_each(|d| *d /= 127.0);
+        kernels.f32_to_f16(steps, scales);
+        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK));
+        for ((block, codes), &d) in blocks.zip(&*steps) {
             let inverse = inverse(d);
             for (code, x) in codes.iter_mut().zip(block) {
                 // To the nearest, ties away from zero.
@@ -70,10 +73,13 @@ impl Rounding for Nibbles {
     const LARGEST: f32 = 8.0 * F16_MAX;
 
     fn round(kernels: &Kernels, row: &[f32], codes: &mut [i8], scales: &mut [u16]) {
-        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK)).zip(scales);
-        for ((block, codes), bits) in blocks {
-            let d = extreme(block) / -8.0;
-            kernels.f32_to_f16(&[d], std::slice::from_mut(bits));
+        let mut steps = [0.0; MOST_DIMS / BLOCK];
+        let steps = &mut steps[..row.len() / BLOCK];
+        extremes(kernels, row, steps);
+        steps.iter_mut().for_each(|d| *d /= -8.0);
+        kernels.f32_to_f16(steps, scales);
+        let blocks = row.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK));
+        for ((block, codes), &d) in blocks.zip(&*steps) {
             let inverse = inverse(d);
             for (code, x) in codes.iter_mut().zip(block) {
                 *code = ((x * inverse + 8.5) as u8).min(15) as i8;
@@ -85,8 +91,10 @@ impl Rounding for Nibbles {
 /// Indices 0 to 15 stand for -8 to 7.
 pub(super) const FROM_8: [i8; 16] = [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7];
 
-/// The first number of the largest magnitude.
-pub(super) fn extreme(block: &[f32]) -> f32 {
-    let most = largest(block);
-    block.iter().copied().find(|x| x.abs() == most).unwrap_or_default()
+/// The first number of the largest magnitude of each block.
+pub(super) fn extremes(kernels: &Kernels, row: &[f32], out: &mut [f32]) {
+    kernels.magnitudes(row, BLOCK, out);
+    for (out, block) in out.iter_mut().zip(row.chunks_exact(BLOCK)) {
+        *out = block.iter().copied().find(|x| x.abs() == *out).unwrap_or_default();
+    }
 }

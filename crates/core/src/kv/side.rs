@@ -472,7 +472,7 @@ impl Side {
         let place = self.place(run);
         let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
         codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
-        self.add_mean(kernels, queries, place.mean, run.len(), scratch, out);
+        self.add_mean(kernels, queries, place.mean, scratch, out);
     }
 
     /// Adds to scores `[group][n]` what the mean of the page was taken off for.
@@ -481,17 +481,15 @@ impl Side {
         kernels: &Kernels,
         queries: &[f32],
         mean: Option<&[u16]>,
-        n: usize,
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
         let Some(mean) = mean else { return };
         scratch.mean.resize(self.head_dim, 0.0);
         kernels.bf16_to_f32(mean, &mut scratch.mean);
-        for (query, out) in queries.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(n)) {
-            let more = kernels.dot(query, &scratch.mean);
-            out.iter_mut().for_each(|x| *x += more);
-        }
+        scratch.group.clear();
+        scratch.group.extend(queries.chunks_exact(self.head_dim).map(|query| kernels.dot(query, &scratch.mean)));
+        kernels.add_to_rows(out, &scratch.group);
     }
 
     /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
@@ -522,7 +520,7 @@ impl Side {
             return self.scores(kernels, queries, run, upcoming, scratch, out);
         };
         upper.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, steps, out);
-        self.add_mean(kernels, queries, place.mean, run.len(), scratch, out);
+        self.add_mean(kernels, queries, place.mean, scratch, out);
     }
 
     /// See [`super::KvHead::accumulate`].
