@@ -1,8 +1,9 @@
 //! Weighted sums with AVX-512: with VNNI two products a lane and an addition are one instruction, without it two.
 //!
 //! For four rows of 128 bytes and four heads with scales of blocks: 64 dot products, 16 shuffles to bring four rows side by
-//! side, 16 operations to words, 48 loads, and about 30 operations to round the weights. Two loads a product are free; what
-//! shares their two ports is not: masked shuffles in place of the interleaving were slower from the second-level cache.
+//! side and 16 that bring the blocks of a row into neighbouring lanes, so that a register of weights serves four sums; 16
+//! operations to words, 32 loads, and about 40 operations to round the weights. Two loads a product are free; what shares
+//! their two ports is not: masked shuffles in place of the interleaving were slower from the second-level cache.
 
 use super::super::ahead::request;
 use super::super::{CodeShape, Rows, Scales};
