@@ -26,6 +26,8 @@ pub(crate) const CASES: &[(&str, Option<&str>)] = &[
     ("bitplane:p=0.6,sinks=4,local=40", Some("bitplane:p=1,most=1")),
     ("bitplane:p=0.9,margin=0,means=global", Some("bitplane:sinks=1000")),
     ("bitplane:p=0.9,most=0.02,means=none", Some("bitplane:p=1,most=1,means=none")),
+    ("cluster:sinks=4,local=16,segment=128,by=mass,cap=0.1", Some("cluster:segment=128,by=mass,p=1,cap=1")),
+    ("cluster:sinks=4,local=16,segment=64,tau=0.01,calibrate=0.5", Some("cluster:local=1000")),
     ("window:window=8,dense_layers=even", Some("window:window=8,dense_layers=even")),
     ("topk:k=40", Some("topk:share=1")),
     ("topk:k=40,tail=mean,sinks=2,local=8", Some("topk:k=1000,tail=mean")),

@@ -11,6 +11,7 @@ mod blocktopk;
 mod bitplane;
 mod choose;
 mod columns;
+mod cluster;
 mod dense;
 mod dense_skip;
 mod landmark;
@@ -218,6 +219,7 @@ pub static METHODS: &[Method] = &[
     doublesparsity::METHOD,
     twilight::METHOD,
     bitplane::METHOD,
+    cluster::METHOD,
 ];
 
 impl Method {
