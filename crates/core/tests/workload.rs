@@ -2,7 +2,8 @@
 //! documentation states.
 
 use longbit::workload::{
-    BLOCK, HeadShape, HeadStatistics, HeadType, HeadWorkload, WORKLOADS, Workload, WorkloadSpec,
+    BLOCK, HeadShape, HeadStatistics, HeadType, HeadWorkload, PROMPT_QUERIES, QUESTION, WORKLOADS, Workload,
+    WorkloadSpec,
 };
 use sha2::{Digest, Sha256};
 
@@ -347,6 +348,67 @@ fn queries_move_slowly_and_share_topics() {
     let near = mean((0..20).map(|i| correlation(&logits(i * 19), &logits(i * 19 + 1))));
     let far = mean((0..20).map(|i| correlation(&logits(i * 19), &logits((i * 19 + 200) % 400))));
     assert!(near > 0.6 && near > far + 0.25, "near {near} far {far}");
+}
+
+/// Queries of positions of the prompt, `[positions][group][d]`.
+fn prompt(head: &HeadWorkload, rope: &Rope, positions: std::ops::Range<usize>) -> Vec<f32> {
+    let mut out = vec![0.0; positions.len() * head.group() * head.head_dim()];
+    let (cos, sin) = rope.rows(positions.clone());
+    head.prompt_queries(positions, cos, sin, &mut out);
+    out
+}
+
+#[test]
+fn the_queries_of_the_prompt_run_on_into_the_steps() {
+    let shape = shape(1, 4, 1);
+    let n = 3000;
+    let rope = Rope::new(&shape, n + 4);
+    let (group, reach) = (4 * D, PROMPT_QUERIES);
+    let cosine = |a: &[f32], b: &[f32]| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+    // Logits on the last keys, less their mean: queries that share the phasor alone must not look alike.
+    let view = |head: &HeadWorkload, query: &[f32]| {
+        let (keys, _) = block(head, &rope, head.blocks() - 2);
+        let logits: Vec<f64> = keys.chunks_exact(D).map(|k| dot(query, k)).collect();
+        let middle = mean(logits.iter().copied());
+        logits.iter().map(|z| (z - middle) as f32).collect::<Vec<f32>>()
+    };
+    let (mut inside, mut across, mut far) = (Vec::new(), Vec::new(), Vec::new());
+    for seed in 0..12 {
+        let head = plan("content", &shape, n, 4, seed).calibrate(0, 0);
+        let all = prompt(&head, &rope, n - reach..n);
+        // A position's queries do not depend on which others are asked for.
+        assert!(prompt(&head, &rope, n - 40..n - 8) == all[(reach - 40) * group..(reach - 8) * group]);
+        assert!(prompt(&head, &rope, n - 7..n - 7).is_empty());
+        let (first, ..) = step(&head, &rope, 0);
+        let (second, ..) = step(&head, &rope, 1);
+        for h in 0..4 {
+            let at = |row: usize| &all[row * group + h * D..][..D];
+            let (last, zero) = (view(&head, at(reach - 1)), view(&head, &first[h * D..][..D]));
+            across.push(cosine(&last, &zero));
+            inside.push(cosine(&zero, &view(&head, &second[h * D..][..D])));
+            inside.push(cosine(&view(&head, at(500)), &view(&head, at(501))));
+            far.push(cosine(&view(&head, at(0)), &zero));
+        }
+    }
+    let [inside, across, far] = [inside, across, far].map(|all| mean(all.into_iter()));
+    assert!((across - inside).abs() < 0.06, "across {across} inside {inside}");
+    assert!(inside > 0.65 && far < 0.5, "inside {inside} far {far}");
+    // Of a needle, the question asks: the last positions alone look at it.
+    let head = plan("needle", &shape, n, 4, 5).calibrate(0, 0);
+    let (keys, _) = context(&head, &rope);
+    let at = head.needle().expect("a needle head").position;
+    let all = prompt(&head, &rope, n - reach..n);
+    let mass = |row: usize| softmax(&all[row * group + 3 * D..][..D], &keys[..(n - reach + row) * D])[at];
+    assert!(mean((reach - QUESTION..reach).map(mass)) > 0.8);
+    assert!(mean((0..reach - QUESTION).step_by(31).map(mass)) < 0.01);
+    // Controls have them too, and a context may be shorter than the reach.
+    for text in ["gaussian", "uniform", "onehot", "local"] {
+        let head = plan(text, &shape, 100, 1, 1).calibrate(0, 0);
+        let all = prompt(&head, &rope, 0..100);
+        assert!(
+            all.iter().all(|x| x.is_finite()) && prompt(&head, &rope, 50..60) == all[50 * group..60 * group]
+        );
+    }
 }
 
 #[test]

@@ -1,24 +1,20 @@
 //! Solves a head's free constants: noise scale of every query, strength of the sinks, strength of the needle.
 
+use std::sync::Arc;
+
 use super::generator::{
     CONTENT_NORM, DECODE, Generator, HITTER_NORM, HITTER_SHARE, NOISE_NORM, OFFSET, Parts, QUERY_SINK,
-    TOPIC_NORM,
 };
 use super::geometry::{Angles, MAX_DIM, directions, dot, rotate, rotate_back};
 use super::heads::HeadTargets;
-use super::rng::{NormalTable, Stream};
+use super::queries::{Shaper, Trajectory, gains};
+use super::rng::Stream;
 use super::{BLOCK, HeadShape, Needle, Workload, purpose};
 
 /// Tokens before the first step whose logits are taken as they are.
 const NEAR_BLOCKS: usize = 32;
 /// Positions that stand for the tokens before those.
 const FAR: usize = 768;
-/// Positions over which the noise variance is averaged.
-const SPAN: usize = 128;
-/// AR(1) coefficient of the query noise, and sqrt(1 - a^2).
-const QUERY_AR: [f32; 2] = [0.8, 0.6];
-/// A query's topic is drawn anew once in this many steps.
-const TOPIC_STEPS: usize = 16;
 /// Steps that the sinks are solved for, and at most for the needle.
 const SINK_PROBES: usize = 3;
 const NEEDLE_PROBES: usize = 16;
@@ -46,6 +42,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Positions over which the noise variance is averaged.
+    pub(super) const SPAN: usize = 128;
+
     pub(super) fn new(shape: &HeadShape, context: usize, steps: usize, seed: u64) -> Self {
         let near = context.div_ceil(BLOCK).saturating_sub(NEAR_BLOCKS) * BLOCK;
         let mut stream = Stream::new(seed, &[purpose::PROBE]);
@@ -65,8 +64,11 @@ impl Plan {
                 }
             }
         }
-        let span = (0..SPAN).map(|i| {
-            let (start, end) = (i * context / SPAN, ((i + 1) * context / SPAN).max(i * context / SPAN + 1));
+        let span = (0..Self::SPAN).map(|i| {
+            let (start, end) = (
+                i * context / Self::SPAN,
+                ((i + 1) * context / Self::SPAN).max(i * context / Self::SPAN + 1),
+            );
             start + stream.below(end - start)
         });
         let span_angles = Angles::new(shape, span);
@@ -77,6 +79,16 @@ impl Plan {
             far,
             span_angles,
         }
+    }
+
+    /// Angles of `count` positions from one of the last [`PROMPT_QUERIES`] of the context, or a step's, on.
+    pub(super) fn angles(&self, position: usize, count: usize) -> (&[f32], &[f32]) {
+        self.near_angles.rows(position - self.near, count)
+    }
+
+    /// Angles of one of the [`Plan::SPAN`] positions.
+    pub(super) fn span(&self, row: usize) -> (&[f32], &[f32]) {
+        self.span_angles.rows(row, 1)
     }
 }
 
@@ -103,24 +115,24 @@ impl Planted {
 /// A structured head with its constants solved.
 #[derive(Debug, Clone)]
 pub(super) struct Solved {
+    pub(super) plan: Arc<Plan>,
     pub(super) generator: Generator,
     /// `[4]` coordinates of the first keys along the sink direction.
     pub(super) sinks: [f32; SINKS],
-    /// `[steps][group][d]` queries before RoPE.
-    pub(super) queries: Vec<f32>,
-    /// `[steps][group]`.
-    pub(super) topics: Vec<u8>,
+    pub(super) trajectory: Trajectory,
     /// `[steps][d]` keys before RoPE, and values, of the decode steps.
     pub(super) new_keys: Vec<f32>,
     pub(super) new_values: Vec<f32>,
     pub(super) needle: Option<Planted>,
     /// Factors of the phasor, topic and hitter parts of a query.
     pub(super) gains: [f32; 3],
+    /// Deviation of the noise logits.
+    pub(super) noise_std: f64,
 }
 
 pub(super) fn solve(
     workload: &Workload,
-    plan: &Plan,
+    plan: &Arc<Plan>,
     layer: usize,
     kv_head: usize,
     targets: &HeadTargets,
@@ -129,17 +141,22 @@ pub(super) fn solve(
     let shape = &workload.shape;
     let generator = Generator::new(&workload.spec, shape, targets, workload.seed, layer, kv_head);
     let root = (shape.head_dim as f64).sqrt();
-    // Sum over pairs of cos(omega_j distance) falls by (d/2) / ln theta a unit of ln distance.
-    let slope = shape.head_dim as f64 / 2.0 / libm::log(shape.rope_theta);
-    let gains = [
-        (targets.recency * root / slope) as f32,
-        (targets.topic_logit * root / f64::from(TOPIC_NORM)) as f32,
-        (targets.hitter_logit * root / f64::from(HITTER_NORM)) as f32,
-    ];
-    let (queries, topics) = trajectory(workload, plan, &generator, targets, &gains);
+    let gains = gains(targets, shape.head_dim, shape.rope_theta);
+    let noise_std = targets.noise_std;
+    let shaper = Shaper { plan, generator: &generator, noise_std, gains: &gains };
+    let trajectory = Trajectory::new(&shaper, workload.context, workload.steps, shape.group());
     let (new_keys, new_values) = decode_rows(&generator, workload.steps);
-    let mut solved =
-        Solved { generator, sinks: [0.0; SINKS], queries, topics, new_keys, new_values, needle: None, gains };
+    let mut solved = Solved {
+        plan: plan.clone(),
+        generator,
+        sinks: [0.0; SINKS],
+        trajectory,
+        new_keys,
+        new_values,
+        needle: None,
+        gains,
+        noise_std,
+    };
     let is_needle = workload.head_type(layer, kv_head) == super::HeadType::Needle;
     let needle = is_needle.then(|| plant(workload, &solved.generator, ordinal));
     let probes = Probes::new(
@@ -157,80 +174,6 @@ pub(super) fn solve(
         solved.needle = Some(planted);
     }
     solved
-}
-
-/// Queries before RoPE, `[steps][group][d]`, and their topics.
-fn trajectory(
-    workload: &Workload,
-    plan: &Plan,
-    generator: &Generator,
-    targets: &HeadTargets,
-    gains: &[f32; 3],
-) -> (Vec<f32>, Vec<u8>) {
-    let (dim, group, steps) = (generator.dim(), workload.shape.group(), workload.steps);
-    let mut stream = generator.stream(purpose::QUERY, 0);
-    let draw_topic = |stream: &mut Stream| {
-        // The topic of a random token of the context: a topic that is there.
-        let position = stream.below(workload.context);
-        generator.topics(position / BLOCK, position % BLOCK + 1)[position % BLOCK].0
-    };
-    let table = NormalTable::get();
-    let mut state = vec![0.0f32; group * dim];
-    let mut fresh = vec![0.0f32; dim];
-    let mut shared = 0;
-    let mut own = vec![(0u8, false); group];
-    let mut queries = vec![0.0f32; steps * group * dim];
-    let mut topics = Vec::with_capacity(steps * group);
-    let (mut noise, mut turned, mut back) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
-    let (noise, turned, back) = (&mut noise[..dim], &mut turned[..dim], &mut back[..dim]);
-    for step in 0..steps {
-        if step == 0 || stream.below(TOPIC_STEPS) == 0 {
-            shared = draw_topic(&mut stream);
-        }
-        for head in 0..group {
-            if step == 0 || stream.below(TOPIC_STEPS) == 0 {
-                own[head] = (draw_topic(&mut stream), stream.below(2) == 0);
-            }
-            let topic = if own[head].1 { shared } else { own[head].0 };
-            topics.push(topic);
-            stream.normals(table, &mut fresh);
-            let state = &mut state[head * dim..][..dim];
-            let [keep, add] = if step == 0 { [0.0, 1.0] } else { QUERY_AR };
-            for c in 0..dim {
-                state[c] = keep * state[c] + add * fresh[c];
-                noise[c] = state[c] * generator.spectrum.deviation[c];
-            }
-            generator.spectrum.forward(noise);
-            // Deviation of noise-by-noise logits over the context, from the covariance of the key noise.
-            let (cos, sin) = plan.near_angles.rows(workload.context + step - plan.near, 1);
-            rotate(noise, cos, sin, turned);
-            let mut variance = 0.0f64;
-            for row in 0..SPAN {
-                let (cos, sin) = plan.span_angles.rows(row, 1);
-                rotate_back(turned, cos, sin, back);
-                variance += f64::from(generator.spectrum.variance(back));
-            }
-            let deviation = (variance / SPAN as f64).sqrt() * f64::from(NOISE_NORM) / dim as f64;
-            let scale = (targets.noise_std / deviation) as f32;
-            let query = &mut queries[(step * group + head) * dim..][..dim];
-            fixed_part(generator, gains, topic, query);
-            for (value, noise) in query.iter_mut().zip(noise.iter()) {
-                *value += scale * noise;
-            }
-        }
-    }
-    (queries, topics)
-}
-
-/// Everything in a query but noise, sink and needle: phasor, topic, hitter.
-pub(super) fn fixed_part(generator: &Generator, gains: &[f32; 3], topic: u8, query: &mut [f32]) {
-    let phasor = &generator.phasor;
-    for ((value, base), m) in query.iter_mut().zip(generator.base(topic)).zip(phasor) {
-        *value = gains[0] * m + gains[1] / TOPIC_NORM * (base - m);
-    }
-    for pair in generator.pairs.hitter {
-        query[pair] += gains[2] * std::f32::consts::FRAC_1_SQRT_2;
-    }
 }
 
 /// Keys before RoPE and values of the decode steps, `[steps][d]` each.
@@ -312,7 +255,7 @@ impl Probes {
         for (probe, out) in turned.chunks_exact_mut(dim).enumerate() {
             let step = steps[probe / group];
             let (cos, sin) = plan.near_angles.rows(context + step - plan.near, 1);
-            rotate(&solved.queries[(step * group + probe % group) * dim..][..dim], cos, sin, out);
+            rotate(&solved.trajectory.queries[(step * group + probe % group) * dim..][..dim], cos, sin, out);
             out[pairs.sink..pairs.half].fill(QUERY_SINK / (pairs.sink_len() as f32).sqrt());
         }
         let mut terms = vec![Vec::new(); steps.len() * group];

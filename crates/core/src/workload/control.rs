@@ -47,8 +47,17 @@ impl Control {
     /// Queries `[group][d]` of a step, and the step's key and value `[d]`.
     pub(super) fn step(&self, step: usize, position: usize, q: &mut [f32], k: &mut [f32], v: &mut [f32]) {
         self.rows(generator::DECODE + step, position, k, v);
+        self.queries(purpose::QUERY, step, q);
+    }
+
+    /// Queries `[group][d]` of a position of the prompt.
+    pub(super) fn prompt_queries(&self, position: usize, q: &mut [f32]) {
+        self.queries(purpose::PROMPT, position, q);
+    }
+
+    fn queries(&self, purpose: purpose::Purpose, place: usize, q: &mut [f32]) {
         if self.kind == HeadType::Gaussian {
-            let mut stream = head_stream(self.seed, self.layer, self.kv_head, purpose::QUERY, step as u64);
+            let mut stream = head_stream(self.seed, self.layer, self.kv_head, purpose, place as u64);
             stream.normals(NormalTable::get(), q);
             return;
         }

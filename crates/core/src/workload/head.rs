@@ -1,10 +1,13 @@
 //! The generator of one (layer, KV head).
 
+use std::ops::Range;
+
 use super::calibrate::Solved;
 use super::control::Control;
 use super::generator::{OFFSET, Parts, QUERY_SINK};
 use super::geometry::{dot, rotate};
-use super::{BLOCK, HeadType, Workload};
+use super::queries::Shaper;
+use super::{BLOCK, HeadType, PROMPT_QUERIES, QUESTION, Workload, purpose};
 
 /// The planted token of a needle head.
 #[derive(Debug, Clone, PartialEq)]
@@ -153,13 +156,69 @@ impl HeadWorkload {
             Kind::Control(control) => control.step(step, self.context + step, q, k, v),
             Kind::Structured(solved) => {
                 for (head, out) in q.chunks_exact_mut(dim).enumerate() {
-                    solved.query(step * self.group + head, cos, sin, out);
+                    let index = step * self.group + head;
+                    let pull = solved.needle.as_ref().map_or(0.0, |planted| planted.strength[index]);
+                    solved.turn(&solved.trajectory.queries[index * dim..][..dim], pull, cos, sin, out);
                 }
                 let pairs = &solved.generator.pairs;
                 rotate(&solved.new_keys[step * dim..][..dim], cos, sin, k);
                 let offset = OFFSET / (pairs.sink_len() as f32).sqrt();
                 k[pairs.sink..half].iter_mut().for_each(|value| *value += offset);
                 v.copy_from_slice(&solved.new_values[step * dim..][..dim]);
+            }
+        }
+    }
+
+    /// Writes the group's queries at `positions`, among the last [`PROMPT_QUERIES`] of the context:
+    /// `[positions][group][d]`, turned and not scaled by 1/sqrt(d), as [`HeadWorkload::step`] gives them. `cos` and `sin` are
+    /// `[positions][d/2]`.
+    ///
+    /// They are one trajectory with those of the steps: step 0 continues it as step 1 continues step 0. A needle is asked
+    /// for in the last [`QUESTION`] positions, as strongly as in step 0.
+    ///
+    /// Takes about 20 microseconds a query. The queries of a position do not depend on which others are asked for.
+    ///
+    /// # Panics
+    /// If the lengths do not fit, or a position is outside of the last [`PROMPT_QUERIES`] of the context.
+    pub fn prompt_queries(&self, positions: Range<usize>, cos: &[f32], sin: &[f32], out: &mut [f32]) {
+        let (dim, half, count) = (self.dim, self.dim / 2, positions.len());
+        let first = self.context.saturating_sub(PROMPT_QUERIES);
+        assert!(
+            count == 0 || (first <= positions.start && positions.end <= self.context),
+            "positions {positions:?} of {first}..{}",
+            self.context
+        );
+        assert_eq!(out.len(), count * self.group * dim, "queries are [positions][group][d]");
+        assert_eq!((cos.len(), sin.len()), (count * half, count * half), "angles are [positions][d/2]");
+        let solved = match &self.kind {
+            Kind::Structured(solved) => solved,
+            Kind::Control(control) => {
+                for (position, rows) in positions.zip(out.chunks_exact_mut(self.group * dim)) {
+                    control.prompt_queries(position, rows);
+                }
+                return;
+            }
+        };
+        let (plan, generator) = (&*solved.plan, &solved.generator);
+        let shaper = Shaper { plan, generator, noise_std: solved.noise_std, gains: &solved.gains };
+        let mut course = solved.trajectory.start.branch(generator, purpose::PROMPT);
+        let mut plain = vec![0.0f32; dim];
+        for position in (positions.start..self.context).rev() {
+            course.advance(generator);
+            if position >= positions.end {
+                continue;
+            }
+            let at = position - positions.start;
+            let (cos, sin) = (&cos[at * half..][..half], &sin[at * half..][..half]);
+            let rows = &mut out[at * self.group * dim..][..self.group * dim];
+            for (head, row) in rows.chunks_exact_mut(dim).enumerate() {
+                let asks = position + QUESTION >= self.context;
+                let pull = match &solved.needle {
+                    Some(planted) if asks => planted.strength[head],
+                    _ => 0.0,
+                };
+                shaper.query(&course, head, position, &mut plain);
+                solved.turn(&plain, pull, cos, sin, row);
             }
         }
     }
@@ -189,7 +248,7 @@ impl HeadWorkload {
 
     /// The topic of each query of a step, `[group]`; `None` for the controls.
     pub fn topics(&self, step: usize) -> Option<&[u8]> {
-        self.solved()?.topics.get(step * self.group..(step + 1) * self.group)
+        self.solved()?.trajectory.topics.get(step * self.group..(step + 1) * self.group)
     }
 
     pub(super) fn solved(&self) -> Option<&Solved> {
@@ -201,15 +260,14 @@ impl HeadWorkload {
 }
 
 impl Solved {
-    /// Query `index` = step * group + head, turned, with its sink and needle parts.
-    fn query(&self, index: usize, cos: &[f32], sin: &[f32], out: &mut [f32]) {
-        let dim = self.generator.dim();
-        rotate(&self.queries[index * dim..][..dim], cos, sin, out);
+    /// Turns a query and gives it its sink part, and its needle part `pull`.
+    fn turn(&self, plain: &[f32], pull: f32, cos: &[f32], sin: &[f32], out: &mut [f32]) {
+        rotate(plain, cos, sin, out);
         let pairs = &self.generator.pairs;
         out[pairs.sink..pairs.half].fill(QUERY_SINK / (pairs.sink_len() as f32).sqrt());
         if let Some(planted) = &self.needle {
             for (value, along) in out.iter_mut().zip(&planted.direction) {
-                *value += planted.strength[index] * along;
+                *value += pull * along;
             }
         }
     }

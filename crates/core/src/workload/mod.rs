@@ -38,6 +38,7 @@ mod generator;
 mod geometry;
 mod head;
 mod heads;
+mod queries;
 mod rng;
 mod spec;
 mod statistics;
@@ -55,6 +56,12 @@ pub const BLOCK: usize = 256;
 /// Most decode steps that a workload plans (their queries are kept in memory: steps x (group + 2) x d x 4 bytes a head).
 pub const MAX_STEPS: usize = 4096;
 
+/// Positions before the first step whose queries [`HeadWorkload::prompt_queries`] gives.
+pub const PROMPT_QUERIES: usize = 1024;
+
+/// Positions before the first step whose queries already ask for the needle: the question that ends a prompt.
+pub const QUESTION: usize = 32;
+
 /// Fewest tokens of context.
 pub const MIN_CONTEXT: usize = 16;
 
@@ -69,6 +76,7 @@ mod purpose {
     pub(super) const QUERY: Purpose = 6;
     pub(super) const PROBE: Purpose = 7;
     pub(super) const NEEDLE: Purpose = 8;
+    pub(super) const PROMPT: Purpose = 9;
 }
 
 /// Why a workload cannot be made.
@@ -167,7 +175,7 @@ pub struct Workload {
     steps: usize,
     seed: u64,
     types: Vec<HeadType>,
-    plan: Option<calibrate::Plan>,
+    plan: Option<std::sync::Arc<calibrate::Plan>>,
 }
 
 impl Workload {
@@ -203,7 +211,7 @@ impl Workload {
             spec::Family::Only(head) => vec![head; shape.layers * shape.kv_heads],
         };
         // The controls need no solving.
-        let plan = types[0].targets().map(|_| calibrate::Plan::new(shape, context, steps, seed));
+        let plan = types[0].targets().map(|_| calibrate::Plan::new(shape, context, steps, seed).into());
         Ok(Self { spec: spec.clone(), shape: shape.clone(), context, steps, seed, types, plan })
     }
 

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::calibrate::fixed_part;
 use super::generator::Parts;
 use super::geometry::rotate;
+use super::queries::fixed_part;
 use super::{BLOCK, HeadWorkload};
 
 /// How the mass of one query lies.
@@ -102,7 +102,7 @@ impl HeadWorkload {
         let mut fixed = vec![0.0f32; dim];
         for (head, out) in all.chunks_exact_mut(dim).enumerate() {
             fixed_part(&solved.generator, &solved.gains, topics[head], &mut fixed);
-            let query = &solved.queries[(step * self.group() + head) * dim..][..dim];
+            let query = &solved.trajectory.queries[(step * self.group() + head) * dim..][..dim];
             fixed.iter_mut().zip(query).for_each(|(value, q)| *value = q - *value);
             rotate(&fixed, cos, sin, out);
         }
