@@ -78,7 +78,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                             }
                         },
                         default: p.default.into(),
-                        setting: false,
+                        setting: p.setting,
                     })
                     .collect(),
                 reads_text: false,

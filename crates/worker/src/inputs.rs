@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
-use longbit::workload::{HeadShape, MIN_CONTEXT, Workload, WorkloadSpec};
+use longbit::workload::{HeadShape, HeadStatistics, MIN_CONTEXT, Workload, WorkloadSpec};
 use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
 use longbit_protocol::{Fill, Job, Quality, Traffic};
 use longbit_sys::Team;
@@ -293,7 +293,8 @@ impl Passes for Steps<'_> {
     }
 }
 
-/// How the mass of the first step's queries lies, for the first head of each type: mean over its query group.
+/// How the mass of the first step's queries lies, and how far their heaviest tokens are those of the other heads of the
+/// group and of the next step, for the first head of each type: means over its query group.
 fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
     let mut stats = BTreeMap::new();
     for (i, head) in filled.heads.iter().enumerate() {
@@ -302,13 +303,26 @@ fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
             continue;
         }
         let rope = session.rope();
-        let queries = head.statistics(0, |positions| (rope.cos(positions.clone()), rope.sin(positions)));
-        let n = queries.len() as f64;
-        let mut put = |name: &str, value: f64| stats.insert(format!("{kind}.{name}"), value);
-        put("sink_mass", queries.iter().map(|q| q.sink_mass).sum::<f64>() / n);
-        put("top_percent_mass", queries.iter().map(|q| q.top_percent_mass).sum::<f64>() / n);
-        put("effective_tokens", queries.iter().map(|q| q.effective_tokens).sum::<f64>() / n);
-        put("density_95", queries.iter().map(|q| q.density_95).sum::<f64>() / n);
+        let angles = |positions: std::ops::Range<usize>| (rope.cos(positions.clone()), rope.sin(positions));
+        let queries = head.statistics(0, angles);
+        let overlap = head.overlap(0, angles);
+        let mean = |of: fn(&HeadStatistics) -> Option<f64>| {
+            let known: Vec<f64> = queries.iter().filter_map(of).collect();
+            (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
+        };
+        let all = [
+            ("sink_mass", mean(|q| Some(q.sink_mass))),
+            ("recent_mass", mean(|q| Some(q.recent_mass))),
+            ("top_percent_mass", mean(|q| Some(q.top_percent_mass))),
+            ("effective_tokens", mean(|q| Some(q.effective_tokens))),
+            ("density_95", mean(|q| Some(q.density_95))),
+            ("planted_mass", mean(|q| q.needle_mass)),
+            ("noise_std", mean(|q| q.noise_std)),
+            ("group_overlap", overlap.group),
+            ("step_overlap", overlap.steps),
+        ];
+        let known = all.into_iter().filter_map(|(name, value)| Some((format!("{kind}.{name}"), value?)));
+        stats.extend(known);
     }
     stats
 }

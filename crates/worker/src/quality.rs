@@ -44,9 +44,7 @@ pub(crate) fn measure(
                 let compared = compare(ours, &exact[h * d..(h + 1) * d]);
                 by_type.entry(filled.types[i].name().into()).or_default().push(compared.relative_l2);
                 all.push(compared);
-                if let Some(needle) = filled.heads[i].needle() {
-                    needles.push(filled.heads[i].readout(ours) == Some(needle.value_index));
-                }
+                needles.extend(filled.heads[i].recall(ours));
             }
         }
     }
@@ -55,7 +53,6 @@ pub(crate) fn measure(
     errors.sort_by(f64::total_cmp);
     let mut cosines: Vec<f64> = all.iter().map(|c| c.cosine).collect();
     cosines.sort_by(f64::total_cmp);
-    let hits = needles.iter().filter(|hit| **hit).count();
     Ok(Quality {
         cell: String::new(),
         steps: compared as u32,
@@ -76,7 +73,7 @@ pub(crate) fn measure(
             .collect(),
         reads: samples.summary(),
         density_read: mean(&densities),
-        needle_accuracy: (!needles.is_empty()).then(|| hits as f64 / needles.len() as f64),
+        needle_accuracy: mean(&needles),
         ..Quality::default()
     })
 }

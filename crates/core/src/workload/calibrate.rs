@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use super::generator::{
-    CONTENT_NORM, DECODE, Generator, HITTER_NORM, HITTER_SHARE, NOISE_NORM, OFFSET, Parts, QUERY_SINK,
-};
-use super::geometry::{Angles, MAX_DIM, directions, dot, rotate, rotate_back};
+use super::generator::{DECODE, Generator, HITTER_NORM, HITTER_SHARE, NOISE_NORM, OFFSET, Parts, QUERY_SINK};
+use super::geometry::{Angles, MAX_DIM, dot, rotate, rotate_back};
 use super::heads::HeadTargets;
+use super::needle::{Part, Planted, SINKS};
 use super::queries::{Shaper, Trajectory, gains};
 use super::rng::Stream;
-use super::{BLOCK, HeadShape, Needle, Workload, purpose};
+use super::{BLOCK, HeadShape, HeadType, Workload, purpose};
 
 /// Tokens before the first step whose logits are taken as they are.
 const NEAR_BLOCKS: usize = 32;
@@ -18,15 +17,6 @@ const FAR: usize = 768;
 /// Steps that the sinks are solved for, and at most for the needle.
 const SINK_PROBES: usize = 3;
 const NEEDLE_PROBES: usize = 16;
-/// Candidate values of a needle, and their norm.
-const CODES: usize = 16;
-const CODE_NORM: f32 = 2.0;
-/// Log-odds of the needle's mass, cycled over the queries; depths, cycled over the needle heads.
-const LOG_ODDS: [f64; 4] = [-2.0, 0.0, 2.0, 4.0];
-const DEPTHS: [f64; 5] = [0.1, 0.3, 0.5, 0.7, 0.9];
-/// Tokens 0..4 are sinks.
-const SINKS: usize = 4;
-
 /// What the calibration of every head shares: positions and their angles.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -92,26 +82,6 @@ impl Plan {
     }
 }
 
-/// A planted token and the queries' pull towards it.
-#[derive(Debug, Clone)]
-pub(super) struct Planted {
-    pub(super) needle: Needle,
-    /// `[d]` the key, turned.
-    pub(super) key: Vec<f32>,
-    /// `[d]` the direction of its content, turned: what the queries get.
-    pub(super) direction: Vec<f32>,
-    /// `[steps][group]` how much of it.
-    pub(super) strength: Vec<f32>,
-    codes: Vec<f32>,
-}
-
-impl Planted {
-    /// `[d]` candidate value `index`.
-    pub(super) fn code(&self, index: usize) -> &[f32] {
-        &self.codes[index * self.key.len()..][..self.key.len()]
-    }
-}
-
 /// A structured head with its constants solved.
 #[derive(Debug, Clone)]
 pub(super) struct Solved {
@@ -139,12 +109,12 @@ pub(super) fn solve(
     ordinal: usize,
 ) -> Solved {
     let shape = &workload.shape;
-    let generator = Generator::new(&workload.spec, shape, targets, workload.seed, layer, kv_head);
+    let generator = Generator::new(workload, targets, layer, kv_head);
     let root = (shape.head_dim as f64).sqrt();
     let gains = gains(targets, shape.head_dim, shape.rope_theta);
     let noise_std = targets.noise_std;
     let shaper = Shaper { plan, generator: &generator, noise_std, gains: &gains };
-    let trajectory = Trajectory::new(&shaper, workload.context, workload.steps, shape.group());
+    let trajectory = Trajectory::new(&shaper, workload);
     let (new_keys, new_values) = decode_rows(&generator, workload.steps);
     let mut solved = Solved {
         plan: plan.clone(),
@@ -157,8 +127,9 @@ pub(super) fn solve(
         gains,
         noise_std,
     };
-    let is_needle = workload.head_type(layer, kv_head) == super::HeadType::Needle;
-    let needle = is_needle.then(|| plant(workload, &solved.generator, ordinal));
+    let head = workload.head_type(layer, kv_head);
+    let is_needle = matches!(head, HeadType::Needle | HeadType::Aggregation);
+    let needle = is_needle.then(|| Planted::new(workload, &solved.generator, head, ordinal));
     let probes = Probes::new(
         workload,
         plan,
@@ -189,34 +160,6 @@ fn decode_rows(generator: &Generator, steps: usize) -> (Vec<f32>, Vec<f32>) {
     (keys, values)
 }
 
-/// The planted token of the `ordinal`-th needle head; its strength is not solved yet.
-fn plant(workload: &Workload, generator: &Generator, ordinal: usize) -> Planted {
-    let (dim, group) = (generator.dim(), workload.shape.group());
-    let pairs = &generator.pairs;
-    let mut stream = generator.stream(purpose::NEEDLE, 0);
-    let position = (DEPTHS[ordinal % DEPTHS.len()] * workload.context as f64) as usize;
-    let position = position.clamp(SINKS, workload.context - 1);
-    let content = directions(pairs, pairs.needle, 1, &mut stream);
-    let angles = Angles::new(&workload.shape, [position]);
-    let (cos, sin) = angles.rows(0, 1);
-    let mut direction = vec![0.0f32; dim];
-    rotate(&content, cos, sin, &mut direction);
-    let plain: Vec<f32> = content.iter().zip(&generator.phasor).map(|(w, m)| CONTENT_NORM * w + m).collect();
-    let mut key = vec![0.0f32; dim];
-    rotate(&plain, cos, sin, &mut key);
-    let offset = OFFSET / (pairs.sink_len() as f32).sqrt();
-    key[pairs.sink..pairs.half].iter_mut().for_each(|value| *value += offset);
-    let level = CODE_NORM / (dim as f32).sqrt();
-    let codes = (0..CODES * dim).map(|_| if stream.word() >> 63 == 0 { level } else { -level }).collect();
-    let needle = Needle {
-        position,
-        value_index: stream.below(CODES),
-        candidates: CODES,
-        log_odds: (0..group).map(|head| LOG_ODDS[(ordinal * group + head) % LOG_ODDS.len()]).collect(),
-    };
-    Planted { needle, key, direction, strength: Vec::new(), codes }
-}
-
 /// A token (or the tokens that one stands for) as a probe query with needle strength b sees it: weight
 /// `exp(log_weight + z + b along + (b cross + b^2 square / 2))`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -232,8 +175,8 @@ struct Probes {
     steps: Vec<usize>,
     /// `[steps][group]`, terms without sinks and needle.
     terms: Vec<Vec<Term>>,
-    /// `[steps][group]`, the needle's logit at strength 0, and its gain a unit of strength.
-    needle: Vec<(f64, f64)>,
+    /// `[steps][group]`, what holds the answer.
+    answer: Vec<Vec<Term>>,
     group: usize,
 }
 
@@ -257,9 +200,12 @@ impl Probes {
             let (cos, sin) = plan.near_angles.rows(context + step - plan.near, 1);
             rotate(&solved.trajectory.queries[(step * group + probe % group) * dim..][..dim], cos, sin, out);
             out[pairs.sink..pairs.half].fill(QUERY_SINK / (pairs.sink_len() as f32).sqrt());
+            if let Some(planted) = needle {
+                planted.equalise(out);
+            }
         }
         let mut terms = vec![Vec::new(); steps.len() * group];
-        let skip = needle.map(|planted| planted.needle.position);
+        let mut answer = terms.clone();
         let direction = needle.map(|planted| &planted.direction[..]);
         let near_term = |query: &[f32], key: &[f32], along: f64| Term {
             z: f64::from(dot(query, key)) / root,
@@ -273,13 +219,25 @@ impl Probes {
             let tokens = BLOCK.min(context - block * BLOCK);
             let (cos, sin) = plan.near_angles.rows(block * BLOCK - plan.near, tokens);
             generator.keys(block, Parts::All, cos, sin, &mut keys[..tokens * dim]);
-            for (token, key) in keys[..tokens * dim].chunks_exact(dim).enumerate() {
+            let mut marks = needle.map_or(&[][..], |p| p.between(block * BLOCK, block * BLOCK + tokens));
+            for (token, key) in keys[..tokens * dim].chunks_exact_mut(dim).enumerate() {
                 let position = block * BLOCK + token;
-                if position >= SINKS && Some(position) != skip {
-                    let along = along(key);
-                    for (terms, query) in terms.iter_mut().zip(turned.chunks_exact(dim)) {
-                        terms.push(near_term(query, key, along));
-                    }
+                if position < SINKS {
+                    continue;
+                }
+                let mut holds = false;
+                if let (Some((mark, rest)), Some(planted)) = (marks.split_first(), needle)
+                    && mark.position == position
+                {
+                    let (cos, sin) = plan.angles(position, 1);
+                    planted.write(mark, generator, cos, sin, key, None);
+                    holds = matches!(mark.part, Part::Needle(_) | Part::Member);
+                    marks = rest;
+                }
+                let along = along(key);
+                let into = if holds { &mut answer } else { &mut terms };
+                for (terms, query) in into.iter_mut().zip(turned.chunks_exact(dim)) {
+                    terms.push(near_term(query, key, along));
                 }
             }
         }
@@ -288,8 +246,7 @@ impl Probes {
         for (step, plain) in solved.new_keys.chunks_exact(dim).enumerate().take(last + 1) {
             let (cos, sin) = plan.near_angles.rows(context + step - plan.near, 1);
             rotate(plain, cos, sin, key);
-            let offset = OFFSET / (pairs.sink_len() as f32).sqrt();
-            key[pairs.sink..pairs.half].iter_mut().for_each(|value| *value += offset);
+            generator.shift(OFFSET, context + step, key);
             let along = along(key);
             for (probe, query) in turned.chunks_exact(dim).enumerate() {
                 if step <= steps[probe / group] {
@@ -298,14 +255,20 @@ impl Probes {
             }
         }
         far_terms(plan, solved, &turned, direction, &mut terms);
-        let needle = match needle {
-            Some(planted) => turned
-                .chunks_exact(dim)
-                .map(|query| (f64::from(dot(query, &planted.key)) / root, along(&planted.key)))
-                .collect(),
-            None => Vec::new(),
-        };
-        Self { steps, terms, needle, group }
+        // Whatever is planted before the near tokens comes on top of their expectation.
+        for mark in needle.map_or(&[][..], |planted| planted.between(SINKS, plan.near)) {
+            let (Some(planted), false) = (needle, matches!(mark.part, Part::Counter(_))) else { continue };
+            let angles = Angles::new(&workload.shape, [mark.position]);
+            let (cos, sin) = angles.rows(0, 1);
+            planted.write(mark, generator, cos, sin, key, None);
+            let along = along(key);
+            let into =
+                if matches!(mark.part, Part::Needle(_) | Part::Member) { &mut answer } else { &mut terms };
+            for (terms, query) in into.iter_mut().zip(turned.chunks_exact(dim)) {
+                terms.push(near_term(query, key, along));
+            }
+        }
+        Self { steps, terms, answer, group }
     }
 
     /// Logits of tokens 0 to 3 at which token 0 has the stated mass, averaged over the probes.
@@ -336,9 +299,9 @@ impl Probes {
         let solved: Vec<f32> = self
             .terms
             .iter()
-            .zip(&self.needle)
+            .zip(&self.answer)
             .enumerate()
-            .map(|(probe, (terms, &(logit, gain)))| {
+            .map(|(probe, (terms, answer))| {
                 let odds = planted.needle.log_odds[probe % self.group];
                 let mut all = terms.clone();
                 all.extend(sinks.map(|z| Term { z, ..Term::default() }));
@@ -346,7 +309,8 @@ impl Probes {
                 let mut strength = 0.0f64;
                 for _ in 0..40 {
                     let (rest, slope) = log_sum(&all, strength);
-                    let gap = logit + gain * strength - rest - odds;
+                    let (own, gain) = log_sum(answer, strength);
+                    let gap = own - rest - odds;
                     let step = (gap / (gain - slope).max(0.25 * gain)).clamp(-8.0, 8.0);
                     strength -= step;
                     if step.abs() < 1e-7 {

@@ -3,7 +3,7 @@
 use super::geometry::{MAX_DIM, Pairs, Spectrum, directions, head_stream, rotate};
 use super::heads::HeadTargets;
 use super::rng::{NormalTable, Stream};
-use super::{BLOCK, HeadShape, WorkloadSpec, purpose};
+use super::{BLOCK, Workload, purpose};
 
 /// Topics of a head; their popularity is Zipf(1).
 pub(super) const TOPICS: usize = 64;
@@ -23,6 +23,12 @@ pub(super) const HITTER_NORM: f32 = 3.0;
 const HITTER_DRAWS: u64 = 655;
 /// [`HITTER_DRAWS`] as a share.
 pub(super) const HITTER_SHARE: f64 = HITTER_DRAWS as f64 / 65_536.0;
+/// An outlier's coordinate along the sink direction: four times the norm of a key, away from the queries.
+pub(super) const OUTLIER: f32 = -62.0;
+/// Outliers are drawn by 16 bits, as hitters are.
+const OUTLIER_DRAWS: u64 = 655;
+/// Way of the keys' mean across the context, where it drifts.
+const DRIFT: f64 = 16.0;
 /// AR(1) coefficient of the key noise, and sqrt(1 - a^2).
 const KEY_AR: [f32; 2] = [0.5, 0.866_025_4];
 /// Blocks from here on hold the decode steps' rows.
@@ -55,20 +61,17 @@ pub(super) struct Generator {
     /// `[d]` deviation of a key's noise along each coordinate.
     noise: Vec<f32>,
     hitters: bool,
+    outliers: bool,
+    /// Tokens over which the mean drifts; `None` keeps it.
+    drift: Option<usize>,
     seed: u64,
     layer: usize,
     kv_head: usize,
 }
 
 impl Generator {
-    pub(super) fn new(
-        spec: &WorkloadSpec,
-        shape: &HeadShape,
-        targets: &HeadTargets,
-        seed: u64,
-        layer: usize,
-        kv_head: usize,
-    ) -> Self {
+    pub(super) fn new(workload: &Workload, targets: &HeadTargets, layer: usize, kv_head: usize) -> Self {
+        let (spec, shape, seed) = (&workload.spec, &workload.shape, workload.seed);
         let dim = shape.head_dim;
         let pairs = Pairs::new(dim);
         let mut stream = head_stream(seed, layer, kv_head, purpose::MODEL, 0);
@@ -114,6 +117,8 @@ impl Generator {
             value_noise: white / root,
             noise,
             hitters: targets.hitter_logit > 0.0,
+            outliers: spec.outliers,
+            drift: spec.drift.then_some(workload.context),
             seed,
             layer,
             kv_head,
@@ -154,16 +159,27 @@ impl Generator {
     /// Keys of a block, turned to their positions, `k` is `[tokens][d]`, `cos` and `sin` `[tokens][d/2]`.
     pub(super) fn keys(&self, block: usize, parts: Parts, cos: &[f32], sin: &[f32], k: &mut [f32]) {
         let half = self.pairs.half;
-        let offset = OFFSET / (self.pairs.sink_len() as f32).sqrt();
+        let mut outliers = self.outliers.then(|| self.stream(purpose::OUTLIER, block));
         self.plain_keys(block, parts, k.len() / self.dim(), |token, row| {
             let out = &mut k[token * 2 * half..][..2 * half];
             rotate(row, &cos[token * half..][..half], &sin[token * half..][..half], out);
             if parts == Parts::All {
-                for value in &mut out[self.pairs.sink..half] {
-                    *value += offset;
-                }
+                let outlier = outliers.as_mut().is_some_and(|s| s.word() & 0xFFFF < OUTLIER_DRAWS);
+                self.shift(if outlier { OUTLIER } else { OFFSET }, block * BLOCK + token, out);
             }
         });
+    }
+
+    /// Adds what every turned key has: `level` along the sink direction, and the drifting mean, which lies in the other
+    /// coordinates of the sink pairs, where queries are 0.
+    pub(super) fn shift(&self, level: f32, position: usize, key: &mut [f32]) {
+        let root = (self.pairs.sink_len() as f32).sqrt();
+        let (half, sink) = (self.pairs.half, self.pairs.sink);
+        key[sink..half].iter_mut().for_each(|value| *value += level / root);
+        if let Some(context) = self.drift {
+            let way = (DRIFT * (position as f64 / context as f64 - 0.5)) as f32;
+            key[half + sink..].iter_mut().for_each(|value| *value += way / root);
+        }
     }
 
     /// Keys before RoPE and without the offset, row by row.

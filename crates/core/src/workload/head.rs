@@ -6,21 +6,9 @@ use super::calibrate::Solved;
 use super::control::Control;
 use super::generator::{OFFSET, Parts, QUERY_SINK};
 use super::geometry::{dot, rotate};
+use super::needle::Needle;
 use super::queries::Shaper;
 use super::{BLOCK, HeadType, PROMPT_QUERIES, QUESTION, Workload, purpose};
-
-/// The planted token of a needle head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Needle {
-    /// Its position in the context.
-    pub position: usize,
-    /// Which candidate its value carries: what [`HeadWorkload::readout`] must return.
-    pub value_index: usize,
-    /// Number of candidates.
-    pub candidates: usize,
-    /// Log-odds of the needle's mass that each query of the group is solved for, `[group]`.
-    pub log_odds: Vec<f64>,
-}
 
 /// Makes the rows of one (layer, KV head). Holds only tables (about 70 kB, and the steps' rows); `Send + Sync`.
 #[derive(Debug, Clone)]
@@ -113,13 +101,13 @@ impl HeadWorkload {
             Kind::Structured(solved) => {
                 solved.generator.keys(block, Parts::All, cos, sin, k);
                 solved.generator.values(block, v);
-                self.plant(solved, block, k, v);
+                self.plant(solved, block, cos, sin, k, v);
             }
         }
     }
 
     /// Puts the sinks and the needle into a block.
-    fn plant(&self, solved: &Solved, block: usize, k: &mut [f32], v: &mut [f32]) {
+    fn plant(&self, solved: &Solved, block: usize, cos: &[f32], sin: &[f32], k: &mut [f32], v: &mut [f32]) {
         let pairs = &solved.generator.pairs;
         if block == 0 {
             for (token, row) in k.chunks_exact_mut(self.dim).take(solved.sinks.len()).enumerate() {
@@ -132,11 +120,12 @@ impl HeadWorkload {
             }
         }
         if let Some(planted) = &solved.needle {
-            let at = planted.needle.position;
-            if at / BLOCK == block && at % BLOCK < k.len() / self.dim {
-                let start = at % BLOCK * self.dim;
-                k[start..][..self.dim].copy_from_slice(&planted.key);
-                v[start..][..self.dim].copy_from_slice(planted.code(planted.needle.value_index));
+            let (start, half) = (block * BLOCK, pairs.half);
+            for mark in planted.between(start, start + k.len() / self.dim) {
+                let token = mark.position - start;
+                let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+                let rows = token * self.dim..(token + 1) * self.dim;
+                planted.write(mark, &solved.generator, cos, sin, &mut k[rows.clone()], Some(&mut v[rows]));
             }
         }
     }
@@ -157,13 +146,11 @@ impl HeadWorkload {
             Kind::Structured(solved) => {
                 for (head, out) in q.chunks_exact_mut(dim).enumerate() {
                     let index = step * self.group + head;
-                    let pull = solved.needle.as_ref().map_or(0.0, |planted| planted.strength[index]);
+                    let pull = solved.needle.as_ref().map(|planted| planted.strength[index]);
                     solved.turn(&solved.trajectory.queries[index * dim..][..dim], pull, cos, sin, out);
                 }
-                let pairs = &solved.generator.pairs;
                 rotate(&solved.new_keys[step * dim..][..dim], cos, sin, k);
-                let offset = OFFSET / (pairs.sink_len() as f32).sqrt();
-                k[pairs.sink..half].iter_mut().for_each(|value| *value += offset);
+                solved.generator.shift(OFFSET, self.context + step, k);
                 v.copy_from_slice(&solved.new_values[step * dim..][..dim]);
             }
         }
@@ -174,7 +161,7 @@ impl HeadWorkload {
     /// `[positions][d/2]`.
     ///
     /// They are one trajectory with those of the steps: step 0 continues it as step 1 continues step 0. A needle is asked
-    /// for in the last [`QUESTION`] positions, as strongly as in step 0.
+    /// for in the last [`QUESTION`] positions, as strongly as in step 0 (with `asked=steps`, in none).
     ///
     /// Takes about 20 microseconds a query. The queries of a position do not depend on which others are asked for.
     ///
@@ -214,8 +201,8 @@ impl HeadWorkload {
             for (head, row) in rows.chunks_exact_mut(dim).enumerate() {
                 let asks = position + QUESTION >= self.context;
                 let pull = match &solved.needle {
-                    Some(planted) if asks => planted.strength[head],
-                    _ => 0.0,
+                    Some(planted) if asks && planted.asked_by_prompt => Some(planted.strength[head]),
+                    _ => None,
                 };
                 shaper.query(&course, head, position, &mut plain);
                 solved.turn(&plain, pull, cos, sin, row);
@@ -223,27 +210,24 @@ impl HeadWorkload {
         }
     }
 
-    /// The planted token, if this is a needle head.
+    /// What is planted, if this is a head of needles or of groups to count.
     pub fn needle(&self) -> Option<&Needle> {
         self.solved()?.needle.as_ref().map(|planted| &planted.needle)
     }
 
-    /// The candidate value that an attention output `[d]` names: the nearest code once the values' mean is taken off.
-    /// `None` if this is no needle head or the output is not finite.
-    pub fn readout(&self, output: &[f32]) -> Option<usize> {
+    /// The candidate values that an attention output `[d]` names, as many as there are answers, best first: the codes
+    /// nearest to it once the values' mean is taken off. `None` if nothing is planted or the output is not finite.
+    pub fn readout(&self, output: &[f32]) -> Option<Vec<usize>> {
         let solved = self.solved()?;
-        let planted = solved.needle.as_ref()?;
-        let centred: Vec<f32> =
-            output.iter().zip(&solved.generator.value_mean).map(|(o, mean)| o - mean).collect();
-        if centred.iter().any(|value| !value.is_finite()) {
-            return None;
-        }
-        // The codes have one norm, so the nearest has the largest product.
-        (0..planted.needle.candidates)
-            .map(|code| dot(planted.code(code), &centred))
-            .enumerate()
-            .max_by(|a, b| a.1.total_cmp(&b.1))
-            .map(|(code, _)| code)
+        solved.needle.as_ref()?.read(output, &solved.generator.value_mean)
+    }
+
+    /// Share of the answers that an attention output `[d]` names, 0 if it is not finite; `None` if nothing is planted. With
+    /// one answer this is 0 or 1.
+    pub fn recall(&self, output: &[f32]) -> Option<f64> {
+        let answers = &self.needle()?.answers;
+        let named = self.readout(output).unwrap_or_default();
+        Some(named.iter().filter(|code| answers.contains(code)).count() as f64 / answers.len() as f64)
     }
 
     /// The topic of each query of a step, `[group]`; `None` for the controls.
@@ -260,12 +244,13 @@ impl HeadWorkload {
 }
 
 impl Solved {
-    /// Turns a query and gives it its sink part, and its needle part `pull`.
-    fn turn(&self, plain: &[f32], pull: f32, cos: &[f32], sin: &[f32], out: &mut [f32]) {
+    /// Turns a query and gives it its sink part and, if it looks for what is planted, a pull of `pull`.
+    fn turn(&self, plain: &[f32], pull: Option<f32>, cos: &[f32], sin: &[f32], out: &mut [f32]) {
         rotate(plain, cos, sin, out);
         let pairs = &self.generator.pairs;
         out[pairs.sink..pairs.half].fill(QUERY_SINK / (pairs.sink_len() as f32).sqrt());
-        if let Some(planted) = &self.needle {
+        if let (Some(planted), Some(pull)) = (&self.needle, pull) {
+            planted.equalise(out);
             for (value, along) in out.iter_mut().zip(&planted.direction) {
                 *value += pull * along;
             }

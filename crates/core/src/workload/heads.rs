@@ -18,8 +18,10 @@ pub enum HeadType {
     HeavyHitter,
     /// Mass over half of the context.
     Diffuse,
-    /// Content, and one planted token.
+    /// Content, and planted tokens.
     Needle,
+    /// Diffuse, and groups of planted tokens to count.
+    Aggregation,
     /// Control: independent N(0, 1).
     Gaussian,
     /// Control: equal logits.
@@ -29,7 +31,7 @@ pub enum HeadType {
 }
 
 /// Every head type, mix first.
-const ALL: [HeadType; 10] = [
+const ALL: [HeadType; 11] = [
     HeadType::Sink,
     HeadType::Local,
     HeadType::Content,
@@ -37,6 +39,7 @@ const ALL: [HeadType; 10] = [
     HeadType::HeavyHitter,
     HeadType::Diffuse,
     HeadType::Needle,
+    HeadType::Aggregation,
     HeadType::Gaussian,
     HeadType::Uniform,
     HeadType::OneHot,
@@ -79,6 +82,7 @@ impl HeadType {
             Self::HeavyHitter => "heavy-hitter",
             Self::Diffuse => "diffuse",
             Self::Needle => "needle",
+            Self::Aggregation => "aggregation",
             Self::Gaussian => "gaussian",
             Self::Uniform => "uniform",
             Self::OneHot => "onehot",
@@ -99,6 +103,7 @@ impl HeadType {
             Self::Peaked => (0.3, 4.0, 3.0, 0.4, 0.0),
             Self::HeavyHitter => (0.3, 1.0, 1.5, 0.3, 5.0),
             Self::Diffuse => (0.2, 0.5, 1.0, 0.05, 0.0),
+            Self::Aggregation => (0.2, 0.5, 1.0, 0.1, 0.0),
             Self::Gaussian | Self::Uniform | Self::OneHot => return None,
         };
         Some(HeadTargets { recency, topic_logit, noise_std, sink_mass, hitter_logit })

@@ -24,6 +24,15 @@
 //! any thread makes any block in any order; only the planted rows, sinks and needle, depend on the context. The price: the noise (AR(1), coefficient 0.5) and the topic (switching once in 64
 //! tokens) start afresh from their stationary laws in every block.
 //!
+//! **Queries are one trajectory**, of the prompt's last [`PROMPT_QUERIES`] positions and of the steps (`queries.rs`), so that
+//! reuse from step to step, and eviction by what the prompt's end looks at, can be judged. `steps=iid` takes the trajectory
+//! away; `group=` says how far the heads that share keys look for the same tokens.
+//!
+//! **What is planted has an answer** (`needle.rs`): one needle, four, needles among keys that look like them, or groups to
+//! count. [`HeadWorkload::recall`] reads it from an attention output. A needle may be hidden from methods by name: from page
+//! means (`hide=`), from those that read some channels (`channels=`). `outliers=` and `drift=` move keys where no query
+//! looks: exact attention stays as it is, and what a method loses is its own.
+//!
 //! **Same bytes everywhere.** Only + - * / sqrt in a fixed order and the `libm` crate: a seed gives the same rows on every
 //! machine and instruction set.
 //!
@@ -38,15 +47,17 @@ mod generator;
 mod geometry;
 mod head;
 mod heads;
+mod needle;
 mod queries;
 mod rng;
 mod spec;
 mod statistics;
 
-pub use head::{HeadWorkload, Needle};
+pub use head::HeadWorkload;
 pub use heads::{HeadTargets, HeadType};
+pub use needle::Needle;
 pub use spec::{ParamKind, ParamSpec, WORKLOADS, WorkloadInfo, WorkloadSpec};
-pub use statistics::HeadStatistics;
+pub use statistics::{HeadStatistics, Overlap};
 
 use geometry::MAX_DIM;
 
@@ -77,6 +88,8 @@ mod purpose {
     pub(super) const PROBE: Purpose = 7;
     pub(super) const NEEDLE: Purpose = 8;
     pub(super) const PROMPT: Purpose = 9;
+    pub(super) const OUTLIER: Purpose = 10;
+    pub(super) const MARK: Purpose = 11;
 }
 
 /// Why a workload cannot be made.
@@ -236,7 +249,7 @@ impl Workload {
         match (&self.plan, head_type.targets()) {
             (Some(plan), Some(targets)) => {
                 let index = layer * self.shape.kv_heads + kv_head;
-                let ordinal = self.types[..index].iter().filter(|t| **t == HeadType::Needle).count();
+                let ordinal = self.types[..index].iter().filter(|t| **t == head_type).count();
                 HeadWorkload::structured(
                     calibrate::solve(self, plan, layer, kv_head, &targets, ordinal),
                     self,

@@ -1,7 +1,7 @@
 //! The query trajectory of a head: successive queries of the steps, and those of the prompt's end before them.
 //!
 //! Each head of a group has a noise process (AR(1), coefficient 0.8) and a topic (drawn anew once in 16 positions; half
-//! of the time it is the group's). Both are stationary and reversible: what is drawn backwards from the first step has
+//! of the time it is the group's; `steps=iid` and `group=` change that). Both are stationary and reversible: what is drawn backwards from the first step has
 //! the law of what led up to it. So the prompt's queries cost the steps nothing and change none of their bytes.
 
 use super::calibrate::Plan;
@@ -9,10 +9,13 @@ use super::generator::{Generator, NOISE_NORM, TOPIC_NORM};
 use super::geometry::{MAX_DIM, rotate, rotate_back};
 use super::heads::HeadTargets;
 use super::rng::{NormalTable, Stream};
-use super::{BLOCK, purpose};
+use super::spec::GroupKind;
+use super::{BLOCK, Workload, WorkloadSpec, purpose};
 
 /// AR(1) coefficient of the query noise, and sqrt(1 - a^2).
 const QUERY_AR: [f32; 2] = [0.8, 0.6];
+/// Correlation with the first head's noise where the heads of a group are alike (0.64 between others), and its sine.
+const GROUP_NOISE: [f32; 2] = [0.8, 0.6];
 /// A query's topic is drawn anew once in this many steps.
 const TOPIC_STEPS: usize = 16;
 
@@ -21,6 +24,8 @@ const TOPIC_STEPS: usize = 16;
 pub(super) struct Course {
     stream: Stream,
     context: usize,
+    moving: bool,
+    group: GroupKind,
     /// `[group][d]` the noise before the spectrum.
     state: Vec<f32>,
     /// The group's topic, and each head's own with whether it follows the group's.
@@ -30,10 +35,12 @@ pub(super) struct Course {
 
 impl Course {
     /// The course of a head at its first step.
-    pub(super) fn new(generator: &Generator, context: usize, group: usize) -> Self {
+    pub(super) fn new(generator: &Generator, spec: &WorkloadSpec, context: usize, group: usize) -> Self {
         let mut course = Self {
             stream: generator.stream(purpose::QUERY, 0),
             context,
+            moving: spec.moving,
+            group: spec.group,
             state: vec![0.0; group * generator.dim()],
             shared: 0,
             own: vec![(0, false); group],
@@ -49,7 +56,7 @@ impl Course {
 
     /// One position further.
     pub(super) fn advance(&mut self, generator: &Generator) {
-        self.draw(generator, false);
+        self.draw(generator, !self.moving);
     }
 
     fn draw(&mut self, generator: &Generator, afresh: bool) {
@@ -79,11 +86,21 @@ impl Course {
     /// The topic of a head's query.
     pub(super) fn topic(&self, head: usize) -> u8 {
         let (own, follows) = self.own[head];
-        if follows { self.shared } else { own }
+        match self.group {
+            GroupKind::Shared if follows => self.shared,
+            GroupKind::Shared | GroupKind::Independent => own,
+            GroupKind::Alike | GroupKind::Same => self.shared,
+        }
     }
 
-    fn state(&self, head: usize, dim: usize) -> &[f32] {
-        &self.state[head * dim..][..dim]
+    /// Coordinate `c` of a head's noise before the spectrum, of unit variance.
+    fn noise(&self, head: usize, c: usize, dim: usize) -> f32 {
+        let own = self.state[head * dim + c];
+        match self.group {
+            GroupKind::Alike if head > 0 => GROUP_NOISE[0] * self.state[c] + GROUP_NOISE[1] * own,
+            GroupKind::Same => self.state[c],
+            _ => own,
+        }
     }
 }
 
@@ -104,10 +121,8 @@ impl Shaper<'_> {
         let spectrum = &self.generator.spectrum;
         let (mut noise, mut turned, mut back) = ([0.0f32; MAX_DIM], [0.0f32; MAX_DIM], [0.0f32; MAX_DIM]);
         let (noise, turned, back) = (&mut noise[..dim], &mut turned[..dim], &mut back[..dim]);
-        for ((noise, state), deviation) in
-            noise.iter_mut().zip(course.state(head, dim)).zip(&spectrum.deviation)
-        {
-            *noise = state * deviation;
+        for (c, (noise, deviation)) in noise.iter_mut().zip(&spectrum.deviation).enumerate() {
+            *noise = course.noise(head, c, dim) * deviation;
         }
         spectrum.forward(noise);
         let (cos, sin) = self.plan.angles(position, 1);
@@ -139,9 +154,10 @@ pub(super) struct Trajectory {
 }
 
 impl Trajectory {
-    pub(super) fn new(shaper: &Shaper<'_>, context: usize, steps: usize, group: usize) -> Self {
+    pub(super) fn new(shaper: &Shaper<'_>, workload: &Workload) -> Self {
+        let (context, steps, group) = (workload.context, workload.steps, workload.shape.group());
         let dim = shaper.generator.dim();
-        let start = Course::new(shaper.generator, context, group);
+        let start = Course::new(shaper.generator, &workload.spec, context, group);
         let mut course = start.clone();
         let mut queries = vec![0.0f32; steps * group * dim];
         let mut topics = Vec::with_capacity(steps * group);

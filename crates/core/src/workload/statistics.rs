@@ -20,11 +20,20 @@ pub struct HeadStatistics {
     pub effective_tokens: f64,
     /// Share of the tokens in the smallest set with mass 0.95.
     pub density_95: f64,
-    /// Mass of the planted token; `None` if there is none.
+    /// Mass of what is planted ([`super::Needle::positions`]); `None` if there is nothing.
     pub needle_mass: Option<f64>,
     /// Deviation over the context of the logits that the query's noise has with the keys' noise; `None` for the
     /// controls, which have no other part.
     pub noise_std: Option<f64>,
+}
+
+/// Shares of tokens that two sets of heaviest tokens have in common. A set is a fiftieth of the context.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Overlap {
+    /// Mean over the pairs of query heads of the group; `None` where there is one head.
+    pub group: Option<f64>,
+    /// Between this step and the next of one query head, mean over the heads; `None` at the last step.
+    pub steps: Option<f64>,
 }
 
 impl HeadWorkload {
@@ -40,6 +49,54 @@ impl HeadWorkload {
         step: usize,
         mut rope: impl FnMut(Range<usize>) -> (&'a [f32], &'a [f32]),
     ) -> Vec<HeadStatistics> {
+        let mut noise = vec![(0.0f64, 0.0f64); self.group()];
+        let logits = self.logits(step, &mut rope, &mut noise);
+        let planted = self.needle().map(|needle| &needle.positions[..]);
+        let count = self.context() as f64;
+        let stats = logits.iter().zip(noise).map(|(logits, (sum, square))| {
+            let variance = square / count - (sum / count) * (sum / count);
+            let noise_std = self.solved().map(|_| variance.max(0.0).sqrt());
+            HeadStatistics { noise_std, ..from_logits(logits, planted) }
+        });
+        stats.collect()
+    }
+
+    /// How far the sets of heaviest tokens of different queries are the same. Takes as long as [`Self::statistics`] of
+    /// two steps.
+    ///
+    /// # Panics
+    /// If the step was not planned, or `rope` gives too few rows.
+    pub fn overlap<'a>(
+        &self,
+        step: usize,
+        mut rope: impl FnMut(Range<usize>) -> (&'a [f32], &'a [f32]),
+    ) -> Overlap {
+        let group = self.group();
+        let mut sets = |step: usize| -> Vec<Vec<u32>> {
+            let logits = self.logits(step, &mut rope, &mut []);
+            logits.iter().map(|logits| heaviest(&logits[..self.context()])).collect()
+        };
+        let now = sets(step);
+        let pairs: Vec<f64> = (0..group)
+            .flat_map(|a| (0..a).map(move |b| (a, b)))
+            .map(|(a, b)| common(&now[a], &now[b]))
+            .collect();
+        let next = (step + 1 < self.steps()).then(|| sets(step + 1));
+        Overlap {
+            group: (!pairs.is_empty()).then(|| pairs.iter().sum::<f64>() / pairs.len() as f64),
+            steps: next
+                .map(|next| now.iter().zip(&next).map(|(a, b)| common(a, b)).sum::<f64>() / group as f64),
+        }
+    }
+
+    /// Logits of the context and of the steps up to this one, `[group][tokens]`. Where `noise` has room, the sums of the
+    /// logits that the query's noise has with the keys' noise over the context, and of their squares, are added to it.
+    fn logits<'a>(
+        &self,
+        step: usize,
+        rope: &mut impl FnMut(Range<usize>) -> (&'a [f32], &'a [f32]),
+        noise: &mut [(f64, f64)],
+    ) -> Vec<Vec<f64>> {
         let (dim, group, context) = (self.head_dim(), self.group(), self.context());
         let root = (dim as f64).sqrt();
         let (mut key, mut value) = (vec![0.0f32; dim], vec![0.0f32; dim]);
@@ -47,10 +104,9 @@ impl HeadWorkload {
         let mut queries = scratch.clone();
         let (cos, sin) = rope(context + step..context + step + 1);
         self.step(step, cos, sin, &mut queries, &mut key, &mut value);
-        let noise_queries = self.noise_queries(step, cos, sin);
+        let noise_queries = self.noise_queries(step, cos, sin).filter(|_| !noise.is_empty());
 
         let mut logits = vec![Vec::with_capacity(context + step + 1); group];
-        let mut noise_sums = vec![(0.0f64, 0.0f64); group];
         let (mut k, mut v) = (vec![0.0f32; BLOCK * dim], vec![0.0f32; BLOCK * dim]);
         for block in 0..self.blocks() {
             let rows = self.block_tokens(block) * dim;
@@ -65,7 +121,7 @@ impl HeadWorkload {
             if let (Some(solved), Some(noise_queries)) = (self.solved(), &noise_queries) {
                 solved.generator.keys(block, Parts::Noise, cos, sin, &mut k[..rows]);
                 for key in k[..rows].chunks_exact(dim) {
-                    for (sums, query) in noise_sums.iter_mut().zip(noise_queries.chunks_exact(dim)) {
+                    for (sums, query) in noise.iter_mut().zip(noise_queries.chunks_exact(dim)) {
                         let z = wide_dot(query, key) / root;
                         *sums = (sums.0 + z, sums.1 + z * z);
                     }
@@ -80,17 +136,7 @@ impl HeadWorkload {
                 logits.push(wide_dot(query, &key) / root);
             }
         }
-        let needle = self.needle().map(|needle| needle.position);
         logits
-            .into_iter()
-            .zip(noise_sums)
-            .map(|(logits, (sum, square))| {
-                let count = context as f64;
-                let variance = square / count - (sum / count) * (sum / count);
-                let noise_std = noise_queries.is_some().then(|| variance.max(0.0).sqrt());
-                HeadStatistics { noise_std, ..from_logits(logits, needle) }
-            })
-            .collect()
     }
 
     /// The noise of a step's queries, turned, `[group][d]`.
@@ -116,13 +162,13 @@ fn wide_dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Statistics of the softmax of logits in token order.
-fn from_logits(logits: Vec<f64>, needle: Option<usize>) -> HeadStatistics {
+fn from_logits(logits: &[f64], planted: Option<&[usize]>) -> HeadStatistics {
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let mut weights: Vec<f64> = logits.iter().map(|z| libm::exp(z - max)).collect();
     let total: f64 = weights.iter().sum();
     weights.iter_mut().for_each(|w| *w /= total);
     let entropy: f64 = weights.iter().filter(|w| **w > 0.0).map(|w| -w * libm::log(*w)).sum();
-    let (sink_mass, needle_mass) = (weights[0], needle.map(|at| weights[at]));
+    let (sink_mass, needle_mass) = (weights[0], planted.map(|all| all.iter().map(|at| weights[*at]).sum()));
     let recent_mass = weights.iter().rev().take(128).sum();
     weights.sort_unstable_by(|a, b| b.total_cmp(a));
     let mut sum = 0.0;
@@ -142,16 +188,32 @@ fn from_logits(logits: Vec<f64>, needle: Option<usize>) -> HeadStatistics {
     }
 }
 
+/// The heaviest fiftieth of the tokens, ascending; of equal ones the earlier.
+fn heaviest(logits: &[f64]) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_unstable_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+    order.truncate(logits.len().div_ceil(50));
+    order.sort_unstable();
+    order
+}
+
+/// Share of two ascending sets of one size that they have in common.
+fn common(a: &[u32], b: &[u32]) -> f64 {
+    a.iter().filter(|x| b.binary_search(x).is_ok()).count() as f64 / a.len() as f64
+}
+
 #[cfg(test)]
 mod tests {
-    use super::from_logits;
+    use super::{common, from_logits, heaviest};
 
     #[test]
     fn statistics_of_a_known_softmax() {
         // Token 0 has half of the mass, the other 999 share the rest equally.
         let mut logits = vec![0.0; 1000];
         logits[0] = libm::log(999.0);
-        let stats = from_logits(logits, Some(17));
+        let stats = from_logits(&logits, Some(&[17]));
+        assert_eq!(heaviest(&[0.0, 3.0, 3.0, 1.0]), [1]);
+        assert_eq!(common(&[1, 4, 7, 9], &[0, 4, 9, 11]), 0.5);
         assert!((stats.sink_mass - 0.5).abs() < 1e-12);
         assert!((stats.needle_mass.expect("given") - 0.5 / 999.0).abs() < 1e-12);
         assert!((stats.recent_mass - 64.0 / 999.0).abs() < 1e-12);
