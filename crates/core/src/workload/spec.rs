@@ -150,6 +150,8 @@ const SET_MARGIN: ParamSpec = ParamSpec { default: "2", ..MARGIN };
 
 const STRUCTURED: &[ParamSpec] = &[ETA, PLACEMENT, VALUES, STEPS, GROUP, OUTLIERS, DRIFT];
 
+const MIXED: &[ParamSpec] = &[ETA, PLACEMENT, VALUES, STEPS, GROUP, OUTLIERS, DRIFT, ASKED];
+
 const PLANTED: &[ParamSpec] = &[
     ETA,
     PLACEMENT,
@@ -175,7 +177,11 @@ const fn structured(name: &'static str, summary: &'static str) -> WorkloadInfo {
 
 /// Every workload by name.
 pub static WORKLOADS: &[WorkloadInfo] = &[
-    structured("mix", "the mix of head types reported for trained models; the first two layers are diffuse"),
+    WorkloadInfo {
+        name: "mix",
+        summary: "the mix of head types reported for trained models; the first two layers are diffuse",
+        params: MIXED,
+    },
     structured(
         "sink",
         "every head puts 85 % of its mass on the first token (attention sinks, arXiv 2410.10781)",
