@@ -5,7 +5,7 @@
 //! against cost one pass and no copy. Block partials are f32, their merge is f64.
 
 use longbit::kv::{KvHead, KvScratch};
-use longbit::workload::{BLOCK, HeadType, HeadWorkload, Workload};
+use longbit::workload::{BLOCK, HeadType, HeadWorkload, PROMPT_QUERIES, Workload};
 use longbit::{ModelConfig, Session, Supplied};
 use longbit_sys::Team;
 use sha2::{Digest, Sha256};
@@ -110,6 +110,27 @@ pub(crate) fn fill(
     let slots: Vec<Slot> =
         slots.into_iter().map(|s| s.into_inner().unwrap_or_else(|e| e.into_inner())).collect();
     Ok(collect(slots, &config, workload, steps))
+}
+
+/// Tells the method of `session`, which stands at the filled context, as many of the prompt's last queries as it wants to see
+/// and `heads` know.
+pub(crate) fn supply_prompt(session: &Session, heads: &[HeadWorkload]) -> Result<(), WorkerError> {
+    let config = &session.model().config;
+    let positions =
+        session.len() - session.prompt_queries().min(PROMPT_QUERIES).min(session.len())..session.len();
+    if positions.is_empty() {
+        return Ok(());
+    }
+    let (cos, sin) = (session.rope().cos(positions.clone()), session.rope().sin(positions.clone()));
+    let failure: Mutex<Option<longbit::Error>> = Mutex::new(None);
+    run_batch(session.team(), 0..heads.len(), |i| {
+        let mut queries = vec![0.0; positions.len() * config.group() * config.head_dim];
+        heads[i].prompt_queries(positions.clone(), cos, sin, &mut queries);
+        if let Err(error) = session.supply_prompt(i / config.kv_heads, i % config.kv_heads, &queries) {
+            failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+        }
+    });
+    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// Runs `task` for each of `heads`, taken in turn by whichever thread is free.

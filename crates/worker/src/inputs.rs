@@ -219,6 +219,15 @@ impl Inputs {
         }
     }
 
+    /// Tells the method of `session`, which stands at the filled context, the last queries of the prompt that it wants to see,
+    /// where a generator has them: a text has run through the model.
+    pub(crate) fn supply_prompt(&self, session: &Session) -> Result<(), WorkerError> {
+        match self {
+            Inputs::Generated(filled) => fill::supply_prompt(session, &filled.heads),
+            Inputs::Text(_) | Inputs::Own(..) => Ok(()),
+        }
+    }
+
     /// See [`append::measure`].
     pub(crate) fn append_ns(&self, session: &mut Session) -> Result<Option<u64>, WorkerError> {
         match self {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use longbit::Session;
-use longbit::attention::Attention;
+use longbit::attention::{Attention, MethodSpec, method};
 use longbit_protocol::{CellJob, Event, Job, Outcome, PROTOCOL, Probe, Quality, Ready, Status};
 use longbit_sys::{ProcessFacts, ReadProbe, SysError, Team};
 
@@ -19,25 +19,25 @@ use crate::{Events, WorkerError, capabilities, matrix, panic_text, seeds, timing
 struct Cell<'a> {
     job: &'a CellJob,
     team: Arc<Team>,
-    /// The method's state; none while it is in the session.
-    attention: Option<Attention>,
+    state: State,
     /// Time to build that state.
     build_ns: u64,
 }
 
-impl<'a> Cell<'a> {
-    /// With the state of `method`, built from the filled cache of `session`.
-    fn new(job: &'a CellJob, method: &str, team: Arc<Team>, session: &Session) -> Result<Self, WorkerError> {
-        let spec = longbit::attention::method(method)?;
-        let clock = Instant::now();
-        let attention = Some(session.attention_of(spec)?);
-        Ok(Cell { job, team, attention, build_ns: clock.elapsed().as_nanos() as u64 })
-    }
+/// Where a cell's method is.
+enum State {
+    /// Its state goes into the session that all cells share; none while it is there.
+    Shared(Option<Attention>),
+    /// It evicts, so it has a session of its own, by its name; cells of one method share that.
+    Own(String),
+}
 
-    /// The method in full.
-    fn method(&self) -> String {
-        self.attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default()
-    }
+/// The sessions that cells run in.
+struct Sessions<'a> {
+    shared: &'a mut Session,
+    /// With the time that each took to make.
+    own: BTreeMap<String, (Session, u64)>,
+    context: usize,
 }
 
 pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), WorkerError> {
@@ -82,9 +82,13 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
     })))?;
 
     let mut cells = Vec::new();
+    let mut session = Sessions { shared: &mut session, own: BTreeMap::new(), context: job.context };
     for cell in &job.cells {
-        let team = teams.get(cell.threads);
-        match team.and_then(|team| Cell::new(cell, &cell.method, team, &session)) {
+        let made = teams.get(cell.threads).and_then(|team| {
+            let (state, build_ns) = session.state(method(&cell.method)?, &inputs)?;
+            Ok(Cell { job: cell, team, state, build_ns })
+        });
+        match made {
             Ok(cell) => cells.push(cell),
             Err(error) => events.send(&failed(cell, &error))?,
         }
@@ -128,7 +132,7 @@ impl Teams {
 /// Quality of every cell that lacks it. Threads do not change a bit, so cells of one method share one comparison.
 fn compare_all<W: Write>(
     job: &Job,
-    session: &mut Session,
+    session: &mut Sessions<'_>,
     inputs: &Inputs,
     cells: &mut Vec<Cell<'_>>,
     events: &mut Events<W>,
@@ -140,7 +144,7 @@ fn compare_all<W: Write>(
     let mut kept = Vec::new();
     for mut cell in cells.drain(..) {
         if !cell.job.quality_done && cell.job.batch == 1 {
-            let name = cell.method();
+            let name = cell.state.name();
             let measured = match known.get(&name) {
                 Some(quality) => Ok(quality.clone()),
                 None => compare(job, session, inputs, &mut cell, events)
@@ -154,7 +158,6 @@ fn compare_all<W: Write>(
                 }
                 Err(error) => {
                     events.send(&failed(cell.job, &error))?;
-                    session.rewind(job.context);
                     continue;
                 }
             }
@@ -168,7 +171,7 @@ fn compare_all<W: Write>(
 /// Quality of the cell's method.
 fn compare<W: Write>(
     job: &Job,
-    session: &mut Session,
+    session: &mut Sessions<'_>,
     inputs: &Inputs,
     cell: &mut Cell<'_>,
     events: &mut Events<W>,
@@ -184,34 +187,37 @@ fn compare<W: Write>(
 /// there beside those of the cells.
 fn spread<W: Write>(
     job: &Job,
-    session: &mut Session,
+    session: &mut Sessions<'_>,
     inputs: &Inputs,
     cell: &Cell<'_>,
     own: Quality,
     events: &mut Events<W>,
 ) -> Result<Quality, WorkerError> {
-    let Some(attention) = &cell.attention else { return Ok(own) };
-    let seeds = seeds::reseeded(attention.spec(), job.measure.seeds);
+    let name = cell.state.name();
+    let seeds = seeds::reseeded(&method(&name)?, job.measure.seeds);
     // Without attention outputs there is no error to spread.
     let Some(error) = own.rel_l2_p50 else { return Ok(own) };
     let mut errors = Vec::new();
-    for method in seeds {
-        let same = method == cell.method();
-        let other = match same {
-            true => Some(error),
-            false => {
-                let mut other = Cell::new(cell.job, &method, cell.team.clone(), session)?;
-                compare(job, session, inputs, &mut other, events)?.rel_l2_p50
-            }
-        };
-        errors.extend(other);
+    for other in seeds {
+        if other == name {
+            errors.push(error);
+            continue;
+        }
+        let shared = session.own.contains_key(&other);
+        let (state, build_ns) = session.state(method(&other)?, inputs)?;
+        let mut reseeded = Cell { job: cell.job, team: cell.team.clone(), state, build_ns };
+        let quality = compare(job, session, inputs, &mut reseeded, events);
+        if !shared {
+            session.own.remove(&other);
+        }
+        errors.extend(quality?.rel_l2_p50);
     }
     Ok(Quality { seeds: seeds::spread(&errors), ..own })
 }
 
 fn time_all<W: Write>(
     job: &Job,
-    session: &mut Session,
+    session: &mut Sessions<'_>,
     inputs: &Inputs,
     mut cells: Vec<Cell<'_>>,
     probe: &ReadProbe,
@@ -247,7 +253,6 @@ fn time_all<W: Write>(
                 }
                 Err(error) => {
                     events.send(&failed(cell.job, &error))?;
-                    session.rewind(job.context);
                     lost.push(i);
                 }
             }
@@ -260,24 +265,69 @@ fn time_all<W: Write>(
     Ok(())
 }
 
-/// Runs `work` with the cell's team and method in place. A panic is the cell's failure, not the job's.
+impl State {
+    /// The method, written out.
+    fn name(&self) -> String {
+        match self {
+            State::Shared(attention) => attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default(),
+            State::Own(name) => name.clone(),
+        }
+    }
+}
+
+impl Sessions<'_> {
+    /// What a cell of `method` needs. A method that evicts is told the last queries of the prompt, and drops its rows now.
+    /// The time is that to build the state, and of a session of its own that to fork it and drop rows.
+    fn state(&mut self, method: MethodSpec, inputs: &Inputs) -> Result<(State, u64), WorkerError> {
+        let clock = Instant::now();
+        let elapsed = |clock: Instant| clock.elapsed().as_nanos() as u64;
+        if !method.evicts() {
+            let attention = self.shared.attention_of(method)?;
+            return Ok((State::Shared(Some(attention)), elapsed(clock)));
+        }
+        let name = method.canonical();
+        if let Some((_, build_ns)) = self.own.get(&name) {
+            return Ok((State::Own(name), *build_ns));
+        }
+        let mut session = self.shared.fork_with(method)?;
+        inputs.supply_prompt(&session)?;
+        session.end_prompt()?;
+        let build_ns = elapsed(clock);
+        self.own.insert(name.clone(), (session, build_ns));
+        Ok((State::Own(name), build_ns))
+    }
+}
+
+/// Runs `work` with the cell's team and method in place; a failure leaves the session at the filled context. A panic is the
+/// cell's failure, not the job's.
 fn with_cell<T>(
-    session: &mut Session,
+    sessions: &mut Sessions<'_>,
     cell: &mut Cell<'_>,
     work: impl FnOnce(&mut Session) -> Result<T, WorkerError>,
 ) -> Result<T, WorkerError> {
-    let Some(attention) = cell.attention.take() else {
-        return Err(WorkerError::Request("the cell's method state was lost in an earlier failure".into()));
+    let lost = || WorkerError::Request("the cell's method state was lost in an earlier failure".into());
+    let (session, other) = match &mut cell.state {
+        State::Shared(attention) => {
+            let attention = attention.take().ok_or_else(lost)?;
+            let other = sessions.shared.swap_attention(attention);
+            (&mut *sessions.shared, Some(other))
+        }
+        State::Own(name) => (&mut sessions.own.get_mut(name).ok_or_else(lost)?.0, None),
     };
-    let other = session.swap_attention(attention);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         session.set_team(cell.team.clone());
         work(session)
     }));
-    cell.attention = Some(session.swap_attention(other));
-    outcome.unwrap_or_else(|panic| {
+    let outcome = outcome.unwrap_or_else(|panic| {
         Err(WorkerError::Request(format!("the engine panicked: {}", panic_text(&*panic))))
-    })
+    });
+    if let Some(other) = other {
+        cell.state = State::Shared(Some(session.swap_attention(other)));
+    }
+    if outcome.is_err() {
+        session.rewind(sessions.context);
+    }
+    outcome
 }
 
 /// Fisher-Yates with SplitMix64: the order of a round is part of the plan, not of the platform.

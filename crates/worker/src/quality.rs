@@ -36,7 +36,8 @@ pub(crate) fn measure(
             if let Some(softmax) = exact.softmax.get(step * group..(step + 1) * group)
                 && let Some(captured) = session.captured(i / config.kv_heads, i % config.kv_heads)
             {
-                samples.add(softmax, &captured, |row| row);
+                let kv = session.cache().head(i / config.kv_heads, i % config.kv_heads);
+                samples.add(softmax, &captured, |row| kv.position_of(row));
             }
             let exact = exact.outputs(step, i, &filled.steps[..compared], d);
             for h in 0..group {

@@ -48,6 +48,12 @@ pub(crate) const CASES: &[(&str, Option<&str>)] = &[
     ("landmark:block=20,top=3,local=2,softmax=grouped", None),
     ("nsa:top=4,window=64", Some("nsa")),
     ("nsa:block=24,stride=8,select=16,top=5,local=1,window=10", Some("nsa:window=1000")),
+    // Here no prompt is ever over and no memory goes; `evict_tests` has what follows from those.
+    ("h2o:budget=64", Some("h2o:budget=1000")),
+    ("snapkv:capacity=64,window=16", Some("snapkv")),
+    ("tova:budget=64", Some("tova:budget=1000")),
+    ("expected:budget=64", Some("expected")),
+    ("lru:budget=64", Some("lru:budget=1000")),
 ];
 
 /// Numbers a row; a power of two, so that every format and rotation can serve it.

@@ -7,19 +7,25 @@
 
 mod approximate;
 mod attend;
-mod blocktopk;
 mod bitplane;
+mod blocktopk;
 mod choose;
-mod columns;
 mod cluster;
+mod columns;
 mod dense;
 mod dense_skip;
-mod landmark;
 mod doublesparsity;
+mod evict;
+#[cfg(test)]
+mod evict_tests;
+mod expected;
+mod h2o;
+mod landmark;
 #[cfg(test)]
 pub(crate) mod laws;
 mod layers;
 mod longformer;
+mod lru;
 mod lsh;
 mod magicpig;
 mod nsa;
@@ -32,16 +38,19 @@ mod record;
 mod reformer;
 mod reuse;
 mod signatures;
+mod snapkv;
+mod sparq;
 mod streaming;
 mod summary;
+mod tova;
+mod twilight;
 mod value_sums;
 mod vattention;
-mod sparq;
-mod twilight;
 mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
 pub use choose::{TokenSet, top_k, top_p};
+pub use evict::{Board, Compaction, Occasion};
 pub use layers::Layers;
 pub use params::{Kind, MethodSpec, ParamSpec, Params, SETTINGS};
 pub use reader::Reader;
@@ -105,6 +114,19 @@ impl Selection {
     }
 }
 
+/// Queries of the last tokens of a prompt, at one (layer, KV head).
+#[derive(Clone, Copy, Debug)]
+pub struct Prompt<'a> {
+    /// `[tokens][group][head_dim]`, rotated and scaled as those of a [`GroupQuery`].
+    pub rows: &'a [f32],
+    /// Query heads in the group.
+    pub group: usize,
+    /// Numbers a row.
+    pub head_dim: usize,
+    /// Position of the first token.
+    pub first: usize,
+}
+
 /// The state of a method for one (layer, KV head).
 pub trait HeadMethod: Send {
     /// Rows `from..kv.len()` were appended; an index grows here, and must equal one rebuilt from the whole cache.
@@ -123,6 +145,38 @@ pub trait HeadMethod: Send {
     /// Bytes of this state.
     fn state_bytes(&self) -> usize {
         0
+    }
+
+    /// How many of the last queries of a prompt it wants to see; none unless it evicts.
+    fn prompt_queries(&self) -> usize {
+        0
+    }
+
+    /// Queries of tokens that a prompt has appended, those of later tokens in later calls.
+    fn prompted(&mut self, prompt: Prompt<'_>) {
+        let _ = prompt;
+    }
+
+    /// The prompt is over: scores its rows. What the heads of a layer have to tell each other they put on their board.
+    fn weigh(&mut self, kv: &KvHead) {
+        let _ = kv;
+    }
+
+    /// Asked before rows are appended: says whether rows are to be dropped, and which remain, in `out`, which arrives
+    /// cleared. The caller then does so, before anything else.
+    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Compaction) -> bool {
+        let _ = (kv, when, out);
+        false
+    }
+
+    /// Where it meets the other heads of its layer, of which it is number `kv_head`.
+    fn meet(&mut self, board: &Arc<Board>, kv_head: usize) {
+        let _ = (board, kv_head);
+    }
+
+    /// A copy, if its state is more than what the cache shows.
+    fn fork(&self) -> Option<Box<dyn HeadMethod>> {
+        None
     }
 }
 
@@ -214,12 +268,17 @@ pub static METHODS: &[Method] = &[
     quest::METHOD,
     blocktopk::METHOD,
     nsa::METHOD,
-    vattention::METHOD,
     sparq::METHOD,
     doublesparsity::METHOD,
     twilight::METHOD,
-    bitplane::METHOD,
+    vattention::METHOD,
     cluster::METHOD,
+    bitplane::METHOD,
+    h2o::METHOD,
+    snapkv::METHOD,
+    tova::METHOD,
+    expected::METHOD,
+    lru::METHOD,
 ];
 
 impl Method {
@@ -230,6 +289,11 @@ impl Method {
 }
 
 impl MethodSpec {
+    /// Whether it drops rows of the cache for good.
+    pub fn evicts(&self) -> bool {
+        evict::NAMES.contains(&self.method().name)
+    }
+
     /// The state of one (layer, KV head).
     pub fn make(&self, place: &Place<'_>) -> Box<dyn HeadMethod> {
         if self.is_dense(place.layer, place.shape.layers) {
@@ -248,6 +312,8 @@ pub struct Attention {
     spec: MethodSpec,
     kv_heads: usize,
     heads: Vec<Mutex<Box<dyn HeadMethod>>>,
+    /// One a layer.
+    boards: Vec<Arc<Board>>,
 }
 
 impl Attention {
@@ -258,17 +324,37 @@ impl Attention {
     pub fn new(spec: MethodSpec, cache: &KvCache, rope: &Arc<RopeTable>) -> Result<Self> {
         let shape = MethodShape::of(cache);
         spec.check(&shape)?;
-        let mut attention = Attention { spec, kv_heads: shape.kv_heads, heads: Vec::new() };
+        let mut attention =
+            Attention { spec, kv_heads: shape.kv_heads, heads: Vec::new(), boards: Vec::new() };
         attention.refresh(cache, rope);
         Ok(attention)
+    }
+
+    /// As [`Attention::new`] for a fork of the cache that this one serves: states that are more than the cache shows are
+    /// copied.
+    ///
+    /// # Errors
+    /// As [`MethodSpec::check`].
+    pub fn fork(&self, cache: &KvCache, rope: &Arc<RopeTable>) -> Result<Self> {
+        let mut fork = Attention::new(self.spec.clone(), cache, rope)?;
+        fork.boards = self.boards.iter().map(|board| Arc::new(board.copy())).collect();
+        for (i, state) in self.heads.iter().enumerate() {
+            if let Some(mut copy) = state.lock().unwrap_or_else(|e| e.into_inner()).fork() {
+                copy.meet(&fork.boards[i / self.kv_heads], i % self.kv_heads);
+                fork.heads[i] = Mutex::new(copy);
+            }
+        }
+        Ok(fork)
     }
 
     /// Fresh states in place of the present ones, for the same cache.
     pub fn refresh(&mut self, cache: &KvCache, rope: &Arc<RopeTable>) {
         let shape = MethodShape::of(cache);
+        self.boards = (0..shape.layers).map(|_| Arc::new(Board::new(shape.kv_heads))).collect();
         let fresh = |i: usize| {
             let (layer, kv_head) = (i / shape.kv_heads, i % shape.kv_heads);
             let mut state = self.spec.make(&Place { shape, layer, kv_head, rope });
+            state.meet(&self.boards[layer], kv_head);
             let kv = cache.head(layer, kv_head);
             if !kv.is_empty() {
                 state.appended(&kv, 0);

@@ -32,9 +32,7 @@ impl HeadMethod for Recorder {
     fn select(&mut self, query: GroupQuery<'_>, kv: &KvHead, out: &mut Selection) {
         out.spans.push(0..kv.len());
         let mut rows = query.rows.to_vec();
-        if kv.keys_are_rotated() {
-            kv.kernels().hadamard_unsigned(&mut rows, query.head_dim);
-        }
+        kv.restore_keys(&mut rows);
         let root = (query.head_dim as f32).sqrt();
         let mut kept = self.recording.heads[self.head].lock().unwrap_or_else(|e| e.into_inner());
         kept.extend(rows.iter().map(|x| x * root));
@@ -56,6 +54,6 @@ impl Attention {
             Mutex::new(Box::new(recorder) as Box<dyn HeadMethod>)
         };
         let heads = (0..count).map(state).collect();
-        Ok((Attention { spec, kv_heads: shape.kv_heads, heads }, recording))
+        Ok((Attention { spec, kv_heads: shape.kv_heads, heads, boards: Vec::new() }, recording))
     }
 }

@@ -170,7 +170,7 @@ impl KvCache {
         self.dtype
     }
 
-    /// Tokens that every head holds.
+    /// Tokens that came so far; every head holds the rows of all of them, but for those that were evicted.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -195,10 +195,10 @@ impl KvCache {
         self.heads[layer * self.shape.kv_heads + kv_head].write().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Records that every head now holds `len` tokens, after rows were appended to all of them.
+    /// Records that every head now stands at `len` tokens, after rows were appended to all of them.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when some head holds another number.
+    /// [`Error::Invalid`] when some head stands elsewhere.
     pub fn set_len(&mut self, len: usize) -> Result<()> {
         self.check_len(len)?;
         self.len = len;
@@ -207,7 +207,7 @@ impl KvCache {
 
     fn check_len(&self, len: usize) -> Result<()> {
         for (i, head) in self.heads.iter().enumerate() {
-            let held = head.read().unwrap_or_else(|e| e.into_inner()).len();
+            let held = head.read().unwrap_or_else(|e| e.into_inner()).tokens();
             if held != len {
                 let (layer, kv_head) = (i / self.shape.kv_heads, i % self.shape.kv_heads);
                 return Err(Error::Invalid(format!(
@@ -218,7 +218,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Forgets every token from `len` on, in heads that hold more of them too.
+    /// Forgets every token from position `len` on, in heads that hold more of them too.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         for head in &mut self.heads {
@@ -228,8 +228,15 @@ impl KvCache {
 
     /// Bytes of all cached rows.
     pub fn stored_bytes(&self) -> u64 {
-        self.shape.stored_bytes(self.dtype, self.len)
+        let one = CacheShape { layers: 1, kv_heads: 1, ..self.shape };
+        self.read_heads().iter().map(|head| one.stored_bytes(self.dtype, head.len())).sum()
     }
+
+    /// Whether the row of some token was evicted.
+    pub fn has_evicted(&self) -> bool {
+        self.read_heads().iter().any(|head| head.dropped() > 0)
+    }
+
     /// What it holds, page by page. What is shared counts in full; see [`KvCache::pool`] for the sum over caches.
     pub fn memory(&self) -> KvMemory {
         let mut sum = KvMemory::default();

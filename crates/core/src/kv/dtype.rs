@@ -96,6 +96,20 @@ impl SideDtype {
         }
     }
 
+    /// Why a row cannot be moved away from its neighbours, as eviction does, or nothing.
+    pub fn rows_move(&self) -> Result<(), String> {
+        let refers = if self.centre {
+            "are stored less the mean of their page"
+        } else if self.codec.group() > 1 || self.codec.unsettled() > 0 {
+            "share their scales with the tokens around them"
+        } else {
+            return Ok(());
+        };
+        Err(format!(
+            "rows of `{self}` {refers}, so single ones cannot be evicted: use bf16, int8 or q8_0, or +plain"
+        ))
+    }
+
     /// Bytes of a page.
     pub fn page_bytes(&self, head_dim: usize) -> usize {
         self.codec.page_bytes(head_dim) + if self.centre { 2 * head_dim } else { 0 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
-use super::pool::{KvMemory, Memory};
+use super::pool::{KvMemory, Memory, Move};
 use super::side::Side;
 use super::watch::Watch;
 use super::{KvDtype, KvScratch};
@@ -21,7 +21,12 @@ pub struct KvHead {
     head_dim: usize,
     keys: Side,
     values: Side,
+    /// Rows.
     len: usize,
+    /// Positions of the first rows, as far as rows before them were dropped once; ascending.
+    positions: Vec<u32>,
+    /// Tokens whose rows were dropped.
+    dropped: usize,
     /// Rows on their way.
     room: Vec<f32>,
     /// Rows that a method attends itself.
@@ -47,6 +52,8 @@ impl KvHead {
             keys: Side::new(dtype.keys, head_dim, keys),
             values: Side::new(dtype.values, head_dim, values),
             len: 0,
+            positions: Vec::new(),
+            dropped: 0,
             room: Vec::new(),
             watch: Watch::default(),
             #[cfg(test)]
@@ -64,6 +71,8 @@ impl KvHead {
             keys: self.keys.fork(keys),
             values: self.values.fork(values),
             len: self.len,
+            positions: self.positions.clone(),
+            dropped: self.dropped,
             room: Vec::new(),
             watch: Watch::default(),
             #[cfg(test)]
@@ -94,9 +103,75 @@ impl KvHead {
         self.sides().into_iter().for_each(|side| side.count(sum));
     }
 
-    /// Cached tokens.
+    /// Cached rows: one a token, but for tokens that were evicted.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Tokens that came so far: the position of the next one.
+    pub fn tokens(&self) -> usize {
+        self.len + self.dropped
+    }
+
+    /// Tokens whose rows were evicted.
+    pub fn dropped(&self) -> usize {
+        self.dropped
+    }
+
+    /// Position in the sequence of the token of `row`.
+    pub fn position_of(&self, row: usize) -> usize {
+        self.positions.get(row).map_or(row + self.dropped, |&position| position as usize)
+    }
+
+    /// How many rows are those of tokens before `position`: the row of that token, if it is cached.
+    pub fn row_of(&self, position: usize) -> usize {
+        match self.positions.last() {
+            Some(&last) if position <= last as usize => {
+                self.positions.partition_point(|&p| (p as usize) < position)
+            }
+            Some(_) => position.saturating_sub(self.dropped).clamp(self.positions.len(), self.len),
+            None => position.min(self.len),
+        }
+    }
+
+    /// Drops every row but `kept`, which are ascending and disjoint, and gives the memory back that is left over. The others
+    /// keep their bytes, their order and their positions; pages that other sequences share are left to them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a format whose rows lean on each other, [`Error::Sys`] when there is no memory for pages in
+    /// place of shared ones. Nothing is changed then.
+    ///
+    /// # Panics
+    /// When `kept` are not rows, in order.
+    pub fn retain(&mut self, kept: &[Range<usize>]) -> Result<()> {
+        for side in self.sides() {
+            side.dtype().rows_move().map_err(Error::Invalid)?;
+        }
+        let ordered = kept.windows(2).all(|pair| pair[0].end <= pair[1].start);
+        assert!(ordered && kept.last().is_none_or(|last| last.end <= self.len), "{kept:?} of {}", self.len);
+        let moves = Move::list(kept);
+        let fresh = [self.keys.fresh_pages(&moves)?, self.values.fresh_pages(&moves)?];
+        let [keys, values] = fresh;
+        self.keys.retain(&moves, keys);
+        self.values.retain(&moves, values);
+        let tokens = self.tokens();
+        self.positions = kept.iter().cloned().flatten().map(|row| self.position_of(row) as u32).collect();
+        self.len = self.positions.len();
+        self.dropped = tokens - self.len;
+        Ok(())
+    }
+
+    /// Puts another key and value in the place of those of `row`; both are rotated if the stored ones are.
+    ///
+    /// # Errors
+    /// As [`KvHead::retain`], and [`Error::Unstorable`].
+    pub fn replace(&mut self, row: usize, key: &[f32], value: &[f32]) -> Result<()> {
+        for side in self.sides() {
+            side.dtype().rows_move().map_err(Error::Invalid)?;
+        }
+        self.check_storable(key, value, self.position_of(row))?;
+        self.keys.replace(self.kernels, row, key)?;
+        self.values.replace(self.kernels, row, value)
     }
 
     /// True when nothing is cached.
@@ -129,19 +204,7 @@ impl KvHead {
         if wanted > self.capacity() {
             return Err(Error::CacheFull { capacity: self.capacity(), wanted });
         }
-        for (side, rows, what) in [(&self.keys, keys, "key"), (&self.values, values, "value")] {
-            let limit = side.dtype().largest(self.head_dim);
-            if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
-                return Err(Error::Unstorable {
-                    what,
-                    layer: self.place[0],
-                    kv_head: self.place[1],
-                    position: self.len + at / self.head_dim,
-                    value: rows[at],
-                    dtype: side.dtype().to_string(),
-                });
-            }
-        }
+        self.check_storable(keys, values, self.tokens())?;
         for side in [&mut self.keys, &mut self.values] {
             side.make_room(wanted - self.len)?;
         }
@@ -159,12 +222,36 @@ impl KvHead {
         Ok(())
     }
 
-    /// Forgets every token from `len` on. Rows of a format that keeps the newest tokens exactly come back exactly as long
+    /// Whether rows of the tokens from `position` on can be stored.
+    fn check_storable(&self, keys: &[f32], values: &[f32], position: usize) -> Result<()> {
+        for (side, rows, what) in [(&self.keys, keys, "key"), (&self.values, values, "value")] {
+            let limit = side.dtype().largest(self.head_dim);
+            if let Some(at) = rows.iter().position(|x| x.is_nan() || x.abs() > limit) {
+                return Err(Error::Unstorable {
+                    what,
+                    layer: self.place[0],
+                    kv_head: self.place[1],
+                    position: position + at / self.head_dim,
+                    value: rows[at],
+                    dtype: side.dtype().to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets every token from position `len` on; rows of earlier tokens that were evicted stay so. Rows of a format that keeps the newest tokens exactly come back exactly as long
     /// as no more than a page of tokens is forgotten since the most there were, else as the pages hold them.
     pub fn truncate(&mut self, len: usize) {
-        self.keys.truncate(self.kernels, len);
-        self.values.truncate(self.kernels, len);
-        self.len = self.len.min(len);
+        if len >= self.tokens() {
+            return;
+        }
+        let rows = self.row_of(len);
+        self.keys.truncate(self.kernels, rows);
+        self.values.truncate(self.kernels, rows);
+        self.len = rows;
+        self.positions.truncate(rows);
+        self.dropped = len - rows;
     }
 
     /// Splits `tokens` where pages end or rows lie elsewhere: the pieces that [`KvHead::scores`] and the others take.
@@ -252,9 +339,11 @@ impl KvHead {
         }
     }
 
-    /// Whether keys are kept rotated, see [`KvHead::rotate_queries`].
-    pub fn keys_are_rotated(&self) -> bool {
-        self.keys.dtype().rotate()
+    /// Rotates keys or queries, rows of `head_dim`, back if the keys are rotated.
+    pub fn restore_keys(&self, rows: &mut [f32]) {
+        if self.keys.dtype().rotate() {
+            self.kernels.hadamard_unsigned(rows, self.head_dim);
+        }
     }
 
     /// Rotates attention outputs, rows of `head_dim`, back if the values are rotated.

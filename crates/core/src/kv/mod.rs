@@ -231,4 +231,6 @@ mod lagging;
 #[cfg(test)]
 mod prefix_tests;
 #[cfg(test)]
+mod retain_tests;
+#[cfg(test)]
 mod tests;

@@ -105,6 +105,49 @@ fn unshared(pages: impl IntoIterator<Item = Arc<Page>>) -> impl Iterator<Item = 
     pages.into_iter().filter_map(Arc::into_inner).map(|page| page.segment)
 }
 
+/// The bytes of a page that nobody else holds.
+fn own(page: &mut Arc<Page>) -> &mut [u8] {
+    match Arc::get_mut(page) {
+        Some(page) => &mut page.segment,
+        None => unreachable!("a page is written to while another sequence reads it"),
+    }
+}
+
+/// Rows that move together: within a page, into a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Move {
+    /// First row where they are.
+    pub(super) from: usize,
+    /// First row where they go; not behind `from`.
+    pub(super) to: usize,
+    pub(super) len: usize,
+}
+
+impl Move {
+    fn page_from(&self) -> usize {
+        self.from / PAGE_TOKENS
+    }
+
+    fn page_to(&self) -> usize {
+        self.to / PAGE_TOKENS
+    }
+
+    /// The moves that leave the rows `kept`, ascending and disjoint, one after another.
+    pub(super) fn list(kept: &[Range<usize>]) -> Vec<Move> {
+        let (mut moves, mut to) = (Vec::new(), 0);
+        for span in kept {
+            let mut from = span.start;
+            while from < span.end {
+                let room = (PAGE_TOKENS - from % PAGE_TOKENS).min(PAGE_TOKENS - to % PAGE_TOKENS);
+                let len = room.min(span.end - from);
+                moves.push(Move { from, to, len });
+                (from, to) = (from + len, to + len);
+            }
+        }
+        moves
+    }
+}
+
 /// What one cache holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KvMemory {
@@ -160,10 +203,7 @@ impl Memory {
 
     /// A page that [`Memory::make_room`] has made writable.
     pub(super) fn page_mut(&mut self, page: usize) -> &mut [u8] {
-        match Arc::get_mut(&mut self.pages[page]) {
-            Some(page) => &mut page.segment,
-            None => unreachable!("page {page} is written to while another sequence reads it"),
-        }
+        own(&mut self.pages[page])
     }
 
     /// Makes the pages of the rows `tokens` writable, those before them kept: there is a page for each of them, and nobody
@@ -208,6 +248,82 @@ impl Memory {
         self.pages.extend(own);
         give_back(shared);
         kept
+    }
+
+    /// Memory that [`Memory::retain`] needs: a fresh page for each that rows move into while others hold it.
+    ///
+    /// # Errors
+    /// When memory cannot be had; what is cached stays as it was.
+    pub(super) fn fresh_pages(&mut self, moves: &[Move]) -> Result<Vec<Option<Segment>>> {
+        let count = moves.last().map_or(0, |run| run.page_to() + 1);
+        let mut fresh = Vec::with_capacity(count);
+        for page in 0..count {
+            let stays = moves.iter().filter(|run| run.page_to() == page).all(|run| run.from == run.to);
+            let own = Arc::get_mut(&mut self.pages[page]).is_some();
+            fresh.push(match stays || own {
+                true => None,
+                false => Some(match self.spare.pop_front() {
+                    Some(segment) => segment,
+                    None => Segment::new(self.page_bytes)?,
+                }),
+            });
+        }
+        Ok(fresh)
+    }
+
+    /// Moves rows together, and gives the pages back that are left over. Pages in which nothing moves stay, shared or not.
+    /// `parts` says where the bytes of some rows lie in a page.
+    pub(super) fn retain(
+        &mut self,
+        moves: &[Move],
+        mut fresh: Vec<Option<Segment>>,
+        parts: impl Fn(&[u8], Range<usize>) -> [Range<usize>; 3],
+    ) {
+        for run in moves {
+            let (to, from) = (run.to % PAGE_TOKENS, run.from % PAGE_TOKENS);
+            let fresh = &mut fresh[run.page_to()];
+            if run.from == run.to && fresh.is_none() {
+                continue;
+            }
+            // Rows move towards the front, so what a page held has moved on before others move in.
+            let (before, behind) = self.pages.split_at_mut(run.page_from());
+            let whole = &behind[0].segment;
+            let pairs = parts(whole, to..to + run.len).into_iter().zip(parts(whole, from..from + run.len));
+            let target = match (fresh, before.get_mut(run.page_to())) {
+                (Some(fresh), _) => Some(&mut **fresh),
+                (None, Some(page)) => Some(own(page)),
+                (None, None) => None,
+            };
+            match target {
+                Some(target) => {
+                    pairs.for_each(|(to, from)| target[to].copy_from_slice(&whole[from]));
+                }
+                None => {
+                    let pairs: Vec<_> = pairs.collect();
+                    let page = own(&mut behind[0]);
+                    pairs.into_iter().for_each(|(to, from)| page.copy_within(from, to.start));
+                }
+            }
+        }
+        let mut left = self.pages.split_off(fresh.len());
+        for (page, segment) in self.pages.iter_mut().zip(fresh) {
+            left.extend(segment.map(|segment| std::mem::replace(page, self.pool.page(segment))));
+        }
+        give_back(left);
+    }
+
+    /// Makes a page writable that holds rows.
+    ///
+    /// # Errors
+    /// When memory cannot be had.
+    pub(super) fn make_own(&mut self, page: usize) -> Result<()> {
+        if Arc::get_mut(&mut self.pages[page]).is_none() {
+            let mut fresh = Segment::new(self.page_bytes)?;
+            fresh.copy_from_slice(&self.pages[page].segment);
+            self.pool.0.copies.fetch_add(1, Relaxed);
+            give_back([std::mem::replace(&mut self.pages[page], self.pool.page(fresh))]);
+        }
+        Ok(())
     }
 
     /// Page `page`, to be shared.

@@ -221,6 +221,9 @@ impl PrefixTree {
                 say(self.shape, self.dtype)
             )));
         }
+        if cache.has_evicted() {
+            return Err(Error::Invalid("a cache that has evicted tokens is no prefix of another".into()));
+        }
         if tokens.len() > cache.len() {
             let (n, held) = (tokens.len(), cache.len());
             return Err(Error::Invalid(format!("{n} tokens were given for a cache that holds {held}")));

@@ -9,9 +9,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use longbit_kernels::Kernels;
+use longbit_sys::Segment;
 
 use super::dtype::exact_row_bytes;
-use super::pool::{KvMemory, Memory, Page};
+use super::pool::{KvMemory, Memory, Move, Page};
 use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, SideDtype, ValueCodec, f16};
 use crate::error::Result;
 
@@ -370,6 +371,42 @@ impl Side {
         side
     }
 
+    /// Memory for [`Side::retain`].
+    ///
+    /// # Errors
+    /// When it cannot be had; nothing is changed then.
+    pub(super) fn fresh_pages(&mut self, moves: &[Move]) -> Result<Vec<Option<Segment>>> {
+        self.memory.fresh_pages(moves)
+    }
+
+    /// Leaves the rows that `moves` lists, byte for byte; [`SideDtype::rows_move`] has said that they may.
+    pub(super) fn retain(&mut self, moves: &[Move], fresh: Vec<Option<Segment>>) {
+        let (codec, d) = (self.codec(), self.head_dim);
+        self.memory.retain(moves, fresh, |page, rows| {
+            codec.parts(page, rows, d).map(|part| match part.is_empty() {
+                true => 0..0,
+                false => {
+                    let at = part.as_ptr() as usize - page.as_ptr() as usize;
+                    at..at + part.len()
+                }
+            })
+        });
+        self.len = moves.iter().map(|run| run.len).sum();
+        self.settled = self.len;
+    }
+
+    /// Writes another row in the place of `row`, rotated if this side is; rows must be allowed to move.
+    ///
+    /// # Errors
+    /// When there is no memory for the copy of a shared page.
+    pub(super) fn replace(&mut self, kernels: &Kernels, row: usize, numbers: &[f32]) -> Result<()> {
+        let (page, at) = (row / PAGE_TOKENS, row % PAGE_TOKENS);
+        self.memory.make_own(page)?;
+        let codec = self.dtype.codec();
+        codec.encode(kernels, numbers, self.head_dim, self.memory.page_mut(page), at);
+        Ok(())
+    }
+
     /// The pages that a sequence shares that begins with the first `tokens` tokens, which are cached.
     pub(super) fn shared(&self, tokens: usize) -> impl Iterator<Item = Arc<Page>> {
         (0..tokens.div_ceil(PAGE_TOKENS)).map_while(|page| self.page(page))
@@ -488,7 +525,9 @@ impl Side {
         scratch.mean.resize(self.head_dim, 0.0);
         kernels.bf16_to_f32(mean, &mut scratch.mean);
         scratch.group.clear();
-        scratch.group.extend(queries.chunks_exact(self.head_dim).map(|query| kernels.dot(query, &scratch.mean)));
+        scratch
+            .group
+            .extend(queries.chunks_exact(self.head_dim).map(|query| kernels.dot(query, &scratch.mean)));
         kernels.add_to_rows(out, &scratch.group);
     }
 

@@ -5,6 +5,8 @@
 //! instruction set.
 
 mod capture;
+#[cfg(test)]
+mod evict_tests;
 mod fork;
 mod forward;
 mod prefix;
@@ -20,7 +22,7 @@ use std::sync::Arc;
 
 use longbit_sys::{Shared, Team};
 
-use crate::attention::{Attention, MethodSpec, method};
+use crate::attention::{Attention, Compaction, MethodSpec, Occasion, Prompt, method};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
 use crate::model::{Model, ModelConfig, RopeTable};
@@ -115,6 +117,10 @@ pub struct Session {
     profiled: Option<Profile>,
     /// See [`Session::known_tokens`].
     known: Vec<u32>,
+    /// A method that evicts has yet to be told that the prompt is over.
+    prompting: bool,
+    /// Rows of the cache may have been evicted.
+    rows_gone: bool,
 }
 
 impl Session {
@@ -129,7 +135,8 @@ impl Session {
         let shape = CacheShape::new(&model.config, options.capacity);
         let cache = KvCache::new(shape, options.kv, model.kernels)?;
         let rope = Self::rope_for(&model, options.capacity, &team)?;
-        Self::with_cache(model, team, rope, cache, options.method)
+        let attention = Attention::new(options.method, &cache, &rope)?;
+        Ok(Self::with_cache(model, team, rope, cache, attention))
     }
 
     fn rope_for(model: &Model, capacity: usize, team: &Team) -> Result<Arc<RopeTable>> {
@@ -143,12 +150,11 @@ impl Session {
         team: Arc<Team>,
         rope: Arc<RopeTable>,
         cache: KvCache,
-        method: MethodSpec,
-    ) -> Result<Self> {
-        let attention = Attention::new(method, &cache, &rope)?;
+        attention: Attention,
+    ) -> Self {
         let decode = Scratch::new(&model.config, team.threads(), 1, rope.len());
         let lower_bounds = lower_bounds(1, &team);
-        Ok(Session {
+        Session {
             model,
             team,
             rope,
@@ -164,7 +170,9 @@ impl Session {
             rescored: 0,
             profiled: None,
             known: Vec::new(),
-        })
+            prompting: false,
+            rows_gone: false,
+        }
     }
 
     /// The model.
@@ -270,8 +278,13 @@ impl Session {
     /// States of another method for this cache, up to date with what it holds; see [`Session::swap_attention`].
     ///
     /// # Errors
-    /// A method that cannot serve the model or the number format of the cache.
+    /// A method that cannot serve the model or the number format of the cache, or one that evicts, for it would take from
+    /// the rows of the others: see [`Session::fork_with`].
     pub fn attention_of(&self, method: MethodSpec) -> Result<Attention> {
+        if method.evicts() {
+            let reason = "a method that evicts needs a cache of its own: fork the session with it".into();
+            return Err(Error::Parameter { text: method.canonical(), reason });
+        }
         Attention::new(method, &self.cache, &self.rope)
     }
 
@@ -279,6 +292,77 @@ impl Session {
     /// present length.
     pub fn swap_attention(&mut self, attention: Attention) -> Attention {
         std::mem::replace(&mut self.attention, attention)
+    }
+
+    /// How many of the last queries of a prompt the method wants to see: see [`Session::supply_prompt`].
+    pub fn prompt_queries(&self) -> usize {
+        let config = &self.model.config;
+        let heads = (0..config.layers * config.kv_heads).map(|i| (i / config.kv_heads, i % config.kv_heads));
+        heads.map(|(layer, head)| self.attention.head(layer, head).prompt_queries()).max().unwrap_or(0)
+    }
+
+    /// Tells the method the queries of the last tokens of a prompt that was filled in from outside: `[tokens][group][head_dim]`
+    /// of one (layer, KV head), rotated, not scaled. Without this call for a head its rows have no scores.
+    /// [`Session::end_prompt`] must follow. Prefill does both by itself.
+    ///
+    /// # Errors
+    /// Rows that are not whole tokens, or more of them than are cached.
+    pub fn supply_prompt(&self, layer: usize, kv_head: usize, queries: &[f32]) -> Result<()> {
+        let config = &self.model.config;
+        let (group, d) = (config.group(), config.head_dim);
+        let n = queries.len() / (group * d);
+        if !queries.len().is_multiple_of(group * d) || n > self.len() {
+            return Err(Error::Invalid(format!(
+                "{} numbers are no queries of at most {} tokens of {} numbers each",
+                queries.len(),
+                self.len(),
+                group * d
+            )));
+        }
+        let mut rows = queries.to_vec();
+        self.model.kernels.scale(&mut rows, 1.0 / (d as f32).sqrt());
+        self.cache.head(layer, kv_head).rotate_queries(&mut rows);
+        let prompt = Prompt { rows: &rows, group, head_dim: d, first: self.len() - n };
+        self.attention.head(layer, kv_head).prompted(prompt);
+        Ok(())
+    }
+
+    /// Tells a method that evicts that the prompt is over: rows are scored, and the cache shrinks to what the method keeps.
+    /// The next decode step does so by itself; this is for those who want to know when. No other method does anything.
+    ///
+    /// # Errors
+    /// When memory cannot be had.
+    pub fn end_prompt(&mut self) -> Result<()> {
+        if !self.attention.spec().evicts() {
+            return Ok(());
+        }
+        let (heads, cache, attention) = (self.model.config.kv_heads, &self.cache, &self.attention);
+        let count = self.model.config.layers * heads;
+        self.team.run(|worker| {
+            for i in worker.range(count) {
+                let (layer, kv_head) = (i / heads, i % heads);
+                attention.head(layer, kv_head).weigh(&cache.head(layer, kv_head));
+            }
+        });
+        let failure = std::sync::Mutex::new(None);
+        self.team.run(|worker| {
+            let mut compaction = Compaction::default();
+            for i in worker.range(count) {
+                let (layer, kv_head) = (i / heads, i % heads);
+                let mut kv = cache.head_mut(layer, kv_head);
+                let mut state = attention.head(layer, kv_head);
+                compaction.clear();
+                if state.compact(&kv, Occasion::PromptOver, &mut compaction)
+                    && let Err(error) = compaction.apply(&mut kv)
+                {
+                    failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+                }
+            }
+        });
+        self.prompting = false;
+        self.rows_gone = true;
+        self.known.clear();
+        failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
     }
 
     /// Goes on with another team.
@@ -292,9 +376,11 @@ impl Session {
         self.team = team;
     }
 
-    /// Forgets every token from `len` on.
+    /// Forgets every token from position `len` on. What a method evicted before it stays evicted, but for rows that
+    /// steps evicted since a prompt ended, or since the last 256 rows went: a rewind to there takes those back.
     pub fn rewind(&mut self, len: usize) {
         self.cache.truncate(len);
+        self.rows_gone &= len > 0;
         self.attention.truncated(&self.cache);
         self.known.truncate(len);
     }
@@ -451,6 +537,9 @@ impl Session {
     }
 
     fn traced_pass(&mut self, tokens: &[u32], kind: Kind<'_>, tracing: Option<&Tracing<'_>>) -> Result<()> {
+        if self.prompting && matches!(kind, Kind::Decode { .. }) {
+            self.end_prompt()?;
+        }
         let (decoding, want, supplied, capture) = match kind {
             Kind::Prefill(want) => (false, want, None, false),
             Kind::Decode { supplied, capture } => (true, Want::Last, supplied, capture),
@@ -507,7 +596,10 @@ impl Session {
         let before = self.cache.len();
         self.cache.set_len(before + tokens.len())?;
         let forced = tracing.is_some_and(|tracing| tracing.forced.is_some());
-        let exact = !decoding || self.attention.spec().method().name == "dense";
+        let evicts = self.attention.spec().evicts();
+        self.prompting |= evicts && !decoding;
+        self.rows_gone |= evicts && decoding;
+        let exact = !self.rows_gone && (!decoding || self.attention.spec().method().name == "dense");
         if exact && !forced && supplied.is_none() && self.known.len() == before {
             self.known.extend_from_slice(tokens);
         }

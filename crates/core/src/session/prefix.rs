@@ -5,6 +5,7 @@ use std::sync::Arc;
 use longbit_sys::Team;
 
 use super::{Session, SessionOptions};
+use crate::attention::Attention;
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvDtype, PagePool, PrefixMemory, PrefixTree};
 use crate::model::{Model, RopeTable};
@@ -14,7 +15,7 @@ use crate::model::{Model, RopeTable};
 /// was not used for longest goes first when there is more than the budget.
 ///
 /// A session that begins so goes on with the bits of one that computed those tokens itself. That holds for every method,
-/// for only rows that exact attention gives are kept ([`Session::known_tokens`]). With a KV dtype that keeps the newest
+/// for only rows that exact attention gives are kept ([`Session::known_tokens`]), and none of a session that has evicted. With a KV dtype that keeps the newest
 /// tokens exactly, a session can go on only from the last page boundary that another one had passed when it was inserted (so
 /// insert one that ends where a shared prompt does), and rows depend on how the tokens were cut into passes: they are those
 /// of the session that was inserted.
@@ -87,7 +88,8 @@ impl PrefixCache {
         // The logits after the last token are not kept: it is computed again.
         let cache = self.tree.cache(&tokens[..tokens.len().saturating_sub(1)], capacity)?;
         let known = tokens[..cache.len()].to_vec();
-        let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, method)?;
+        let attention = Attention::new(method, &cache, &rope)?;
+        let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, attention);
         session.known = known;
         Ok(session)
     }

@@ -309,6 +309,12 @@ fn score<E: From<Error>>(
     if variant.method.canonical() == method("dense")?.canonical() {
         return session.each_logits(tokens, DENSE_CHUNK, each);
     }
+    if variant.method.evicts() {
+        // Its rows are its own; the session stays as long as it was.
+        let mut own = session.fork_with(variant.method.clone())?;
+        own.end_prompt()?;
+        return tokens.iter().try_for_each(|&token| each(own.decode(token)?));
+    }
     let attention = session.attention_of(variant.method.clone())?;
     let dense = session.swap_attention(attention);
     let scored = tokens.iter().try_for_each(|&token| each(session.decode(token)?));

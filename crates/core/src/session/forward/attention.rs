@@ -6,7 +6,9 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::{CHUNK_TOKENS, GroupQuery, chunks, gather_chunk, partial, score_chunk};
+use crate::attention::{
+    CHUNK_TOKENS, GroupQuery, Occasion, Prompt, chunks, gather_chunk, partial, score_chunk,
+};
 
 impl Pass<'_> {
     /// Rotates and appends the keys and values of one KV head, rotates its queries, and lets the method decide.
@@ -45,14 +47,29 @@ impl Pass<'_> {
         }
         let mut kv = self.cache.head_mut(l, kv_head);
         kv.rotate_queries(&mut queries[..n * width]);
-        if let Err(error) = kv.append(&p.row[..n * d], &p.row2[..n * d]) {
+        let mut state = self.attention.head(l, kv_head);
+        p.compaction.clear();
+        // A prompt sees all rows that there are, so those that are evicted must be gone.
+        let when = if self.decoding { Occasion::Step } else { Occasion::Prompt };
+        let compacted = match state.compact(&kv, when, &mut p.compaction) {
+            true => p.compaction.apply(&mut kv),
+            false => Ok(()),
+        };
+        let from = kv.len();
+        if let Err(error) = compacted.and_then(|()| kv.append(&p.row[..n * d], &p.row2[..n * d])) {
             // The session takes the whole pass back; until then this head serves what it has.
             self.scratch.fail(error);
             self.scratch.selections[kv_head].write().unwrap_or_else(|e| e.into_inner()).clear();
             return;
         }
-        let mut state = self.attention.head(l, kv_head);
-        state.appended(&kv, self.position);
+        state.appended(&kv, from);
+        if !self.decoding {
+            let last = n - n.min(state.prompt_queries());
+            if last < n {
+                let rows = &queries[last * width..n * width];
+                state.prompted(Prompt { rows, group, head_dim: d, first: self.position + last });
+            }
+        }
         #[cfg(test)]
         kv.begin_observing();
         if n == 1 {
@@ -97,10 +114,11 @@ impl Pass<'_> {
             let (part, running) = p.partials.split_at_mut(slot);
             partial::clear(running, d);
             // A head that refused a row holds fewer.
-            let seen = 0..kv.len().min(self.position + mine.end);
+            let row_of = |token: usize| (self.position + token).saturating_sub(kv.dropped());
+            let seen = 0..kv.len().min(row_of(mine.end));
             for chunk in chunks(std::slice::from_ref(&seen)) {
                 for (i, j) in mine.clone().enumerate() {
-                    let visible = chunk.start..chunk.end.min(self.position + j + 1);
+                    let visible = chunk.start..chunk.end.min(row_of(j + 1));
                     if visible.is_empty() {
                         continue;
                     }
