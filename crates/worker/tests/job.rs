@@ -110,6 +110,46 @@ fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
     assert_eq!(ready(&events).kv_bytes_stored, 1000 * 8 * 2 * 64 * 2);
 }
 
+/// Cells whose method evicts have a cache of their own: each reads its budget at every step of every repetition, and the
+/// others read what they read without them.
+#[test]
+fn cells_that_evict_leave_the_others_alone() {
+    let (_, alone) = run(job("int8", &["dense"], measure(1)));
+    let methods = [
+        "h2o:budget=100",
+        "dense",
+        "tova:budget=100",
+        "snapkv:capacity=100,window=32,ada=0.2",
+        "lru:budget=100",
+    ];
+    let mut wanted = job("int8", &[&methods[..], &["expected:budget=100", "h2o"]].concat(), measure(2));
+    wanted.cells[6].batch = 4;
+    let (code, events) = run(wanted);
+    assert_eq!(code, 0, "{:?}", events.last());
+    let of = |cell: &str| -> Vec<u64> {
+        samples(&events).iter().filter(|s| s.cell == cell).map(|s| s.traffic.rows).collect()
+    };
+    for cell in ["cell0", "cell2", "cell4"] {
+        assert_eq!(of(cell), [5 * 8 * 100; 2], "{cell}");
+    }
+    // What is generated stays: two steps before the five that count.
+    for cell in ["cell3", "cell5"] {
+        assert_eq!(of(cell), [(0..5).map(|i| 8 * (100 + 3 + i)).sum::<u64>(); 2], "{cell}");
+    }
+    assert_eq!(of("cell6").len(), 2);
+    assert_eq!(quality(&events, "cell1").rel_l2_p50, quality(&alone, "cell0").rel_l2_p50);
+    for cell in ["cell0", "cell2", "cell3", "cell4", "cell5"] {
+        let error = quality(&events, cell).rel_l2_p50.unwrap();
+        assert!(error > 0.0 && error < 2.0, "{cell}: {error}");
+    }
+    // A format that rows cannot leave costs such a cell, and no other.
+    let (code, events) = run(job("int4", &["dense", "tova"], measure(1)));
+    assert_eq!(code, 0);
+    let failed = events.iter().find_map(|e| if let Event::Failed(f) = e { Some(f) } else { None }).unwrap();
+    assert!(failed.cell == "cell1" && failed.error.contains("cannot be evicted"), "{failed:?}");
+    assert_eq!(samples(&events).len(), 1);
+}
+
 #[test]
 fn f32_dense_attention_is_exact_to_rounding() {
     let (_, events) = run(job("f32", &["dense", "window:sinks=0,window=100000"], measure(0)));

@@ -204,6 +204,8 @@ impl LastQueries {
             }
             position += n;
         }
+        // No decode step read this.
+        eyes.reader.report(&mut Selection::default());
     }
 
     pub(super) fn bytes(&self) -> usize {

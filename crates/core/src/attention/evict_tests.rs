@@ -300,7 +300,7 @@ fn snapkv_keeps_what_the_window_looks_at() {
         assert_eq!(layer.positions(h), keep(&scores, 50, 10));
     }
     for step in 1..=5 {
-        assert!(layer.step().iter().all(|s| s.spans == [0..50 + step]));
+        assert!(layer.step().iter().all(|s| s.spans.len() == 1 && s.spans[0] == (0..50 + step)));
     }
     // A prompt no longer than the capacity stays whole.
     let mut short = Layer::new("snapkv:capacity=50,window=10,kernel=7", "f32", 2);

@@ -18,7 +18,7 @@ const METHODS: [&str; 5] = [
 ];
 
 fn team(threads: usize) -> Arc<Team> {
-    Arc::new(Team::new(threads, false).unwrap())
+    Arc::new(Team::oversubscribed(threads).unwrap())
 }
 
 fn model() -> Arc<Model> {
@@ -47,17 +47,18 @@ fn threads_and_chunks_do_not_matter_and_memory_falls() {
         let mut first = session(&model, 1, spec);
         first.prefill(&tokens).unwrap();
         let full = first.cache().memory();
-        let logits = decode(&mut first, 300);
+        let logits = decode(&mut first, 270);
         let small = first.cache().memory();
         assert!(small.pages < full.pages, "{spec}: {} of {} pages", small.pages, full.pages);
-        assert_eq!(first.len(), 900);
+        assert_eq!(first.len(), 870);
         assert!(first.known_tokens().is_empty());
-        for threads in 2..=4 {
+        let counts: &[usize] = if spec.starts_with("tova") { &[2, 3, 4] } else { &[3] };
+        for &threads in counts {
             let mut other = session(&model, threads, spec);
             for chunk in tokens.chunks(55) {
                 other.prefill(chunk).unwrap();
             }
-            assert!(decode(&mut other, 300) == logits, "{spec}, {threads} threads");
+            assert!(decode(&mut other, 270) == logits, "{spec}, {threads} threads");
         }
     }
 }
