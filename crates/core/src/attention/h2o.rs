@@ -3,7 +3,8 @@
 //! H2O (arXiv 2306.14048). The score of a row is the sum of the softmax weights that queries gave it, here over the query
 //! heads of the group; a budget is shared between the newest rows and the heaviest others, as in the authors' code 0.1 and
 //! 0.1 of the context. What differs: the sums over a prompt are taken over its last `sample` queries, for those over all of
-//! them cost the square of its length again (and favour old tokens the more the longer it is); a step evicts
+//! them cost the square of its length again (and favour old tokens the more the longer it is), and each of the `sample`
+//! reads every key; a step evicts
 //! before it attends, so the budget holds its own row. `merge=on` averages an evicted row into the kept row with the
 //! nearest key by cosine, weighted by scores, in the spirit of CaM (ICML 2024) and D2O (arXiv 2406.13035), which merge at
 //! every step and under a threshold; here rows are merged when their memory goes, at the latest 256 steps later, and of a
