@@ -6,8 +6,8 @@
 //! First centroids are tokens at even distances with a fixed jitter; a centroid that loses all tokens is set on the one
 //! that lies farthest from its own.
 //!
-//! Work for a segment of 2,048 tokens of 128 numbers: 2048 * 128 * 128 * [`ITERATIONS`] = 168 M multiplications of bytes.
-//! A cache of 96k tokens and 150 heads takes 1.2e12 of them: some ten seconds on two cores with VNNI.
+//! Work for a segment of 1,024 tokens of 128 numbers: 1024 * 64 * 128 * [`ITERATIONS`] = 42 M multiplications of bytes; for a
+//! cache of 96k tokens and 150 heads 6e11.
 
 use longbit_kernels::{CodeBits, CodeShape, Kernels, QueryBits, QueryCodes, Rows, Scales};
 

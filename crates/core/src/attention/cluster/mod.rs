@@ -1,32 +1,34 @@
 //! `cluster`: clusters of similar keys; those that matter exactly, the others by their mass and mean value.
 //!
-//! A composition of published parts: segmented k-means and the zone of estimated tokens of RetroInfer (arXiv 2505.02922), the
-//! choice by cumulated mass of Double-P (arXiv 2602.05191), tokens that fit no cluster kept apart, and a second-order term with
-//! freezing for the mass of a cluster.
+//! A composition of published parts: segmented k-means and the zone of estimated tokens of RetroInfer (arXiv
+//! 2505.02922), the choice by cumulated mass of Double-P (arXiv 2602.05191), tokens that fit no cluster kept apart, and
+//! a second-order term with freezing for the mass of a cluster.
 //!
-//! **Index.** After the sinks the context is cut into segments. When one is complete, and all of it older than the local
-//! window, its tokens are clustered from their stored rows (`build`); newer ones are read exactly until then. Of a cluster
-//! are kept: the mean of its keys and of its values as 8-bit rows (both less the mean of the segment), its size, the mean
-//! square distance of its keys from their mean, and its tokens. Tokens least like their neighbours (`outliers`) belong to no
-//! cluster and are always read.
+//! **Index.** After the sinks the context is cut into segments. When one is complete, and all of it older than the
+//! local window, its tokens are clustered from their stored rows (`build`); newer ones are read exactly until then. Of
+//! a cluster are kept: the mean of its keys and of its values as 8-bit rows (both less the mean of the segment), its
+//! size, the mean square distance of its keys from their mean, and its tokens. Tokens least like their neighbours
+//! (`outliers`) belong to no cluster and are always read.
 //!
-//! **A step.** For each head `a = q . mean` and the variance of logits in a cluster, `v = energy * (q . r)^2 / |r|^2` with the
-//! ratio over a sample of residuals `r` of all segments: how far logits spread depends on the direction of the query.
-//! The mass is `exp(a + f) * size` with `f = v / 2`, or `sqrt(2 v ln size) - ln size` once `v > 2 ln size`: so few tokens
-//! cannot realise more (random-energy model). What is read exactly anyhow is attended first. Then each head takes,
-//! `by=error`, the clusters whose expected error `mass * sqrt((exp(v) - 1) / size)` exceeds `tau` of all mass; or, `by=mass`,
-//! the fewest that leave less than `1 - p` of it. (Most clusters belong to the mass of a flat head, though none of them causes
-//! an error.) 95 % of the mass of the sinks do not count there, for their values are small. The group reads the union, at most `cap` of the context. The rest is the tail: its mass with the mean
-//! values of clusters, or of the segment for clusters of less than `NEGLIGIBLE` of the mass.
+//! **A step.** For each head `a = q . mean` and the variance of logits in a cluster, `v = energy * (q . r)^2 / |r|^2`
+//! with the ratio over a sample of residuals `r` of all segments: how far logits spread depends on the direction of the
+//! query. The mass is `exp(a + f) * size` with `f = v / 2`, or `sqrt(2 v ln size) - ln size` once `v > 2 ln size`: so
+//! few tokens cannot realise more (random-energy model). What is read exactly anyhow is attended first. Then each head
+//! takes, `by=error`, the clusters whose expected error `mass * sqrt((exp(v) - 1) / size)` exceeds `tau` of all mass;
+//! or, `by=mass`, the fewest that leave less than `1 - p` of it. (Most clusters belong to the mass of a flat head,
+//! though none of them causes an error.) 95 % of the mass of the sinks do not count there, for their values are small.
+//! The group reads the union, at most `cap` of the context. The rest is the tail: its mass with the mean values of
+//! clusters, or of the segment for clusters of less than `NEGLIGIBLE` of the mass.
 //!
-//! **Differences.** No query metric: an index must not depend on which queries came. No cached rows in the order of clusters:
-//! the tokens of a cluster are read one by one. `calibrate` scales the tail by (exact / estimated mass of what was
-//! selected) to that power; it needs the exact mass, so the method attends to the selection itself. At 0, the default, the
-//! shared kernel does.
+//! **Differences.** Segments are as long as those that RetroInfer adds while it generates: its first ones, of 8,192
+//! tokens, would leave 4,096 to be read exactly on average. No query metric: an index must not depend on which queries
+//! came. No cached rows in the order of clusters: the tokens of a cluster are read one by one. `calibrate` scales the
+//! tail by (exact / estimated mass of what was selected) to that power; it needs the exact mass, so the method attends
+//! to the selection itself. At 0, the default, the shared kernel does.
 //!
-//! **Cost** at `size=16` and 128 numbers a row: 10.5 bytes a token are scanned (144 a cluster), up to 8.25 more are mean values;
-//! 21.0 bytes a token are kept. Rows: sinks, local, on average half a segment, outliers and the selection. Clustering a
-//! segment takes 128 * segment^2 / size * 5 multiplications of bytes, in the step that completes it.
+//! **Cost** at `size=16` and 128 numbers a row: 11 bytes a token are scanned (144 a cluster), up to 8.25 more are mean
+//! values; 21.5 bytes a token are kept. Rows: sinks, local, on average half a segment, outliers and the selection.
+//! Clustering a segment takes 128 * segment^2 / size * 5 multiplications of bytes, in the step that completes it.
 
 mod build;
 mod index;
@@ -83,7 +85,7 @@ pub(super) const METHOD: Method = Method {
             name: "segment",
             summary: "tokens that are clustered together once they are complete",
             kind: Kind::Int { min: 64, max: 1 << 15 },
-            default: "2048",
+            default: "1024",
         },
         ParamSpec {
             name: "size",

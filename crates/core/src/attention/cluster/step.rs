@@ -209,7 +209,8 @@ impl Cluster {
                 let power = if self.tau.is_some() { 2 } else { 1 };
                 heads.map(|(scores, total)| scores[c as usize] / total.all.powi(power)).fold(0.0, f32::max)
             };
-            picked.sort_by(|&a, &b| share(b).total_cmp(&share(a)).then(a.cmp(&b)));
+            // Shares are not negative: their bits are in their order.
+            picked.sort_by_cached_key(|&c| (std::cmp::Reverse(share(c).to_bits()), c));
             let mut tokens = 0;
             let fits = |c: &&u32| {
                 tokens += index.size(**c as usize);
