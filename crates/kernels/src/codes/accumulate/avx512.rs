@@ -40,7 +40,13 @@ unsafe fn halves_twice(rows: [*const u8; 4]) -> [__m512i; 4] {
 fn turned<const N: usize>(rows: [__m512i; N], turn: bool) -> [__m512i; N] {
     let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let order = _mm512_broadcast_i32x4(order);
-    rows.map(|row| if turn { _mm512_shuffle_epi8(row, order) } else { row })
+    let mut rows = rows;
+    if turn {
+        for row in &mut rows {
+            *row = _mm512_shuffle_epi8(*row, order);
+        }
+    }
+    rows
 }
 
 /// Even and odd indices of packed pairs of nibbles as words: of the lower nibbles, then of the upper ones.
@@ -216,7 +222,10 @@ macro_rules! stamp {
                     unsafe {
                         if FORMAT == BARE {
                             let both = bare_words(interleaved(turned(load_four(rows, 0), turn), pass));
-                            return both.map(|words| words.map(Z));
+                            for s in 0..4 {
+                                (all[0][s], all[1][s]) = (Z(both[0][s]), Z(both[1][s]));
+                            }
+                            return all;
                         }
                         let quarters = match FORMAT {
                             FOUR => nibbles(interleaved(turned(load_four(rows, 0), turn), pass), table.0),
