@@ -27,7 +27,7 @@ fn model() -> Arc<Model> {
 
 /// Formats with options that the tests run beside the plain ones.
 const MORE: [&str; 4] =
-    ["k=int8+rotate,v=q4_0+centre", "kivi4+centre", "bf16+rotate+centre", "k=planes8,v=lm4"];
+    ["k=int8+plain+rotate,v=q4_0+centre", "kivi4+centre", "bf16+rotate+centre", "k=planes8,v=lm4"];
 
 #[test]
 fn threads_and_instruction_sets_do_not_change_a_bit() {

@@ -11,7 +11,10 @@ use longbit::{HeadFormat, Model, PrefixCache, Session, SessionOptions};
 
 /// Every format, and some with options.
 fn dtypes() -> impl Iterator<Item = &'static str> {
-    KV_FORMATS.iter().map(|format| format.name).chain(["bf16+rotate+centre", "k=kivi4+centre,v=int8+rotate"])
+    KV_FORMATS
+        .iter()
+        .map(|format| format.name)
+        .chain(["bf16+rotate+centre", "k=kivi4+centre,v=int8+plain+rotate"])
 }
 
 /// Methods to go through with `kv`: all of them with bf16.

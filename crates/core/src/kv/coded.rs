@@ -237,7 +237,7 @@ pub(super) fn refuse_unless_multiple(head_dim: usize, unit: usize) -> Option<Str
         return Some(format!("rows of {head_dim} numbers are longer than {MOST_DIMS}; use bf16"));
     }
     (!head_dim.is_multiple_of(unit)).then(|| {
-        format!("rows of {head_dim} numbers are not whole blocks of {unit}; use bf16, or int8 where that is a multiple of 8")
+        format!("rows of {head_dim} numbers are not whole blocks of {unit}; use bf16, or int8+plain where that is a multiple of 8")
     })
 }
 

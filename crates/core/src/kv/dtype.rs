@@ -263,6 +263,8 @@ mod tests {
             ("k=bf16+rotate,v=f32+centre", "k=bf16+rotate,v=f32+centre"),
             ("int4+rotate", "int4"),
             ("int4+plain", "int4+plain"),
+            ("int8+rotate+centre", "int8"),
+            ("k=int8+plain,v=int8", "k=int8+plain,v=int8"),
             ("k=int4+plain+centre,v=int4", "k=int4+plain+centre,v=int4"),
             ("lm4+centre", "lm4+centre"),
         ] {

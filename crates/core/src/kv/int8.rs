@@ -1,5 +1,7 @@
-//! `int8`: signed bytes and one bfloat16 scale a row, the largest magnitude by 127, rounded up. 130 bytes for 128 numbers.
-//! Error: at most `1.008 / 254` of the largest magnitude of the row.
+//! `int8`: signed bytes and one bfloat16 scale a row, the largest magnitude by 127, rounded up; rows rotated and centred.
+//! 130 bytes for 128 numbers, and one for the mean of the page. `int8+plain` leaves rows as they are, for head dimensions
+//! that are no power of two too.
+//! Error: at most `1.008 / 254` of the largest magnitude of the row, rotated and less the mean.
 
 use longbit_kernels::{CodeBits, Kernels, QueryBits};
 
@@ -8,11 +10,11 @@ use super::coded::{Coded, Rounding, ScaleBits, Scaling, bf16_up, inverse};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "int8",
-    summary: "signed bytes, a bfloat16 scale a row; error at most 0.4 % of the row's largest magnitude",
+    summary: "signed bytes, a bfloat16 scale a row, rotated and centred; error at most 0.4 % of the row's largest",
     keys: &Coded::<Int8>::NEW,
     values: &Coded::<Int8>::NEW,
-    rotate: false,
-    centre: false,
+    rotate: true,
+    centre: true,
 };
 
 pub(super) struct Int8;

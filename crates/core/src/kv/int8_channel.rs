@@ -1,6 +1,6 @@
 //! `int8-channel`: keys as signed bytes with a scale for each channel of a page instead of each row: a channel that is
 //! always large costs the others nothing. A page is encoded when all its 256 keys are there; until then they are kept
-//! exactly. 129 bytes for 128 numbers. The scale of a channel goes into the query, once a page. Values are int8.
+//! exactly. 129 bytes for 128 numbers. The scale of a channel goes into the query, once a page. Values are int8+plain.
 //! Error: at most `1.008 / 254` of the largest magnitude of the channel in the page.
 //!
 //! A page is its codes and behind them the scales, bfloat16.
@@ -14,7 +14,7 @@ use super::{Codec, KeyCodec, KvFormat, KvScratch, PAGE_TOKENS, Rows, int8, slice
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "int8-channel",
-    summary: "keys: signed bytes, a bfloat16 scale for a channel of 256 tokens, the newest page exact; values: int8",
+    summary: "keys: signed bytes, a bfloat16 scale for a channel of 256 tokens, the newest page exact; values: int8+plain",
     keys: &Channels,
     values: &Coded::<int8::Int8>::NEW,
     rotate: false,

@@ -25,8 +25,13 @@ const fn format(name: &'static str, codec: &'static Lagging) -> KvFormat {
 /// Every format that is listed, as it is and centred, some pairs with other options, and the formats of this module.
 pub(super) fn all() -> Vec<KvDtype> {
     let listed = KV_FORMATS.iter().flat_map(|f| ["", "+centre"].map(|option| format!("{}{option}", f.name)));
-    let pairs = ["k=int8+rotate,v=q4_0+centre", "k=kivi4+rotate+centre,v=lm4", "k=planes8,v=kivi2"];
-    let names = listed.chain(pairs.map(String::from));
+    let others = [
+        "k=int8+plain+rotate,v=q4_0+centre",
+        "k=kivi4+rotate+centre,v=lm4",
+        "k=planes8,v=kivi2",
+        "int8+plain",
+    ];
+    let names = listed.chain(others.map(String::from));
     let mut all: Vec<KvDtype> = names.map(|name| kv_dtype(&name).unwrap()).collect();
     all.dedup();
     let side = |format, centre| SideDtype::of(format, true, false, centre);

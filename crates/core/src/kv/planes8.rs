@@ -1,4 +1,4 @@
-//! `planes8`: keys as [`super::int8`] has them, rotated and centred, but in two planes of four bits: `code = 16 high + low`
+//! `planes8`: keys as [`super::int8`] has them, but in two planes of four bits: `code = 16 high + low`
 //! with `high` from -8 to 7 and `low` from 0 to 15. A reader of the upper plane alone has half the bytes and sees each code
 //! to a step of 16. Values are int8. Error as for int8.
 
@@ -10,7 +10,7 @@ use super::int8::{Int8, round_row};
 
 pub(super) const FORMAT: KvFormat = KvFormat {
     name: "planes8",
-    summary: "int8, rotated and centred, keys in an upper and a lower plane of four bits; error as int8",
+    summary: "int8 with keys in an upper and a lower plane of four bits; error as int8",
     keys: &Coded::<Planes8>::NEW,
     values: &Coded::<Int8>::NEW,
     rotate: true,
