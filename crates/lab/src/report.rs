@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
 use crate::analyse::{Results, sentence::sentence};
-use crate::emit::{Format, csv, json, markdown, plot, table, terminal_table, write_all, write_file};
+use crate::emit::{Format, choice, csv, json, markdown, plot, table, terminal_table, write_all, write_file};
 use crate::record::Record;
 use crate::{Exit, LabError, Result};
 
@@ -24,7 +24,7 @@ pub struct ReportOptions {
 }
 
 /// The parts that a page can take.
-pub const PARTS: [&str; 5] = ["table", "figures", "machine", "sentence", "reproduce"];
+pub const PARTS: [&str; 7] = ["table", "reads", "choice", "figures", "machine", "sentence", "reproduce"];
 
 struct Loaded {
     results: Results,
@@ -103,7 +103,8 @@ fn splice_page(page: &Path, loaded: &[Loaded]) -> Result<String> {
     Ok(format!("{}: {parts} parts up to date\n", page.display()))
 }
 
-/// The text of a part, `NAME` or `NAME:EXPERIMENT` (its name, or group/name).
+/// The text of a part, `NAME` or `NAME:EXPERIMENT` (its name, or group/name). `choice` chooses among all experiments that are
+/// named, joined by `+`.
 fn part(name: &str, page: &Path, loaded: &[Loaded]) -> Result<String, String> {
     let (kind, experiment) = match name.split_once(':') {
         Some((kind, experiment)) => (kind, Some(experiment.trim())),
@@ -113,6 +114,23 @@ fn part(name: &str, page: &Path, loaded: &[Loaded]) -> Result<String, String> {
         let e = &l.results.plan.experiment;
         experiment.is_none_or(|wanted| wanted == e.name || wanted == e.full_name())
     };
+    if kind.trim() == "choice" {
+        let wanted: Vec<&str> =
+            experiment.map_or(Vec::new(), |names| names.split('+').map(str::trim).collect());
+        let all: Vec<Record> = loaded
+            .iter()
+            .filter(|l| {
+                let e = &l.results.plan.experiment;
+                wanted.is_empty() || wanted.iter().any(|name| *name == e.name || *name == e.full_name())
+            })
+            .flat_map(|l| l.records.iter().cloned())
+            .collect();
+        let rows = choice::choices(&all).markdown();
+        return match rows.is_empty() {
+            true => Err(format!("`{name}`: no result with both a speed and an error was given")),
+            false => Ok(rows),
+        };
+    }
     let names =
         || loaded.iter().map(|l| l.results.plan.experiment.full_name()).collect::<Vec<_>>().join(", ");
     let Some(l) = loaded.iter().find(named) else {
@@ -123,6 +141,7 @@ fn part(name: &str, page: &Path, loaded: &[Loaded]) -> Result<String, String> {
         ));
     };
     Ok(match kind.trim() {
+        "reads" => table::reads(&l.records).markdown(),
         "table" => {
             let gaps = table::gaps(&l.records).markdown();
             let gaps = if gaps.is_empty() { gaps } else { format!("\nSkipped and failed:\n\n{gaps}") };
@@ -280,7 +299,7 @@ mod tests {
             ReportOptions { results: vec![results], splice: Some(page.clone()), ..Default::default() };
         let mut out = Vec::new();
         assert_eq!(report(&options, &mut out).unwrap(), Exit::Incomplete);
-        assert!(String::from_utf8(out).unwrap().contains("5 parts"));
+        assert!(String::from_utf8(out).unwrap().contains("7 parts"));
         let text = std::fs::read_to_string(&page).unwrap();
         for words in [
             "](results/context-long/plots/speed.svg)",

@@ -114,7 +114,7 @@ fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
 /// others read what they read without them.
 #[test]
 fn cells_that_evict_leave_the_others_alone() {
-    let (_, alone) = run(job("int8", &["dense"], measure(1)));
+    let (_, alone) = run(job("int8+plain", &["dense"], measure(1)));
     let methods = [
         "h2o:budget=100",
         "dense",
@@ -122,7 +122,7 @@ fn cells_that_evict_leave_the_others_alone() {
         "snapkv:capacity=100,window=32,ada=0.2",
         "lru:budget=100",
     ];
-    let mut wanted = job("int8", &[&methods[..], &["expected:budget=100", "h2o"]].concat(), measure(2));
+    let mut wanted = job("int8+plain", &[&methods[..], &["expected:budget=100", "h2o"]].concat(), measure(2));
     wanted.cells[6].batch = 4;
     let (code, events) = run(wanted);
     assert_eq!(code, 0, "{:?}", events.last());

@@ -415,7 +415,7 @@ fn a_rewind_to_the_mark_repeats_the_bits() {
         "snapkv:capacity=64,window=16",
         "expected:budget=64",
     ] {
-        let mut layer = Layer::new(spec, "int8", 2);
+        let mut layer = Layer::new(spec, "int8+plain", 2);
         layer.prompt(700);
         let steps =
             |layer: &mut Layer, n: usize| -> Vec<Vec<Selection>> { (0..n).map(|_| layer.step()).collect() };

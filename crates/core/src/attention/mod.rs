@@ -57,7 +57,10 @@ pub use reader::Reader;
 pub use record::Recording;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use longbit_sys::Team;
 
 use crate::error::Result;
 use crate::kv::{KvCache, KvDtype, KvHead};
@@ -317,16 +320,16 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Fresh states, brought up to date with what `cache` holds, whose rows `rope` turned.
+    /// Fresh states, brought up to date with what `cache` holds, whose rows `rope` turned; `team` builds them.
     ///
     /// # Errors
     /// As [`MethodSpec::check`].
-    pub fn new(spec: MethodSpec, cache: &KvCache, rope: &Arc<RopeTable>) -> Result<Self> {
+    pub fn new(spec: MethodSpec, cache: &KvCache, rope: &Arc<RopeTable>, team: &Team) -> Result<Self> {
         let shape = MethodShape::of(cache);
         spec.check(&shape)?;
         let mut attention =
             Attention { spec, kv_heads: shape.kv_heads, heads: Vec::new(), boards: Vec::new() };
-        attention.refresh(cache, rope);
+        attention.refresh(cache, rope, team);
         Ok(attention)
     }
 
@@ -335,8 +338,8 @@ impl Attention {
     ///
     /// # Errors
     /// As [`MethodSpec::check`].
-    pub fn fork(&self, cache: &KvCache, rope: &Arc<RopeTable>) -> Result<Self> {
-        let mut fork = Attention::new(self.spec.clone(), cache, rope)?;
+    pub fn fork(&self, cache: &KvCache, rope: &Arc<RopeTable>, team: &Team) -> Result<Self> {
+        let mut fork = Attention::new(self.spec.clone(), cache, rope, team)?;
         fork.boards = self.boards.iter().map(|board| Arc::new(board.copy())).collect();
         for (i, state) in self.heads.iter().enumerate() {
             if let Some(mut copy) = state.lock().unwrap_or_else(|e| e.into_inner()).fork() {
@@ -348,20 +351,28 @@ impl Attention {
     }
 
     /// Fresh states in place of the present ones, for the same cache.
-    pub fn refresh(&mut self, cache: &KvCache, rope: &Arc<RopeTable>) {
+    pub fn refresh(&mut self, cache: &KvCache, rope: &Arc<RopeTable>, team: &Team) {
         let shape = MethodShape::of(cache);
         self.boards = (0..shape.layers).map(|_| Arc::new(Board::new(shape.kv_heads))).collect();
         let fresh = |i: usize| {
             let (layer, kv_head) = (i / shape.kv_heads, i % shape.kv_heads);
             let mut state = self.spec.make(&Place { shape, layer, kv_head, rope });
             state.meet(&self.boards[layer], kv_head);
-            let kv = cache.head(layer, kv_head);
-            if !kv.is_empty() {
-                state.appended(&kv, 0);
-            }
             Mutex::new(state)
         };
         self.heads = (0..shape.layers * shape.kv_heads).map(fresh).collect();
+        // Indexes of some methods take a while, and not the same for every head.
+        let next = AtomicUsize::new(0);
+        team.run(|_| {
+            loop {
+                let i = next.fetch_add(1, Relaxed);
+                let Some(state) = self.heads.get(i) else { return };
+                let kv = cache.head(i / shape.kv_heads, i % shape.kv_heads);
+                if !kv.is_empty() {
+                    state.lock().unwrap_or_else(|e| e.into_inner()).appended(&kv, 0);
+                }
+            }
+        });
     }
 
     /// Which method, with all parameters.

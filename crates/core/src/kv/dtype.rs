@@ -106,7 +106,7 @@ impl SideDtype {
             return Ok(());
         };
         Err(format!(
-            "rows of `{self}` {refers}, so single ones cannot be evicted: use bf16, int8 or q8_0, or +plain"
+            "rows of `{self}` {refers}, so single ones cannot be evicted: use bf16, q8_0 or int8+plain"
         ))
     }
 

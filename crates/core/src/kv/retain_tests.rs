@@ -79,7 +79,7 @@ fn rewinds_count_tokens() {
 /// Whatever is dropped, the memory goes; whoever shares the pages keeps them as they are.
 #[test]
 fn memory_falls_and_a_fork_is_untouched() {
-    let dtype = kv_dtype("int8").unwrap();
+    let dtype = kv_dtype("int8+plain").unwrap();
     let mut parent = cache(dtype, 2);
     for head in 0..2 {
         parent.head_mut(0, head).append(&rows(1300, D, 1), &rows(1300, D, 2)).unwrap();

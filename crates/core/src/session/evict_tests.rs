@@ -26,7 +26,7 @@ fn model() -> Arc<Model> {
 }
 
 fn session(model: &Arc<Model>, threads: usize, spec: &str) -> Session {
-    let (kv, method) = (kv_dtype("int8").unwrap(), method(spec).unwrap());
+    let (kv, method) = (kv_dtype("int8+plain").unwrap(), method(spec).unwrap());
     Session::new(model.clone(), team(threads), SessionOptions { capacity: 1400, kv, method }).unwrap()
 }
 

@@ -30,7 +30,7 @@ impl Session {
     /// ```
     pub fn fork(&self) -> Result<Session> {
         let cache = self.cache.fork()?;
-        let attention = self.attention.fork(&cache, &self.rope)?;
+        let attention = self.attention.fork(&cache, &self.rope, &self.team)?;
         let mut session = self.beside(cache, attention)?;
         (session.prompting, session.rows_gone) = (self.prompting, self.rows_gone);
         session.known.clone_from(&self.known);
@@ -45,7 +45,7 @@ impl Session {
     /// As [`Session::fork`]; also a method that cannot serve the model or the number format of the cache.
     pub fn fork_with(&self, method: MethodSpec) -> Result<Session> {
         let cache = self.cache.fork()?;
-        let attention = Attention::new(method, &cache, &self.rope)?;
+        let attention = Attention::new(method, &cache, &self.rope, &self.team)?;
         let mut session = self.beside(cache, attention)?;
         session.rows_gone = self.rows_gone;
         if self.known.len() < self.len() {

@@ -135,7 +135,7 @@ impl Session {
         let shape = CacheShape::new(&model.config, options.capacity);
         let cache = KvCache::new(shape, options.kv, model.kernels)?;
         let rope = Self::rope_for(&model, options.capacity, &team)?;
-        let attention = Attention::new(options.method, &cache, &rope)?;
+        let attention = Attention::new(options.method, &cache, &rope, &team)?;
         Ok(Self::with_cache(model, team, rope, cache, attention))
     }
 
@@ -272,7 +272,7 @@ impl Session {
 
     /// Builds the attention state anew from the whole cache.
     pub fn refresh(&mut self) {
-        self.attention.refresh(&self.cache, &self.rope);
+        self.attention.refresh(&self.cache, &self.rope, &self.team);
     }
 
     /// States of another method for this cache, up to date with what it holds; see [`Session::swap_attention`].
@@ -285,7 +285,7 @@ impl Session {
             let reason = "a method that evicts needs a cache of its own: fork the session with it".into();
             return Err(Error::Parameter { text: method.canonical(), reason });
         }
-        Attention::new(method, &self.cache, &self.rope)
+        Attention::new(method, &self.cache, &self.rope, &self.team)
     }
 
     /// Puts `attention` in place and returns the state that was there. It must have been built for this cache at its

@@ -88,7 +88,7 @@ impl PrefixCache {
         // The logits after the last token are not kept: it is computed again.
         let cache = self.tree.cache(&tokens[..tokens.len().saturating_sub(1)], capacity)?;
         let known = tokens[..cache.len()].to_vec();
-        let attention = Attention::new(method, &cache, &rope)?;
+        let attention = Attention::new(method, &cache, &rope, &team)?;
         let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, attention);
         session.known = known;
         Ok(session)

@@ -6,6 +6,7 @@ use crate::analyse::{Results, sentence::sentence};
 use crate::record::Record;
 use crate::{LabError, Result};
 
+pub mod choice;
 pub mod csv;
 pub mod formats_doc;
 pub mod markdown;
