@@ -31,6 +31,15 @@ struct Loaded {
     records: Vec<Record>,
 }
 
+impl Loaded {
+    /// Whether `name` is that of the experiment, alone or with its group, or of the directory.
+    fn is_called(&self, name: &str) -> bool {
+        let e = &self.results.plan.experiment;
+        let directory = self.results.dir.file_name().and_then(|n| n.to_str());
+        name == e.name || name == e.full_name() || directory == Some(name)
+    }
+}
+
 /// Prints the results to `out`, or rewrites the marked parts of a page. Exit code 6 when cells failed or are unfinished,
 /// otherwise 0.
 ///
@@ -103,26 +112,20 @@ fn splice_page(page: &Path, loaded: &[Loaded]) -> Result<String> {
     Ok(format!("{}: {parts} parts up to date\n", page.display()))
 }
 
-/// The text of a part, `NAME` or `NAME:EXPERIMENT` (its name, or group/name). `choice` chooses among all experiments that are
+/// The text of a part, `NAME` or `NAME:EXPERIMENT` (its name, group/name, or the name of the directory). `choice` chooses among all experiments that are
 /// named, joined by `+`.
 fn part(name: &str, page: &Path, loaded: &[Loaded]) -> Result<String, String> {
     let (kind, experiment) = match name.split_once(':') {
         Some((kind, experiment)) => (kind, Some(experiment.trim())),
         None => (name, None),
     };
-    let named = |l: &&Loaded| {
-        let e = &l.results.plan.experiment;
-        experiment.is_none_or(|wanted| wanted == e.name || wanted == e.full_name())
-    };
+    let named = |l: &&Loaded| experiment.is_none_or(|wanted| l.is_called(wanted));
     if kind.trim() == "choice" {
         let wanted: Vec<&str> =
             experiment.map_or(Vec::new(), |names| names.split('+').map(str::trim).collect());
         let all: Vec<Record> = loaded
             .iter()
-            .filter(|l| {
-                let e = &l.results.plan.experiment;
-                wanted.is_empty() || wanted.iter().any(|name| *name == e.name || *name == e.full_name())
-            })
+            .filter(|l| wanted.is_empty() || wanted.iter().any(|name| l.is_called(name)))
             .flat_map(|l| l.records.iter().cloned())
             .collect();
         let rows = choice::choices(&all).markdown();
