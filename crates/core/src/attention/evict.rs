@@ -2,9 +2,9 @@
 //!
 //! A row that is evicted is never read again. Its memory goes when [`SLACK`] rows of a head are evicted, or when a prompt
 //! ends: until then a rewind to where memory last went (the mark) finds every row and every score as they were, so what is
-//! decoded after it repeats bit for bit. A rewind beyond the mark leaves evicted rows evicted. Before a step attends, it evicts down to the budget,
-//! by the scores that the steps before it left: what it reads, its own row included, is the budget, no more (the authors of
-//! most methods evict after the step and so hold one row more while it runs).
+//! decoded after it repeats bit for bit. A rewind beyond the mark leaves evicted rows evicted. Before a step attends, it
+//! evicts down to the budget, by the scores that the steps before it left: what it reads, its own row included, is the
+//! budget, no more (the authors of most methods evict after the step and so hold one row more while it runs).
 //!
 //! Methods attend to the rows themselves, for they need the weights: keys are read once. A decode step scans the scores of
 //! a head, 4 bytes a row, besides its rows.
