@@ -277,19 +277,6 @@ impl KvHead {
         self.values.parts(run)
     }
 
-    /// Bytes that reading the keys and the values of `tokens` touches.
-    pub fn read_bytes(&self, tokens: Range<usize>) -> usize {
-        let bytes = |run: Range<usize>| -> usize {
-            self.key_parts(&run).chain(self.value_parts(&run)).map(<[u8]>::len).sum()
-        };
-        self.runs(tokens).map(bytes).sum()
-    }
-
-    /// Bytes that reading the keys of `tokens` touches.
-    pub fn read_key_bytes(&self, tokens: Range<usize>) -> usize {
-        self.runs(tokens).map(|run| self.key_parts(&run).map(<[u8]>::len).sum::<usize>()).sum()
-    }
-
     /// Rows that a method attends itself, while they are watched.
     pub(crate) fn watch(&self) -> &Watch {
         &self.watch
