@@ -49,18 +49,8 @@ pub(super) const METHOD: Method = Method {
             kind: Kind::Float { min: 0.0, max: 1.0 },
             default: "0.1",
         },
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "16",
-        },
-        ParamSpec {
-            name: "local",
-            summary: "most recent tokens always read, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "128",
-        },
+        ParamSpec::sinks("16"),
+        ParamSpec::local("128"),
         ParamSpec {
             name: "means",
             summary: "mean values that stand for the rest: of 64 tokens, of all tokens, or none",
@@ -69,6 +59,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, shape| match shape.dtype.keys.key_codec().upper() {
         Some(_) => Ok(()),
         None => Err(format!(

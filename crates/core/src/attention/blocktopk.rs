@@ -51,12 +51,7 @@ pub(super) const METHOD: Method = Method {
             kind: Kind::Choice(&["none", "mean"]),
             default: "none",
         },
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "16",
-        },
+        ParamSpec::sinks("16"),
         ParamSpec {
             name: "local",
             summary: "most recent tokens always read, the newest included; with the rest of the block they begin in",
@@ -65,6 +60,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |p, shape| {
         summary::check(shape, 1)?;
         let (block, budget) = (p.int("block"), p.int("budget"));

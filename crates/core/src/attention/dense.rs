@@ -8,6 +8,7 @@ pub(super) const METHOD: Method = Method {
     summary: "every cached token, exactly (split-KV online softmax; FlashDecoding)",
     params: &[],
     settings: false,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |_, _| Box::new(Dense),
     predict: |_, context, _| Predicted::rows(context),

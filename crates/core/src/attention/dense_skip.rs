@@ -19,6 +19,7 @@ pub(super) const METHOD: Method = Method {
         default: "0.000001",
     }],
     settings: false,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, _| Box::new(DenseSkip { below: p.float("below") as f32 }),
     // How many values are read depends on the data.

@@ -40,6 +40,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |p, shape| check_channels(p.int("channels"), shape.head_dim),
     make: |p, place| {
         Box::new(DoubleSparsity {

@@ -18,9 +18,6 @@ use super::{GroupQuery, HeadMethod, MethodShape, Prompt, Reader, Selection};
 use crate::error::Result;
 use crate::kv::{KvHead, PAGE_TOKENS};
 
-/// Names of the methods that evict.
-pub(super) const NAMES: [&str; 5] = ["h2o", "snapkv", "tova", "expected", "lru"];
-
 /// Rows of a head that may be evicted and still in memory.
 pub(super) const SLACK: usize = PAGE_TOKENS;
 

@@ -55,6 +55,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: true,
     check: |p, shape| {
         evict::check(p, shape)?;
         match p.int("sinks") < p.int("budget") {

@@ -54,6 +54,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: true,
     check: |p, shape| {
         evict::check(p, shape)?;
         match p.float("heavy") + p.float("recent") > 0.0 {

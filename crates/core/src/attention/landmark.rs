@@ -52,6 +52,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, shape| summary::check(shape, 1),
     make: |p, place| Box::new(Landmark::new(p, place)),
     // Rows for one query head: how far the heads of a group agree depends on the data.

@@ -46,6 +46,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| Box::new(Longformer::new(p, dilation(p, place.kv_head))),
     predict: |p, context, _| {

@@ -36,6 +36,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: true,
     check: evict::check,
     make: |p, _| {
         let (budget, above, sample) = (p.int("budget"), p.float("above") as f32, p.int("sample"));

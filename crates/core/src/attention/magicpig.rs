@@ -30,33 +30,30 @@ use super::signatures::{Signatures, WORDS};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Reader, Selection};
 use crate::kv::{KvHead, PAGE_TOKENS};
 
-const fn int(
-    name: &'static str,
-    summary: &'static str,
-    [min, max]: [u64; 2],
-    default: &'static str,
-) -> ParamSpec {
-    ParamSpec { name, summary, kind: Kind::Int { min, max }, default }
-}
-
 pub(super) const METHOD: Method = Method {
     name: "magicpig",
     summary: "importance sampling by locality-sensitive hashes (MagicPIG, arXiv 2410.16179)",
     params: &[
-        int("bits", "signs a hash", [1, 12], "10"),
-        int("tables", "hash tables", [1, 1024], "150"),
-        int("hits", "tables that must agree for a token to be sampled; 0 samples all", [0, 2], "2"),
-        int("sinks", "first tokens always read", [0, 1 << 20], "4"),
-        int("local", "most recent tokens always read, the newest included", [1, 1 << 24], "64"),
+        ParamSpec::int("bits", "signs a hash", [1, 12], "10"),
+        ParamSpec::int("tables", "hash tables", [1, 1024], "150"),
+        ParamSpec::int(
+            "hits",
+            "tables that must agree for a token to be sampled; 0 samples all",
+            [0, 2],
+            "2",
+        ),
+        ParamSpec::sinks("4"),
+        ParamSpec::local("64"),
         ParamSpec {
             name: "index",
             summary: "lists of tokens by hash, or packed hashes that are scanned",
             kind: Kind::Choice(&["tables", "packed"]),
             default: "tables",
         },
-        int("seed", "of the hashes", [0, 1 << 32], "0"),
+        ParamSpec::int("seed", "of the hashes", [0, 1 << 32], "0"),
     ],
     settings: true,
+    evicts: false,
     check: |_, shape| super::reformer::check(shape),
     make: |p, place| Box::new(MagicPig::new(p, place)),
     predict: |p, n, shape| {

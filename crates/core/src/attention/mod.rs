@@ -246,6 +246,8 @@ pub struct Method {
     pub params: &'static [ParamSpec],
     /// Whether it takes the [`SETTINGS`] too; what reads everything has no use for them.
     pub settings: bool,
+    /// Whether it drops rows of the cache for good.
+    pub evicts: bool,
     /// Says what contradicts what: parameters each other, the shape, the number format.
     check: fn(&Params, &MethodShape) -> Result<(), String>,
     /// Makes the state of one (layer, KV head).
@@ -294,7 +296,7 @@ impl Method {
 impl MethodSpec {
     /// Whether it drops rows of the cache for good.
     pub fn evicts(&self) -> bool {
-        evict::NAMES.contains(&self.method().name)
+        self.method().evicts
     }
 
     /// The state of one (layer, KV head).

@@ -71,6 +71,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check,
     make: |p, place| Box::new(Nsa::new(p, place)),
     predict: |p, context, shape| {

@@ -24,12 +24,7 @@ use super::{
 use super::{top_k, top_p};
 use crate::kv::KvHead;
 
-const SINKS: ParamSpec = ParamSpec {
-    name: "sinks",
-    summary: "first tokens always read",
-    kind: Kind::Int { min: 0, max: 1 << 20 },
-    default: "0",
-};
+const SINKS: ParamSpec = ParamSpec::sinks("0");
 const LOCAL: ParamSpec = ParamSpec {
     name: "local",
     summary: "most recent tokens always read, the newest included",
@@ -63,6 +58,7 @@ pub(super) const TOPK: Method = Method {
         TAIL,
     ],
     settings: true,
+    evicts: false,
     check: |p, _| match p.int("k") > 0 && p.float("share") > 0.0 {
         true => Err("k and share both say how many tokens to keep: give one of them".into()),
         false => Ok(()),
@@ -76,6 +72,7 @@ pub(super) const TOPP: Method = Method {
     summary: "oracle: the fewest tokens with a share of each head's weight, known from reading every key",
     params: &[share("p", "share of the weight that is kept", "0.95"), SINKS, LOCAL, TAIL],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| Oracle::boxed(Rule::Mass(p.float("p") as f32), p, place),
     // Depends on the data; about a tenth where heads are peaked.
@@ -92,6 +89,7 @@ pub(super) const THRESHOLD: Method = Method {
         TAIL,
     ],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| Oracle::boxed(Rule::Floor(p.float("tau") as f32), p, place),
     // Depends on the data.
@@ -109,6 +107,7 @@ pub(super) const ENTROPY: Method = Method {
         TAIL,
     ],
     settings: true,
+    evicts: false,
     check: |p, _| match p.float("min") > p.float("max") {
         true => Err("min is above max: the share grows with the entropy from min to max".into()),
         false => Ok(()),

@@ -42,6 +42,28 @@ pub struct ParamSpec {
     pub default: &'static str,
 }
 
+impl ParamSpec {
+    /// A whole number within the bounds.
+    pub const fn int(
+        name: &'static str,
+        summary: &'static str,
+        [min, max]: [u64; 2],
+        default: &'static str,
+    ) -> Self {
+        ParamSpec { name, summary, kind: Kind::Int { min, max }, default }
+    }
+
+    /// How many of the first tokens a method always reads.
+    pub const fn sinks(default: &'static str) -> Self {
+        ParamSpec::int("sinks", "first tokens always read", [0, 1 << 20], default)
+    }
+
+    /// How many of the most recent tokens a method always reads.
+    pub const fn local(default: &'static str) -> Self {
+        ParamSpec::int("local", "most recent tokens always read, the newest included", [1, 1 << 24], default)
+    }
+}
+
 /// The value of a parameter.
 #[derive(Clone, Debug, PartialEq)]
 enum Value {

@@ -41,6 +41,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, shape| summary::check(shape, 2),
     make: |p, place| Box::new(Quest::new(p, place)),
     // Rows for one query head: how far the heads of a group agree depends on the data.

@@ -14,31 +14,23 @@
 //! and page.
 
 use super::lsh::{KeyPages, Rotations};
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, MethodShape, Params, Place, Predicted, Selection, TokenSet};
 use crate::kv::{KvHead, PAGE_TOKENS};
-
-const fn int(
-    name: &'static str,
-    summary: &'static str,
-    [min, max]: [u64; 2],
-    default: &'static str,
-) -> ParamSpec {
-    ParamSpec { name, summary, kind: Kind::Int { min, max }, default }
-}
 
 pub(super) const METHOD: Method = Method {
     name: "reformer",
     summary: "tokens in the query's hash buckets (Reformer, arXiv 2001.04451); a weak baseline without its training",
     params: &[
-        int("rounds", "hash rounds", [1, 64], "8"),
-        int("bucket", "tokens of a bucket when the cache is full, about", [8, 1 << 16], "64"),
-        int("chunk", "newest tokens of a bucket read in a round", [1, 1 << 20], "128"),
-        int("sinks", "first tokens always read", [0, 1 << 20], "4"),
-        int("local", "most recent tokens always read, the newest included", [1, 1 << 24], "128"),
-        int("seed", "of the hashes", [0, 1 << 32], "0"),
+        ParamSpec::int("rounds", "hash rounds", [1, 64], "8"),
+        ParamSpec::int("bucket", "tokens of a bucket when the cache is full, about", [8, 1 << 16], "64"),
+        ParamSpec::int("chunk", "newest tokens of a bucket read in a round", [1, 1 << 20], "128"),
+        ParamSpec::sinks("4"),
+        ParamSpec::local("128"),
+        ParamSpec::int("seed", "of the hashes", [0, 1 << 32], "0"),
     ],
     settings: true,
+    evicts: false,
     check: |_, shape| check(shape),
     make: |p, place| Box::new(Reformer::new(p, place)),
     predict: |p, n, shape| {

@@ -40,7 +40,8 @@ impl HeadMethod for Reuse {
                 out.spans.extend_from_slice(&self.last.spans);
                 match out.spans.last_mut() {
                     Some(last) if last.end == self.seen => last.end = kv.len(),
-                    _ => out.spans.push(self.seen..kv.len()),
+                    _ if self.seen < kv.len() => out.spans.push(self.seen..kv.len()),
+                    _ => {}
                 }
                 out.tail.extend_from_slice(&self.last.tail);
                 out.skip_below = self.last.skip_below;

@@ -53,6 +53,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: true,
     check: |p, shape| {
         evict::check(p, shape)?;
         if p.int("window") > p.int("capacity") {

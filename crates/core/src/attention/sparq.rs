@@ -42,14 +42,10 @@ pub(super) const METHOD: Method = Method {
             kind: Kind::Int { min: 1, max: 1 << 24 },
             default: "128",
         },
-        ParamSpec {
-            name: "local",
-            summary: "most recent tokens always read, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "32",
-        },
+        ParamSpec::local("32"),
     ],
     settings: true,
+    evicts: false,
     check: |p, shape| {
         let (channels, d) = (p.int("channels"), shape.head_dim);
         if channels > d {

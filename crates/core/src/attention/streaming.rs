@@ -21,12 +21,7 @@ pub(super) const METHOD: Method = Method {
     name: "streaming",
     summary: "attention sinks and the most recent tokens, at positions within the cache (StreamingLLM, arXiv 2309.17453)",
     params: &[
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "4",
-        },
+        ParamSpec::sinks("4"),
         ParamSpec {
             name: "window",
             summary: "most recent tokens read, the newest included",
@@ -41,6 +36,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| {
         Box::new(Streaming::new(p.int("sinks"), p.int("window"), p.word("pos") == "cache", place))

@@ -23,6 +23,7 @@ pub(super) const METHOD: Method = Method {
         default: "2048",
     }],
     settings: true,
+    evicts: true,
     check: evict::check,
     make: |p, _| Box::new(Evicting::new(Tova::new(p.int("budget")))),
     predict: |p, context, shape| {

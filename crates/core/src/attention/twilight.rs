@@ -52,6 +52,7 @@ pub(super) const METHOD: Method = Method {
         CHANNELS,
     ],
     settings: true,
+    evicts: false,
     check: |p, shape| match p.word("stage1") {
         "labels" => check_channels(p.int("channels"), shape.head_dim),
         _ => Ok(()),

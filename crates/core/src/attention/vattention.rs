@@ -75,6 +75,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| Box::new(VAttention::new(p, place)),
     predict: |p, n, shape| {

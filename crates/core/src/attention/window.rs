@@ -11,12 +11,7 @@ pub(super) const METHOD: Method = Method {
     name: "window",
     summary: "attention sinks and the most recent tokens (StreamingLLM with original positions, arXiv 2309.17453)",
     params: &[
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "4",
-        },
+        ParamSpec::sinks("4"),
         ParamSpec {
             name: "window",
             summary: "most recent tokens read, the newest included",
@@ -25,6 +20,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check: |_, _| Ok(()),
     make: |p, _| Box::new(Window { sinks: p.int("sinks"), window: p.int("window") }),
     predict: |p, context, _| Predicted::rows((p.int("sinks") + p.int("window")).min(context)),

@@ -69,18 +69,8 @@ pub(super) const METHOD: Method = Method {
             kind: Kind::Float { min: 0.0, max: 1.0 },
             default: "0.002",
         },
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "16",
-        },
-        ParamSpec {
-            name: "local",
-            summary: "most recent tokens always read, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "128",
-        },
+        ParamSpec::sinks("16"),
+        ParamSpec::local("128"),
         ParamSpec {
             name: "segment",
             summary: "tokens that are clustered together once they are complete",
@@ -107,6 +97,7 @@ pub(super) const METHOD: Method = Method {
         },
     ],
     settings: true,
+    evicts: false,
     check,
     make: |p, place| Box::new(Cluster::new(p, &place.shape)),
     predict,
