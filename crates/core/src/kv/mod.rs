@@ -17,6 +17,7 @@ mod coded;
 mod dtype;
 mod f16;
 mod f32;
+mod floats;
 mod fp8;
 mod head;
 mod int4;

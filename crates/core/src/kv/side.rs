@@ -12,12 +12,14 @@ use longbit_kernels::Kernels;
 use longbit_sys::Segment;
 
 use super::dtype::exact_row_bytes;
+use super::f16::F16;
+use super::floats::Floats;
 use super::pool::{KvMemory, Memory, Move, Page};
-use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, SideDtype, ValueCodec, f16};
+use super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, SideDtype, ValueCodec};
 use crate::error::Result;
 
 /// How rows are kept that are not encoded.
-pub(super) static EXACT: f16::F16 = f16::F16;
+pub(super) static EXACT: Floats<F16> = Floats::NEW;
 
 pub(super) struct Side {
     dtype: SideDtype,
