@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::side::{EXACT, exact_row_bytes};
 use super::{Codec, KV_FORMATS, KeyCodec, PAGE_TOKENS, ValueCodec};
 use crate::error::{Error, Result};
 
@@ -66,7 +67,7 @@ impl SideDtype {
     /// The largest magnitude that a number of a row may have.
     pub fn largest(&self, head_dim: usize) -> f32 {
         let exact = self.exact_first() + self.exact_recent() > 0;
-        let stored = self.codec.largest().min(if exact { super::side::EXACT.largest() } else { f32::MAX });
+        let stored = self.codec.largest().min(if exact { EXACT.largest() } else { f32::MAX });
         // Rotation adds all numbers of a row up, and a mean is taken off: sums of up to `sqrt(head_dim)` and twice that.
         let rotated = if self.rotate { stored / (head_dim as f32).sqrt() } else { stored };
         if self.centre { rotated / 2.0 } else { rotated }
@@ -169,11 +170,6 @@ impl fmt::Display for SideDtype {
         f.write_str(if self.rotate && !base.0 { "+rotate" } else { "" })?;
         f.write_str(if self.centre && !base.1 { "+centre" } else { "" })
     }
-}
-
-/// Bytes of a row that is kept exactly.
-pub(super) fn exact_row_bytes(head_dim: usize) -> usize {
-    super::side::EXACT.page_bytes(head_dim) / PAGE_TOKENS
 }
 
 /// How the keys and the values of a cache are stored.

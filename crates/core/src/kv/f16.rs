@@ -20,8 +20,10 @@ pub(super) struct F16;
 impl Element for F16 {
     type Bits = u16;
     const LARGEST: f32 = 65519.0;
-    const ENCODE: fn(&Kernels, &[f32], usize, &mut [u16]) = |kernels, rows, _, out| kernels.f32_to_f16(rows, out);
-    const DECODE: fn(&Kernels, &[u16], usize, &mut [f32]) = |kernels, bits, _, out| kernels.f16_to_f32(bits, out);
+    const ENCODE: fn(&Kernels, &[f32], usize, &mut [u16]) =
+        |kernels, rows, _, out| kernels.f32_to_f16(rows, out);
+    const DECODE: fn(&Kernels, &[u16], usize, &mut [f32]) =
+        |kernels, bits, _, out| kernels.f16_to_f32(bits, out);
     const SCORES: RowKernel<u16> = Kernels::scores_f16;
     const ACCUMULATE: RowKernel<u16> = Kernels::accumulate_f16;
 }

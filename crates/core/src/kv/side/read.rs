@@ -1,0 +1,174 @@
+//! How attention reads a side: runs of rows that lie in one place each, their scores, weighted sums and bytes.
+
+use std::ops::Range;
+
+use longbit_kernels::Kernels;
+
+use super::super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, ValueCodec};
+use super::centre::widen;
+use super::{EXACT, Side};
+
+/// Where the rows of a run lie.
+struct Place<'a> {
+    exact: bool,
+    rows: Rows<'a>,
+    /// The mean that was taken off, bfloat16.
+    mean: Option<&'a [u16]>,
+}
+
+impl Side {
+    /// Where the run that begins at `start` ends at the latest, as far as this side is concerned.
+    pub(in crate::kv) fn cut(&self, start: usize) -> usize {
+        let mut end = (start / PAGE_TOKENS + 1) * PAGE_TOKENS;
+        let first = self.dtype.exact_first();
+        if start < first {
+            end = end.min(first);
+        } else if start < self.settled {
+            end = end.min(self.settled);
+        } else if self.ring() > 0 {
+            end = end.min((start / self.ring() + 1) * self.ring());
+        }
+        end
+    }
+
+    fn place(&self, run: &Range<usize>) -> Place<'_> {
+        debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
+        let exact = |row: usize| Place {
+            exact: true,
+            rows: self.rows(&self.memory.exact, row..row + run.len()),
+            mean: None,
+        };
+        if run.start < self.dtype.exact_first() {
+            exact(run.start)
+        } else if run.start >= self.settled {
+            exact(self.ring_row(run.start))
+        } else {
+            let page = run.start / PAGE_TOKENS;
+            let row = run.start % PAGE_TOKENS;
+            Place {
+                exact: false,
+                rows: self.rows(self.encoded(page), row..row + run.len()),
+                mean: self.dtype.centre().then(|| self.mean(page)),
+            }
+        }
+    }
+
+    pub(super) fn rows<'a>(&self, page: &'a [u8], range: Range<usize>) -> Rows<'a> {
+        Rows { page, range, head_dim: self.head_dim, upcoming: &[] }
+    }
+
+    /// Decodes `tokens` into `out`, `[tokens][head_dim]`, rotated if this side is.
+    pub(in crate::kv) fn decode(&self, kernels: &Kernels, tokens: Range<usize>, out: &mut [f32]) {
+        let (d, mut start, mut out) = (self.head_dim, tokens.start, out);
+        while start < tokens.end {
+            let run = start..tokens.end.min(self.cut(start));
+            let (rows, rest) = out.split_at_mut(run.len() * d);
+            let place = self.place(&run);
+            let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
+            codec.decode(kernels, &place.rows, rows);
+            if let Some(mean) = place.mean {
+                for row in rows.chunks_exact_mut(d) {
+                    row.iter_mut().zip(mean).for_each(|(x, &m)| *x += widen(m));
+                }
+            }
+            (start, out) = (run.end, rest);
+        }
+    }
+
+    /// The bytes that reading `run` touches.
+    pub(in crate::kv) fn parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let place = self.place(run);
+        let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
+        let parts = codec.parts(place.rows.page, place.rows.range, self.head_dim);
+        parts.into_iter().chain(place.mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
+    }
+
+    /// See [`crate::kv::KvHead::scores`].
+    pub(in crate::kv) fn scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        let place = self.place(run);
+        let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
+        codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
+        self.add_mean(kernels, queries, place.mean, scratch, out);
+    }
+
+    /// Adds to scores `[group][n]` what the mean of the page was taken off for.
+    fn add_mean(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        mean: Option<&[u16]>,
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        let Some(mean) = mean else { return };
+        scratch.mean.resize(self.head_dim, 0.0);
+        kernels.bf16_to_f32(mean, &mut scratch.mean);
+        scratch.group.clear();
+        scratch
+            .group
+            .extend(queries.chunks_exact(self.head_dim).map(|query| kernels.dot(query, &scratch.mean)));
+        kernels.add_to_rows(out, &scratch.group);
+    }
+
+    /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
+    pub(in crate::kv) fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let Place { exact, rows, mean } = self.place(run);
+        let parts = match self.dtype.key_codec().upper() {
+            Some(upper) if !exact => upper.parts(rows.page, rows.range, self.head_dim),
+            _ if exact => EXACT.parts(rows.page, rows.range, self.head_dim),
+            _ => self.codec().parts(rows.page, rows.range, self.head_dim),
+        };
+        parts.into_iter().chain(mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
+    }
+
+    /// See [`crate::kv::KvHead::upper_scores`].
+    pub(in crate::kv) fn upper_scores(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        (steps, out): (&mut [f32], &mut [f32]),
+    ) {
+        let place = self.place(run);
+        let upper = if place.exact { None } else { self.dtype.key_codec().upper() };
+        let Some(upper) = upper else {
+            steps.fill(0.0);
+            return self.scores(kernels, queries, run, upcoming, scratch, out);
+        };
+        upper.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, steps, out);
+        self.add_mean(kernels, queries, place.mean, scratch, out);
+    }
+
+    /// See [`crate::kv::KvHead::accumulate`].
+    pub(in crate::kv) fn accumulate(
+        &self,
+        kernels: &Kernels,
+        weights: &[f32],
+        run: &Range<usize>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        acc: &mut [f32],
+    ) {
+        let place = self.place(run);
+        let codec: &dyn ValueCodec = if place.exact { &EXACT } else { self.dtype.value_codec() };
+        codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows }, scratch, acc);
+        if let Some(mean) = place.mean {
+            scratch.mean.resize(self.head_dim, 0.0);
+            kernels.bf16_to_f32(mean, &mut scratch.mean);
+            for (weights, acc) in weights.chunks_exact(run.len()).zip(acc.chunks_exact_mut(self.head_dim)) {
+                let sum = kernels.sum(weights);
+                kernels.scale_add(acc, 1.0, &scratch.mean, sum);
+            }
+        }
+    }
+}
