@@ -9,20 +9,32 @@
 //! Methods attend to the rows themselves, for they need the weights: keys are read once. A decode step scans the scores of
 //! a head, 4 bytes a row, besides its rows.
 
+mod board;
+mod compaction;
+mod eyes;
+mod ledger;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use board::Board;
+pub use compaction::Compaction;
+pub(super) use eyes::{Eyes, LastQueries};
+pub(super) use ledger::{largest, to_spans};
+
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use super::params::Params;
-use super::partial::stride;
-use super::{GroupQuery, HeadMethod, MethodShape, Prompt, Reader, Selection};
+use super::{GroupQuery, HeadMethod, MethodShape, Prompt, Selection};
 use crate::error::Result;
 use crate::kv::{KvHead, PAGE_TOKENS};
+use compaction::merge;
+use ledger::Ledger;
 
 /// Rows of a head that may be evicted and still in memory.
 pub(super) const SLACK: usize = PAGE_TOKENS;
-
-/// Queries of a prompt that are scored together.
-const TOGETHER: usize = 4;
 
 /// Refuses what no method that evicts can do.
 pub(super) fn check(params: &Params, shape: &MethodShape) -> Result<(), String> {
@@ -42,256 +54,6 @@ pub enum Occasion {
     Prompt,
     /// A prompt is over, and every head of the layer was told so.
     PromptOver,
-}
-
-/// What is to become of the rows of a head.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Compaction {
-    /// Rows that remain: ascending, disjoint.
-    pub keep: Vec<Range<usize>>,
-    /// Rows, counted among those that remain, which others were merged into, ascending.
-    merged: Vec<usize>,
-    /// Their keys and values, `[merged][head_dim]`, rotated as they are stored.
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl Compaction {
-    /// Forgets everything but the memory.
-    pub fn clear(&mut self) {
-        self.keep.clear();
-        self.merged.clear();
-        self.keys.clear();
-        self.values.clear();
-    }
-
-    /// Does it.
-    ///
-    /// # Errors
-    /// As [`KvHead::retain`].
-    pub fn apply(&self, kv: &mut KvHead) -> Result<()> {
-        kv.retain(&self.keep)?;
-        let d = kv.head_dim();
-        for ((row, key), value) in
-            self.merged.iter().zip(self.keys.chunks_exact(d)).zip(self.values.chunks_exact(d))
-        {
-            kv.replace(*row, key, value)?;
-        }
-        Ok(())
-    }
-}
-
-/// Where the heads of a layer leave numbers for each other. What is left for one position is read at the next, so the
-/// numbers of two positions are kept.
-pub struct Board(Mutex<[Vec<Post>; 2]>);
-
-#[derive(Clone, Default)]
-struct Post {
-    /// Which position the numbers are of, plus one; 0 before the first.
-    when: usize,
-    numbers: Arc<Vec<f32>>,
-}
-
-impl Board {
-    pub(super) fn new(heads: usize) -> Self {
-        Board(Mutex::new([vec![Post::default(); heads], vec![Post::default(); heads]]))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, [Vec<Post>; 2]> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    pub(super) fn copy(&self) -> Self {
-        Board(Mutex::new(self.lock().clone()))
-    }
-
-    /// Leaves the numbers of `head` for `position`.
-    pub(super) fn put(&self, head: usize, position: usize, numbers: Vec<f32>) {
-        self.lock()[position % 2][head] = Post { when: position + 1, numbers: Arc::new(numbers) };
-    }
-
-    /// Takes what `head` left for `position` off.
-    pub(super) fn take_off(&self, head: usize, position: usize) {
-        self.lock()[position % 2][head] = Post::default();
-    }
-
-    /// The numbers of every head for `position`, if all have left them.
-    pub(super) fn all(&self, position: usize) -> Option<Vec<Arc<Vec<f32>>>> {
-        let posts = &self.lock()[position % 2];
-        let whole = posts.iter().all(|post| post.when == position + 1);
-        whole.then(|| posts.iter().map(|post| Arc::clone(&post.numbers)).collect())
-    }
-}
-
-/// The last queries of a prompt, kept until it ends.
-#[derive(Clone, Default)]
-pub(super) struct LastQueries {
-    most: usize,
-    /// `[tokens][group][head_dim]`.
-    pub(super) rows: Vec<f32>,
-    /// Position of the first.
-    pub(super) first: usize,
-    pub(super) group: usize,
-    head_dim: usize,
-}
-
-impl LastQueries {
-    pub(super) fn new(most: usize) -> Self {
-        LastQueries { most, ..Default::default() }
-    }
-
-    pub(super) fn most(&self) -> usize {
-        self.most
-    }
-
-    fn width(&self) -> usize {
-        (self.group * self.head_dim).max(1)
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.rows.len() / self.width()
-    }
-
-    pub(super) fn push(&mut self, prompt: Prompt<'_>) {
-        if self.rows.is_empty() || prompt.first != self.first + self.len() {
-            self.rows.clear();
-            (self.first, self.group, self.head_dim) = (prompt.first, prompt.group, prompt.head_dim);
-        }
-        self.rows.extend_from_slice(prompt.rows);
-        let more = self.len().saturating_sub(self.most);
-        self.rows.drain(..more * self.width());
-        self.first += more;
-    }
-
-    /// Forgets those from position `tokens` on.
-    pub(super) fn truncate(&mut self, tokens: usize) {
-        let keep = tokens.saturating_sub(self.first) * self.width();
-        self.rows.truncate(keep);
-    }
-
-    pub(super) fn forget(&mut self) {
-        self.rows = Vec::new();
-    }
-
-    /// Hands `each` the softmax weights of every query over the rows up to its own: its position, and `[group][rows]`.
-    pub(super) fn weigh(&self, eyes: &mut Eyes, kv: &KvHead, mut each: impl FnMut(usize, &[f32])) {
-        let (d, kernels) = (self.head_dim, kv.kernels());
-        let mut position = self.first;
-        let mut some = Vec::new();
-        for rows in self.rows.chunks(TOGETHER * self.width()) {
-            let n = rows.len() / self.width();
-            let all = kv.row_of(position + n);
-            if all > 0 {
-                let query = GroupQuery { rows, head_dim: d, position: position + n - 1 };
-                eyes.reader.logits(query, kv, std::slice::from_ref(&(0..all)), &mut eyes.weights);
-                for (i, logits) in eyes.weights.chunks_exact(self.group * all).enumerate() {
-                    let seen = kv.row_of(position + i + 1);
-                    some.clear();
-                    for logits in logits.chunks_exact(all) {
-                        let from = some.len();
-                        some.extend_from_slice(&logits[..seen]);
-                        let weights = &mut some[from..];
-                        let sum = kernels.exp_sum(weights, kernels.max(weights));
-                        kernels.scale(weights, 1.0 / sum);
-                    }
-                    if seen > 0 {
-                        each(position + i, &some);
-                    }
-                }
-            }
-            position += n;
-        }
-        // No decode step read this.
-        eyes.reader.report(&mut Selection::default());
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.rows.len() * size_of::<f32>()
-    }
-}
-
-/// What attends.
-#[derive(Default)]
-pub(super) struct Eyes {
-    reader: Reader,
-    spans: Vec<Range<usize>>,
-    /// `[group][tokens]`.
-    weights: Vec<f32>,
-}
-
-impl Eyes {
-    /// Attends to `self.spans`; leaves the softmax weights in `self.weights`.
-    fn attend(&mut self, query: GroupQuery<'_>, kv: &KvHead, out: &mut Selection) {
-        let stride = stride(query.head_dim);
-        self.reader.logits(query, kv, &self.spans, &mut self.weights);
-        out.tail.resize(query.group() * stride, 0.0);
-        self.reader.partial(kv, &self.spans, &mut self.weights, &mut out.tail);
-        self.reader.report(out);
-        let tokens = self.weights.len() / query.group();
-        out.tail_rows = tokens as u64;
-        for (weights, partial) in
-            self.weights.chunks_exact_mut(tokens.max(1)).zip(out.tail.chunks_exact(stride))
-        {
-            kv.kernels().scale(weights, if partial[1] > 0.0 { 1.0 / partial[1] } else { 0.0 });
-        }
-    }
-}
-
-/// Rows, and what they are worth.
-#[derive(Clone, Default)]
-pub(super) struct Ledger {
-    /// Of each row, infinite for one that is evicted.
-    pub(super) scores: Vec<f32>,
-    /// Evicted rows still in memory with the scores that they had, in the order in which they went.
-    dead: Vec<(usize, f32)>,
-}
-
-impl Ledger {
-    /// Rows that are not evicted.
-    pub(super) fn alive(&self) -> usize {
-        self.scores.len() - self.dead.len()
-    }
-
-    /// Evicts until `budget` rows are left, the lowest scores first, of equal ones the newest; none of `spared`.
-    pub(super) fn evict_to(&mut self, budget: usize, spared: impl Fn(usize) -> bool) {
-        let excess = self.alive().saturating_sub(budget);
-        if excess == 0 {
-            return;
-        }
-        let scores = self.scores.iter().copied().enumerate();
-        let candidates = scores.filter(|&(row, score)| score != f32::INFINITY && !spared(row));
-        let order = |a: &(usize, f32), b: &(usize, f32)| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0));
-        let first = self.dead.len();
-        if excess == 1 {
-            self.dead.extend(candidates.min_by(order));
-        } else {
-            let mut candidates: Vec<_> = candidates.collect();
-            candidates.sort_unstable_by(order);
-            self.dead.extend(candidates.into_iter().take(excess));
-        }
-        for &(row, _) in &self.dead[first..] {
-            self.scores[row] = f32::INFINITY;
-        }
-    }
-
-    /// Writes the rows that are not evicted to `out`, as spans.
-    pub(super) fn spans(&self, out: &mut Vec<Range<usize>>) {
-        out.clear();
-        let alive = self.scores.iter().enumerate().filter(|(_, score)| **score != f32::INFINITY);
-        to_spans(alive.map(|(row, _)| row), out);
-    }
-
-    /// Lists what remains, and forgets the others.
-    pub(super) fn compact(&mut self, out: &mut Compaction) {
-        self.spans(&mut out.keep);
-        self.scores.retain(|score| *score != f32::INFINITY);
-        self.dead.clear();
-    }
-
-    fn truncate(&mut self, rows: usize) {
-        self.scores.truncate(rows);
-        self.dead.retain(|&(row, _)| row < rows);
-    }
 }
 
 /// How many rows a head keeps.
@@ -418,10 +180,8 @@ impl<R: Rule> HeadMethod for Evicting<R> {
     }
 
     fn state_bytes(&self) -> usize {
-        let ledger =
-            |l: &Ledger| l.scores.len() * size_of::<f32>() + l.dead.len() * size_of::<(usize, f32)>();
-        let mark = self.mark.as_ref().map_or(0, |mark| ledger(&mark.ledger));
-        ledger(&self.ledger) + mark + self.last.bytes()
+        let mark = self.mark.as_ref().map_or(0, |mark| mark.ledger.bytes());
+        self.ledger.bytes() + mark + self.last.bytes()
     }
 
     fn prompt_queries(&self) -> usize {
@@ -481,78 +241,5 @@ impl<R: Rule> HeadMethod for Evicting<R> {
             unmarked: self.unmarked,
             eyes: Eyes::default(),
         }))
-    }
-}
-
-/// The least score that counts, so that rows which nobody looked at have a mean too.
-const LEAST: f32 = 1e-6;
-
-/// Merges the rows `dead` into those of `out.keep` whose keys point most nearly the same way: the mean of both keys and of
-/// both values, weighted by scores. No more than as many as remain, those with the largest scores.
-fn merge(kv: &KvHead, mut dead: Vec<(usize, f32)>, scores: &[f32], out: &mut Compaction) {
-    let (d, kernels) = (kv.head_dim(), kv.kernels());
-    let kept: Vec<usize> = out.keep.iter().cloned().flatten().collect();
-    dead.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    dead.truncate(kept.len());
-    let decode = |rows: &[usize], keys: bool| {
-        let mut all = vec![0.0; rows.len() * d];
-        for (&row, to) in rows.iter().zip(all.chunks_exact_mut(d)) {
-            match keys {
-                true => kv.decode_keys(row..row + 1, to),
-                false => kv.decode_values(row..row + 1, to),
-            }
-        }
-        all
-    };
-    let rows: Vec<usize> = dead.iter().map(|x| x.0).collect();
-    let (keys, mine) = (decode(&kept, true), decode(&rows, true));
-    let lengths: Vec<f32> = keys.chunks_exact(d).map(|key| kernels.dot(key, key).sqrt().max(LEAST)).collect();
-    let mut into: Vec<(usize, usize)> = Vec::with_capacity(dead.len());
-    let mut dots = vec![0.0; kept.len()];
-    for (i, key) in mine.chunks_exact(d).enumerate() {
-        kernels.scores_f32(key, &keys, d, &mut dots, &[]);
-        let nearest = dots.iter().zip(&lengths).map(|(dot, length)| dot / length).enumerate();
-        into.extend(nearest.max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0))).map(|(row, _)| (row, i)));
-    }
-    into.sort_unstable();
-    let values = decode(&rows, false);
-    for same in into.chunk_by(|a, b| a.0 == b.0) {
-        let row = same[0].0;
-        let own = scores[kept[row]].max(LEAST);
-        let total: f32 = own + same.iter().map(|&(_, i)| dead[i].1.max(LEAST)).sum::<f32>();
-        let mut key = keys[row * d..(row + 1) * d].to_vec();
-        let mut value = decode(&kept[row..row + 1], false);
-        for x in [&mut key, &mut value] {
-            kernels.scale(x, own / total);
-        }
-        for &(_, i) in same {
-            let share = dead[i].1.max(LEAST) / total;
-            kernels.scale_add(&mut key, 1.0, &mine[i * d..(i + 1) * d], share);
-            kernels.scale_add(&mut value, 1.0, &values[i * d..(i + 1) * d], share);
-        }
-        out.merged.push(row);
-        out.keys.extend(key);
-        out.values.extend(value);
-    }
-}
-
-/// The `n` largest of `scores`, which are `(score, key)`: those first, of equal ones the lowest key.
-pub(super) fn largest<K: Ord + Copy>(mut scores: Vec<(f32, K)>, n: usize) -> Vec<(f32, K)> {
-    let order = |a: &(f32, K), b: &(f32, K)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    if n < scores.len() {
-        scores.select_nth_unstable_by(n, order);
-        scores.truncate(n);
-    }
-    scores.sort_unstable_by(order);
-    scores
-}
-
-/// Ascending rows as spans.
-pub(super) fn to_spans(rows: impl Iterator<Item = usize>, out: &mut Vec<Range<usize>>) {
-    for row in rows {
-        match out.last_mut() {
-            Some(last) if last.end == row => last.end += 1,
-            _ => out.push(row..row + 1),
-        }
     }
 }

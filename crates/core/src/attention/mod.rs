@@ -16,8 +16,6 @@ mod dense;
 mod dense_skip;
 mod doublesparsity;
 mod evict;
-#[cfg(test)]
-mod evict_tests;
 mod expected;
 mod h2o;
 mod landmark;
