@@ -1,7 +1,7 @@
 //! Figures of cells that take several tokens together, and of those that time one matrix.
 
-use super::charts::{columns, thread_count};
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
+use super::look::{columns, thread_count};
 use crate::analyse::label::{context, distinct};
 use crate::analyse::stats;
 use crate::record::Record;

@@ -2,8 +2,9 @@
 
 use longbit_protocol::is_not_finite;
 
-use super::charts::{Look, columns};
+use super::errors::NO_ERROR;
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
+use super::look::{Look, columns};
 use crate::analyse::label::{DENSE, context, distinct};
 use crate::analyse::loss::Loss;
 use crate::analyse::stats;
@@ -12,15 +13,12 @@ use crate::record::Record;
 /// Fewer formats than this are told apart in the other figures.
 const ENOUGH: usize = 3;
 
-/// Errors up to this one are drawn as none.
-const NO_ERROR: f64 = 1e-7;
-
 /// Error of dense attention against stored bytes, a panel a context and a point a KV dtype; none without several of them.
 pub(super) fn error_against_bytes(look: &Look<'_>) -> Option<Figure> {
     // Threads do not change a bit: any count has the same error.
     let threads = look.most_threads();
     let dense: Vec<&Record> =
-        look.records().iter().copied().filter(|r| r.method == DENSE && r.threads == threads).collect();
+        look.records.iter().copied().filter(|r| r.method == DENSE && r.threads == threads).collect();
     let dtypes = distinct(dense.iter().map(|r| r.kv_dtype.as_str()));
     let loss = Loss::of(dense.iter().copied()).filter(|_| dtypes.len() >= ENOUGH)?;
     let point = |r: &Record| -> Option<(f64, f64, Option<f64>)> {

@@ -11,9 +11,13 @@ mod backend;
 pub mod bars;
 mod batches;
 mod charts;
+mod errors;
 pub mod figure;
 mod formats;
 mod layout;
+mod look;
+mod speed;
+mod times;
 
 pub use charts::figures;
 use figure::Figure;
