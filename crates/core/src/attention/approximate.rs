@@ -193,14 +193,11 @@ impl MeanValue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::testing::generator;
 
     fn logits(n: usize, spread: f32) -> Vec<f32> {
-        let mut state = 5u32;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 24) as f32
-        };
-        (0..n).map(|_| spread * (next() + next() + next() - 1.5)).collect()
+        let mut next = generator(5);
+        (0..n).map(|_| 0.5 * spread * (next() + next() + next())).collect()
     }
 
     #[test]

@@ -217,7 +217,7 @@ impl HeadMethod for BlockTopK {
 #[cfg(test)]
 mod tests {
     use crate::attention::method;
-    use crate::attention::summary::tests::{cache, dense, distance, noise, outputs, select, state};
+    use crate::attention::testing::{cache, dense, distance, noise, outputs, select, state};
 
     const D: usize = 64;
 

@@ -188,15 +188,11 @@ pub(super) fn round_nibbles(row: &[f32], codes: &mut [i8]) -> [u16; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::testing::generator;
 
     fn rows(n: usize) -> Vec<f32> {
-        let mut state = 3u32;
-        (0..n)
-            .map(|i| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 23) as f32 - 1.0 + if i % 24 == 5 { 4.0 } else { 0.0 }
-            })
-            .collect()
+        let mut next = generator(3);
+        (0..n).map(|i| next() + if i % 24 == 5 { 4.0 } else { 0.0 }).collect()
     }
 
     #[test]

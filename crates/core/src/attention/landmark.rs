@@ -178,7 +178,7 @@ impl HeadMethod for Landmark {
 
 #[cfg(test)]
 mod tests {
-    use crate::attention::summary::tests::{cache, distance, noise, outputs, select, state};
+    use crate::attention::testing::{cache, distance, noise, outputs, select, state};
 
     const D: usize = 64;
 

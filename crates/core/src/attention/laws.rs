@@ -5,9 +5,10 @@ use std::sync::Arc;
 use longbit_kernels::Kernels;
 use longbit_sys::Team;
 
-use super::partial::{self, stride};
-use super::{GroupQuery, HeadMethod, METHODS, MethodShape, Place, Reader, Selection, method};
-use crate::kv::{CacheShape, KvCache, KvHead, kv_dtype};
+use super::partial::stride;
+use super::testing::{dense, distance, generator, outputs};
+use super::{GroupQuery, HeadMethod, METHODS, MethodShape, Place, Selection, method};
+use crate::kv::{CacheShape, KvCache, kv_dtype};
 use crate::model::RopeTable;
 
 /// Of each method a specification that chooses among 700 tokens, and one that reads all of them; none where it never
@@ -66,14 +67,12 @@ const DTYPES: [&str; 5] = ["f32", "bf16", "int8", "planes8", "kivi4"];
 
 /// Rows of a plain generator with a mean, a slow drift and some giants, the same everywhere.
 fn rows(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
+    let mut next = generator(seed);
     (0..n * D)
         .map(|i| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let noise = (state >> 8) as f32 / (1 << 23) as f32 - 1.0;
             let (token, channel) = (i / D, i % D);
             let giant = if (token * 7919 + seed as usize).is_multiple_of(61) { 3.0 } else { 1.0 };
-            giant * noise + if channel % 16 == 3 { 1.5 } else { 0.1 * (token / 100) as f32 }
+            giant * next() + if channel % 16 == 3 { 1.5 } else { 0.1 * (token / 100) as f32 }
         })
         .collect()
 }
@@ -148,30 +147,13 @@ impl Lab {
     /// The outputs that `selection` leads to, `[group][D]`, not rotated back.
     fn outputs(&self, selection: &Selection, step: u32) -> Vec<f32> {
         let kv = self.cache.head(0, 0);
-        let queries = self.queries(step);
-        let mut whole = attend(&kv, &queries, &selection.spans);
-        if !selection.tail.is_empty() {
-            partial::merge(kv.kernels(), &mut whole, &selection.tail, D, &mut Vec::new());
-        }
-        let mut out = vec![0.0; GROUP * D];
-        partial::finish(kv.kernels(), &whole, D, &mut out);
-        out
+        outputs(selection, &kv, &self.queries(step))
     }
-}
 
-fn attend(kv: &KvHead, queries: &[f32], spans: &[std::ops::Range<usize>]) -> Vec<f32> {
-    let (mut reader, mut logits) = (Reader::default(), Vec::new());
-    let mut out = vec![0.0; GROUP * stride(D)];
-    let query = GroupQuery { rows: queries, head_dim: D, position: kv.len().saturating_sub(1) };
-    reader.logits(query, kv, spans, &mut logits);
-    reader.partial(kv, spans, &mut logits, &mut out);
-    out
-}
-
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
-    (apart / b.iter().map(|b| square(*b)).sum::<f64>().max(1e-30)).sqrt()
+    fn dense(&self, step: u32) -> Vec<f32> {
+        let kv = self.cache.head(0, 0);
+        dense(&kv, &self.queries(step))
+    }
 }
 
 /// The specifications that can serve a format.
@@ -202,9 +184,7 @@ fn reading_everything_is_dense() {
             for len in [1, 2, 300, 700] {
                 lab.grow(&mut *state, len);
                 let (step, selection) = (len as u32, lab.select(&mut *state, len as u32));
-                let everything =
-                    Selection { spans: std::iter::once(0..len).collect(), ..Selection::default() };
-                let apart = distance(&lab.outputs(&selection, step), &lab.outputs(&everything, step));
+                let apart = distance(&lab.outputs(&selection, step), &lab.dense(step));
                 assert!(apart < 1e-4, "{all} of {dtype}, {len} tokens: {apart}");
             }
         }
@@ -272,10 +252,7 @@ fn short_contexts_are_read_whole() {
             for len in 1..5 {
                 lab.grow(&mut *state, len);
                 let selection = lab.select(&mut *state, len as u32);
-                let everything =
-                    Selection { spans: std::iter::once(0..len).collect(), ..Selection::default() };
-                let (ours, dense) =
-                    (lab.outputs(&selection, len as u32), lab.outputs(&everything, len as u32));
+                let (ours, dense) = (lab.outputs(&selection, len as u32), lab.dense(len as u32));
                 assert!(distance(&ours, &dense) < 1e-4, "{spec} of {dtype}, {len} tokens");
             }
         }

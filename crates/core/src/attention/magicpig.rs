@@ -258,13 +258,9 @@ impl HeadMethod for MagicPig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::{MethodShape, method};
-    use crate::kv::{CacheShape, KvCache, kv_dtype};
-    use crate::model::RopeTable;
+    use crate::attention::testing;
+    use crate::kv::KvCache;
     use crate::rng::mix;
-    use longbit_kernels::Kernels;
-    use longbit_sys::Team;
-    use std::sync::Arc;
 
     const D: usize = 64;
 
@@ -275,12 +271,9 @@ mod tests {
 
     /// Keys with a mean, and values that keys say something about.
     fn cache(n: usize) -> KvCache {
-        let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: n };
-        let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
         let keys: Vec<f32> = (0..n * D).map(|i| noise(i) + if i % 8 == 0 { 1.0 } else { 0.0 }).collect();
         let values: Vec<f32> = (0..n * D).map(|i| 1.0 + keys[i] + noise(i + n * D)).collect();
-        cache.head_mut(0, 0).append(&keys, &values).unwrap();
-        cache
+        testing::cache("f32", D, &keys, &values)
     }
 
     fn queries() -> Vec<f32> {
@@ -288,13 +281,7 @@ mod tests {
     }
 
     fn select(spec: &str, cache: &KvCache) -> Selection {
-        let rope = Arc::new(RopeTable::new(10_000.0, D, 16, &Team::new(1, false).unwrap()).unwrap());
-        let place = Place { shape: MethodShape::of(cache), layer: 0, kv_head: 0, rope: &rope };
-        let mut state = method(spec).unwrap().make(&place);
-        let (kv, queries, mut out) = (cache.head(0, 0), queries(), Selection::default());
-        state.appended(&kv, 0);
-        state.select(GroupQuery { rows: &queries, head_dim: D, position: kv.len() - 1 }, &kv, &mut out);
-        out
+        testing::select(&mut *testing::state(spec, cache), &cache.head(0, 0), &queries())
     }
 
     /// Sum of weights and of weighted values of each head over `tokens`, `[2][1 + D]`.

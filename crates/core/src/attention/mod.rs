@@ -40,6 +40,8 @@ mod snapkv;
 mod sparq;
 mod streaming;
 mod summary;
+#[cfg(test)]
+mod testing;
 mod tova;
 mod twilight;
 mod value_sums;

@@ -277,7 +277,7 @@ impl HeadMethod for Nsa {
 mod tests {
     use super::*;
     use crate::attention::method;
-    use crate::attention::summary::tests::{cache, dense, distance, noise, outputs, select, state};
+    use crate::attention::testing::{cache, dense, distance, noise, outputs, select, state};
 
     const D: usize = 64;
 

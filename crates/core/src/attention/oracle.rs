@@ -259,13 +259,9 @@ impl HeadMethod for Oracle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::{method, partial};
-    use crate::kv::{CacheShape, KvCache, kv_dtype};
-    use crate::model::RopeTable;
+    use crate::attention::{method, testing};
+    use crate::kv::{KvCache, kv_dtype};
     use crate::rng::mix;
-    use longbit_kernels::Kernels;
-    use longbit_sys::Team;
-    use std::sync::Arc;
 
     const D: usize = 16;
 
@@ -279,14 +275,11 @@ mod tests {
     /// A cache in which head `h` of a group of two has the logits `logits[h]`, by way of channel `h`.
     fn cache(logits: [&[f64]; 2], values: &[f32]) -> KvCache {
         let n = logits[0].len();
-        let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: n };
-        let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
         let mut keys = vec![0.0; n * D];
         for (t, key) in keys.chunks_exact_mut(D).enumerate() {
             (key[0], key[1]) = (logits[0][t] as f32, logits[1][t] as f32);
         }
-        cache.head_mut(0, 0).append(&keys, values).unwrap();
-        cache
+        testing::cache("f32", D, &keys, values)
     }
 
     fn queries() -> Vec<f32> {
@@ -296,31 +289,12 @@ mod tests {
     }
 
     fn select(spec: &str, cache: &KvCache) -> Selection {
-        let shape = MethodShape::of(cache);
-        let rope = RopeTable::new(10_000.0, D, 16, &Team::new(1, false).unwrap()).unwrap();
-        let spec = method(spec).unwrap();
-        spec.check(&shape).unwrap();
-        let mut state = spec.make(&Place { shape, layer: 0, kv_head: 0, rope: &Arc::new(rope) });
-        let (kv, queries, mut out) = (cache.head(0, 0), queries(), Selection::default());
-        state.appended(&kv, 0);
-        state.select(GroupQuery { rows: &queries, head_dim: D, position: kv.len() - 1 }, &kv, &mut out);
-        out
+        testing::select(&mut *testing::state(spec, cache), &cache.head(0, 0), &queries())
     }
 
     /// What both heads give, `[2][D]`.
     fn output(selection: &Selection, cache: &KvCache) -> Vec<f32> {
-        let (kv, queries, mut reader, mut logits) =
-            (cache.head(0, 0), queries(), Reader::default(), Vec::new());
-        let mut whole = vec![0.0; 2 * stride(D)];
-        let query = GroupQuery { rows: &queries, head_dim: D, position: kv.len() - 1 };
-        reader.logits(query, &kv, &selection.spans, &mut logits);
-        reader.partial(&kv, &selection.spans, &mut logits, &mut whole);
-        if !selection.tail.is_empty() {
-            partial::merge(kv.kernels(), &mut whole, &selection.tail, D, &mut Vec::new());
-        }
-        let mut out = vec![0.0; 2 * D];
-        partial::finish(kv.kernels(), &whole, D, &mut out);
-        out
+        testing::outputs(selection, &cache.head(0, 0), &queries())
     }
 
     /// The share of the weight of `logits` that `selection` reads.

@@ -154,7 +154,7 @@ impl HeadMethod for Quest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::summary::tests::{cache, noise, select};
+    use crate::attention::testing::{cache, noise, select};
     use crate::attention::{MethodShape, Reader, method};
     use crate::kv::{KV_FORMATS, KvCache};
     use crate::model::RopeTable;

@@ -121,18 +121,9 @@ impl Reader {
 mod tests {
     use super::*;
     use crate::attention::partial;
+    use crate::attention::testing::noise;
     use crate::kv::{CacheShape, KvCache, kv_dtype};
     use longbit_kernels::Kernels;
-
-    /// Rows of a plain generator, the same everywhere.
-    fn rows(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let step = |state: &mut u32| {
-            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (*state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| step(&mut state)).collect()
-    }
 
     /// Partials of disjoint spans merge to that of all tokens, and every byte is counted once.
     #[test]
@@ -140,7 +131,7 @@ mod tests {
         const D: usize = 32;
         let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: 1024 };
         let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
-        let (keys, values, queries) = (rows(700 * D, 1), rows(700 * D, 2), rows(2 * D, 3));
+        let (keys, values, queries) = (noise(700 * D, 1), noise(700 * D, 2), noise(2 * D, 3));
         cache.head_mut(0, 0).append(&keys, &values).unwrap();
         let kv = cache.head(0, 0);
         let query = GroupQuery { rows: &queries, head_dim: D, position: 699 };
@@ -175,7 +166,7 @@ mod tests {
         const D: usize = 16;
         let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: 64 };
         let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
-        cache.head_mut(0, 0).append(&rows(4 * D, 1), &rows(4 * D, 2)).unwrap();
+        cache.head_mut(0, 0).append(&noise(4 * D, 1), &noise(4 * D, 2)).unwrap();
         let mut part = vec![1.0; 2 * stride(D)];
         let mut logits = [[f32::NEG_INFINITY; 2], [0.0; 2]].concat();
         Reader::default().partial(&cache.head(0, 0), &[1..2, 2..3], &mut logits, &mut part);

@@ -200,12 +200,9 @@ fn take(codes: &[u16], code: u16, first: usize, left: &mut usize, set: &mut Toke
 mod tests {
     use super::*;
     use crate::attention::method;
-    use crate::kv::{CacheShape, KvCache, kv_dtype};
-    use crate::model::RopeTable;
+    use crate::attention::testing::{cache, select, state};
+    use crate::kv::kv_dtype;
     use crate::rng::mix;
-    use longbit_kernels::Kernels;
-    use longbit_sys::Team;
-    use std::sync::Arc;
 
     const D: usize = 32;
 
@@ -213,8 +210,6 @@ mod tests {
     #[test]
     fn keys_near_the_query_are_found() {
         let n = 4096;
-        let shape = CacheShape { layers: 1, kv_heads: 1, head_dim: D, capacity: n };
-        let cache = KvCache::new(shape, kv_dtype("f32").unwrap(), Kernels::best()).unwrap();
         let noise = |i: usize| (mix(3, i as u64) >> 40) as f32 / (1 << 23) as f32 - 1.0;
         let mut keys: Vec<f32> = (0..n * D).map(noise).collect();
         let query: Vec<f32> = (0..D).map(|i| noise(n * D + i)).collect();
@@ -223,25 +218,18 @@ mod tests {
             let key = &mut keys[t * D..(t + 1) * D];
             key.iter_mut().zip(&query).for_each(|(k, q)| *k = 0.05 * *k + q);
         }
-        cache.head_mut(0, 0).append(&keys, &keys).unwrap();
-        let rope = Arc::new(RopeTable::new(10_000.0, D, 16, &Team::new(1, false).unwrap()).unwrap());
-        let place = Place { shape: MethodShape::of(&cache), layer: 0, kv_head: 0, rope: &rope };
-        let mut state = method("reformer:local=1,sinks=0").unwrap().make(&place);
-        let (kv, mut out) = (cache.head(0, 0), Selection::default());
-        state.appended(&kv, 0);
-        state.select(GroupQuery { rows: &query, head_dim: D, position: n - 1 }, &kv, &mut out);
+        let cache = cache("f32", D, &keys, &keys);
+        let kv = cache.head(0, 0);
+        let mut full = state("reformer:local=1,sinks=0", &cache);
+        let out = select(&mut *full, &kv, &query);
         for t in planted {
             assert!(out.spans.iter().any(|span| span.contains(&t)), "{t}: {:?}", out.spans);
         }
         // 64 buckets, eight rounds: an eighth of the tokens if they are independent.
         let share = out.tokens() as f64 / n as f64;
         assert!((0.02..0.3).contains(&share), "{share}");
-        assert_eq!(state.state_bytes() as u64, 16 * 4096 + 4 * (16 * D as u64) + 4 * (2 + 8) * D as u64);
-        let query = GroupQuery { rows: &query, head_dim: D, position: n - 1 };
-        let (mut fewer, mut short) =
-            (method("reformer:local=1,sinks=0,chunk=4").unwrap().make(&place), Selection::default());
-        fewer.appended(&kv, 0);
-        fewer.select(query, &kv, &mut short);
+        assert_eq!(full.state_bytes() as u64, 16 * 4096 + 4 * (16 * D as u64) + 4 * (2 + 8) * D as u64);
+        let short = select(&mut *state("reformer:local=1,sinks=0,chunk=4", &cache), &kv, &query);
         assert!(short.tokens() <= 33 && short.index_bytes < out.index_bytes, "{}", short.tokens());
     }
 

@@ -122,20 +122,15 @@ mod tests {
     use longbit_sys::Team;
 
     use super::*;
+    use crate::attention::testing::noise;
     use crate::attention::{MethodShape, method, partial};
     use crate::kv::{CacheShape, KvCache, kv_dtype};
 
     const D: usize = 64;
     const GROUP: usize = 2;
 
-    /// Rows of a plain generator, the same everywhere.
     fn rows(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let step = |state: &mut u32| {
-            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (*state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n * D).map(|_| step(&mut state)).collect()
+        noise(n * D, seed)
     }
 
     fn turned(row: &[f32], position: usize) -> Vec<f64> {

@@ -6,6 +6,7 @@ use longbit_kernels::Kernels;
 use longbit_sys::Team;
 
 use super::super::partial::finish;
+use super::super::testing::generator;
 use super::super::{GroupQuery, HeadMethod, MethodShape, Place, Prompt, Selection, method};
 use super::{Board, Compaction, Occasion};
 use crate::kv::{CacheShape, KvCache, KvHead, kv_dtype};
@@ -16,11 +17,7 @@ pub(super) const GROUP: usize = 2;
 pub(super) const CAPACITY: usize = 2048;
 
 pub(super) fn numbers(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
+    let mut next = generator(seed.wrapping_mul(2_654_435_761).wrapping_add(1));
     (0..n).map(|_| next() + next()).collect()
 }
 
