@@ -18,7 +18,7 @@
 //! Cost a block of keys of 128 numbers: 132 bytes, and as many for variances and for values; of the values a step reads
 //! those of the blocks outside the newest tokens.
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Selection};
 use crate::kv::{KvDtype, KvHead};
@@ -27,37 +27,27 @@ pub(super) const METHOD: Method = Method {
     name: "blocktopk",
     summary: "blocks by their mean keys (MoBA, arXiv 2502.13189; InfLLM, arXiv 2402.04617), with a tail of means if wanted",
     params: &[
-        ParamSpec {
-            name: "block",
-            summary: "tokens of a block",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "64",
-        },
-        ParamSpec {
-            name: "budget",
-            summary: "tokens of chosen blocks read for each query head",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "1024",
-        },
-        ParamSpec {
-            name: "second",
-            summary: "whether scores count the variance within a block",
-            kind: Kind::Choice(&["off", "on"]),
-            default: "off",
-        },
-        ParamSpec {
-            name: "tail",
-            summary: "how unread blocks count: not at all, or by their mean value",
-            kind: Kind::Choice(&["none", "mean"]),
-            default: "none",
-        },
+        ParamSpec::int("block", "tokens of a block", [1, 4096], "64"),
+        ParamSpec::int("budget", "tokens of chosen blocks read for each query head", [1, 1 << 24], "1024"),
+        ParamSpec::choice(
+            "second",
+            "whether scores count the variance within a block",
+            &["off", "on"],
+            "off",
+        ),
+        ParamSpec::choice(
+            "tail",
+            "how unread blocks count: not at all, or by their mean value",
+            &["none", "mean"],
+            "none",
+        ),
         ParamSpec::sinks("16"),
-        ParamSpec {
-            name: "local",
-            summary: "most recent tokens always read, the newest included; with the rest of the block they begin in",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "128",
-        },
+        ParamSpec::int(
+            "local",
+            "most recent tokens always read, the newest included; with the rest of the block they begin in",
+            [1, 1 << 24],
+            "128",
+        ),
     ],
     settings: true,
     evicts: false,

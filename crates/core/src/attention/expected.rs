@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use super::evict::{self, Compaction, LastQueries, Occasion, largest, to_spans};
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, Predicted, Prompt, Selection};
 use crate::kv::{KvHead, PAGE_TOKENS};
 use crate::model::RopeTable;
@@ -23,36 +23,16 @@ pub(super) const METHOD: Method = Method {
     name: "expected",
     summary: "evicts what the prompt's queries, taken as normal, would look at least (Expected Attention, arXiv 2510.00636)",
     params: &[
-        ParamSpec {
-            name: "budget",
-            summary: "rows left when rows are evicted",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "2048",
-        },
-        ParamSpec {
-            name: "interval",
-            summary: "decoded tokens between evictions",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "512",
-        },
-        ParamSpec {
-            name: "future",
-            summary: "positions to come that are averaged over",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "512",
-        },
-        ParamSpec {
-            name: "sinks",
-            summary: "first tokens always kept; of the budget",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "4",
-        },
-        ParamSpec {
-            name: "sample",
-            summary: "last queries of a prompt that the distribution is taken from",
-            kind: Kind::Int { min: 2, max: 8192 },
-            default: "512",
-        },
+        ParamSpec::int("budget", "rows left when rows are evicted", [1, 1 << 24], "2048"),
+        ParamSpec::int("interval", "decoded tokens between evictions", [1, 1 << 20], "512"),
+        ParamSpec::int("future", "positions to come that are averaged over", [1, 1 << 20], "512"),
+        ParamSpec::int("sinks", "first tokens always kept; of the budget", [0, 1 << 20], "4"),
+        ParamSpec::int(
+            "sample",
+            "last queries of a prompt that the distribution is taken from",
+            [2, 8192],
+            "512",
+        ),
     ],
     settings: true,
     evicts: true,

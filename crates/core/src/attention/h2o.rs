@@ -15,43 +15,33 @@
 use std::ops::Range;
 
 use super::evict::{self, Budget, Evicting, Rule};
-use super::params::{Kind, ParamSpec, Params};
+use super::params::{ParamSpec, Params};
 use super::{Method, Predicted};
 
 pub(super) const METHOD: Method = Method {
     name: "h2o",
     summary: "evicts for good what had the least attention so far, but for the newest rows (H2O, arXiv 2306.14048)",
     params: &[
-        ParamSpec {
-            name: "heavy",
-            summary: "rows kept for the attention that they had, as a share of the context",
-            kind: Kind::Float { min: 0.0, max: 1.0 },
-            default: "0.1",
-        },
-        ParamSpec {
-            name: "recent",
-            summary: "newest rows kept, as a share of the context",
-            kind: Kind::Float { min: 0.0, max: 1.0 },
-            default: "0.1",
-        },
-        ParamSpec {
-            name: "budget",
-            summary: "rows kept, divided as heavy to recent; 0: the shares of the context",
-            kind: Kind::Int { min: 0, max: 1 << 24 },
-            default: "0",
-        },
-        ParamSpec {
-            name: "sample",
-            summary: "last queries of a prompt by which its rows are scored",
-            kind: Kind::Int { min: 1, max: 8192 },
-            default: "128",
-        },
-        ParamSpec {
-            name: "merge",
-            summary: "average evicted rows into those with the nearest keys",
-            kind: Kind::Choice(&["off", "on"]),
-            default: "off",
-        },
+        ParamSpec::float(
+            "heavy",
+            "rows kept for the attention that they had, as a share of the context",
+            [0.0, 1.0],
+            "0.1",
+        ),
+        ParamSpec::float("recent", "newest rows kept, as a share of the context", [0.0, 1.0], "0.1"),
+        ParamSpec::int(
+            "budget",
+            "rows kept, divided as heavy to recent; 0: the shares of the context",
+            [0, 1 << 24],
+            "0",
+        ),
+        ParamSpec::int("sample", "last queries of a prompt by which its rows are scored", [1, 8192], "128"),
+        ParamSpec::choice(
+            "merge",
+            "average evicted rows into those with the nearest keys",
+            &["off", "on"],
+            "off",
+        ),
     ],
     settings: true,
     evicts: true,

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::partial::stride;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Reader, Selection};
@@ -26,30 +26,20 @@ pub(super) const METHOD: Method = Method {
     name: "landmark",
     summary: "blocks by landmarks, untrained: mean keys stand for them (Landmark Attention, arXiv 2305.16300)",
     params: &[
-        ParamSpec {
-            name: "block",
-            summary: "tokens of a block",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "50",
-        },
-        ParamSpec {
-            name: "top",
-            summary: "blocks read for each query head besides the local ones",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "5",
-        },
-        ParamSpec {
-            name: "local",
-            summary: "most recent blocks always read, that of the newest token included",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "1",
-        },
-        ParamSpec {
-            name: "softmax",
-            summary: "one over all tokens read, or the authors' of landmarks and within blocks",
-            kind: Kind::Choice(&["plain", "grouped"]),
-            default: "plain",
-        },
+        ParamSpec::int("block", "tokens of a block", [1, 4096], "50"),
+        ParamSpec::int("top", "blocks read for each query head besides the local ones", [1, 1 << 20], "5"),
+        ParamSpec::int(
+            "local",
+            "most recent blocks always read, that of the newest token included",
+            [1, 1 << 20],
+            "1",
+        ),
+        ParamSpec::choice(
+            "softmax",
+            "one over all tokens read, or the authors' of landmarks and within blocks",
+            &["plain", "grouped"],
+            "plain",
+        ),
     ],
     settings: true,
     evicts: false,

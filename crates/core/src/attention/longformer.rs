@@ -12,7 +12,7 @@
 //!
 //! Cost of a decode step: `window + globals + context / global_every` rows, nothing kept.
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, Params, Predicted, Selection, TokenSet};
 use crate::kv::KvHead;
 
@@ -20,30 +20,20 @@ pub(super) const METHOD: Method = Method {
     name: "longformer",
     summary: "a window, dilated if asked for, and global tokens (Longformer, arXiv 2004.05150, causal, untrained)",
     params: &[
-        ParamSpec {
-            name: "window",
-            summary: "tokens of the window, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "512",
-        },
-        ParamSpec {
-            name: "dilation",
-            summary: "positions between tokens of the window; mixed: 1, 2, 4 in turn over the KV heads",
-            kind: Kind::Choice(&["1", "2", "4", "8", "16", "mixed"]),
-            default: "1",
-        },
-        ParamSpec {
-            name: "globals",
-            summary: "first tokens always read",
-            kind: Kind::Int { min: 0, max: 1 << 20 },
-            default: "4",
-        },
-        ParamSpec {
-            name: "global_every",
-            summary: "the first token of every so many is read too; 0: none",
-            kind: Kind::Int { min: 0, max: 1 << 24 },
-            default: "0",
-        },
+        ParamSpec::int("window", "tokens of the window, the newest included", [1, 1 << 24], "512"),
+        ParamSpec::choice(
+            "dilation",
+            "positions between tokens of the window; mixed: 1, 2, 4 in turn over the KV heads",
+            &["1", "2", "4", "8", "16", "mixed"],
+            "1",
+        ),
+        ParamSpec::int("globals", "first tokens always read", [0, 1 << 20], "4"),
+        ParamSpec::int(
+            "global_every",
+            "the first token of every so many is read too; 0: none",
+            [0, 1 << 24],
+            "0",
+        ),
     ],
     settings: true,
     evicts: false,

@@ -9,31 +9,16 @@
 use std::ops::Range;
 
 use super::evict::{self, Budget, Evicting, Rule};
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{Method, Predicted};
 
 pub(super) const METHOD: Method = Method {
     name: "lru",
     summary: "evicts for good the row that had no notable weight for longest",
     params: &[
-        ParamSpec {
-            name: "budget",
-            summary: "rows kept",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "2048",
-        },
-        ParamSpec {
-            name: "above",
-            summary: "a weight above this many times the mean one is a use",
-            kind: Kind::Float { min: 0.0, max: 1e6 },
-            default: "1",
-        },
-        ParamSpec {
-            name: "sample",
-            summary: "last queries of a prompt that use its rows",
-            kind: Kind::Int { min: 1, max: 8192 },
-            default: "128",
-        },
+        ParamSpec::int("budget", "rows kept", [1, 1 << 24], "2048"),
+        ParamSpec::float("above", "a weight above this many times the mean one is a use", [0.0, 1e6], "1"),
+        ParamSpec::int("sample", "last queries of a prompt that use its rows", [1, 8192], "128"),
     ],
     settings: true,
     evicts: true,

@@ -24,7 +24,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::lsh::KeyPages;
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::partial::stride;
 use super::signatures::{Signatures, WORDS};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Reader, Selection};
@@ -44,13 +44,13 @@ pub(super) const METHOD: Method = Method {
         ),
         ParamSpec::sinks("4"),
         ParamSpec::local("64"),
-        ParamSpec {
-            name: "index",
-            summary: "lists of tokens by hash, or packed hashes that are scanned",
-            kind: Kind::Choice(&["tables", "packed"]),
-            default: "tables",
-        },
-        ParamSpec::int("seed", "of the hashes", [0, 1 << 32], "0"),
+        ParamSpec::choice(
+            "index",
+            "lists of tokens by hash, or packed hashes that are scanned",
+            &["tables", "packed"],
+            "tables",
+        ),
+        ParamSpec::seed("of the hashes"),
     ],
     settings: true,
     evicts: false,

@@ -24,7 +24,7 @@
 
 use longbit_kernels::Kernels;
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, MethodShape, Params, Place, Predicted, Selection};
 use crate::kv::{KvDtype, KvHead};
@@ -33,42 +33,17 @@ pub(super) const METHOD: Method = Method {
     name: "nsa",
     summary: "compressed tokens, blocks chosen by them and a window in one softmax (NSA untrained, arXiv 2502.11089)",
     params: &[
-        ParamSpec {
-            name: "block",
-            summary: "tokens of a compressed token",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "32",
-        },
-        ParamSpec {
-            name: "stride",
-            summary: "tokens from a compressed token to the next",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "16",
-        },
-        ParamSpec {
-            name: "select",
-            summary: "tokens of a block that is chosen",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "64",
-        },
-        ParamSpec {
-            name: "top",
-            summary: "blocks read, the first and the local ones included",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "16",
-        },
-        ParamSpec {
-            name: "local",
-            summary: "most recent blocks always read, that of the newest token included",
-            kind: Kind::Int { min: 1, max: 1 << 20 },
-            default: "2",
-        },
-        ParamSpec {
-            name: "window",
-            summary: "most recent tokens always read, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "512",
-        },
+        ParamSpec::int("block", "tokens of a compressed token", [1, 4096], "32"),
+        ParamSpec::int("stride", "tokens from a compressed token to the next", [1, 4096], "16"),
+        ParamSpec::int("select", "tokens of a block that is chosen", [1, 4096], "64"),
+        ParamSpec::int("top", "blocks read, the first and the local ones included", [1, 1 << 20], "16"),
+        ParamSpec::int(
+            "local",
+            "most recent blocks always read, that of the newest token included",
+            [1, 1 << 20],
+            "2",
+        ),
+        ParamSpec::int("window", "most recent tokens always read, the newest included", [1, 1 << 24], "512"),
     ],
     settings: true,
     evicts: false,

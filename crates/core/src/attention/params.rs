@@ -53,6 +53,31 @@ impl ParamSpec {
         ParamSpec { name, summary, kind: Kind::Int { min, max }, default }
     }
 
+    /// A real number within the bounds.
+    pub const fn float(
+        name: &'static str,
+        summary: &'static str,
+        [min, max]: [f64; 2],
+        default: &'static str,
+    ) -> Self {
+        ParamSpec { name, summary, kind: Kind::Float { min, max }, default }
+    }
+
+    /// One of some words.
+    pub const fn choice(
+        name: &'static str,
+        summary: &'static str,
+        words: &'static [&'static str],
+        default: &'static str,
+    ) -> Self {
+        ParamSpec { name, summary, kind: Kind::Choice(words), default }
+    }
+
+    /// Which of the generators that `summary` tells: the same seed gives the same bits.
+    pub const fn seed(summary: &'static str) -> Self {
+        ParamSpec::int("seed", summary, [0, 1 << 32], "0")
+    }
+
     /// How many of the first tokens a method always reads.
     pub const fn sinks(default: &'static str) -> Self {
         ParamSpec::int("sinks", "first tokens always read", [0, 1 << 20], default)

@@ -18,7 +18,7 @@
 //!
 //! Cost a page: `2 d + 4` bytes, 260 for 128 numbers, against 8192 of its keys and values in bfloat16.
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Selection};
 use crate::kv::{KvDtype, KvHead};
@@ -27,18 +27,13 @@ pub(super) const METHOD: Method = Method {
     name: "quest",
     summary: "pages by upper bounds of their logits, from the range of each channel (Quest, arXiv 2406.10774)",
     params: &[
-        ParamSpec {
-            name: "page",
-            summary: "tokens of a page",
-            kind: Kind::Int { min: 1, max: 4096 },
-            default: "16",
-        },
-        ParamSpec {
-            name: "budget",
-            summary: "tokens read for each query head, the newest page included; at least 3 pages",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "1024",
-        },
+        ParamSpec::int("page", "tokens of a page", [1, 4096], "16"),
+        ParamSpec::int(
+            "budget",
+            "tokens read for each query head, the newest page included; at least 3 pages",
+            [1, 1 << 24],
+            "1024",
+        ),
     ],
     settings: true,
     evicts: false,

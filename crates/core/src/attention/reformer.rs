@@ -27,7 +27,7 @@ pub(super) const METHOD: Method = Method {
         ParamSpec::int("chunk", "newest tokens of a bucket read in a round", [1, 1 << 20], "128"),
         ParamSpec::sinks("4"),
         ParamSpec::local("128"),
-        ParamSpec::int("seed", "of the hashes", [0, 1 << 32], "0"),
+        ParamSpec::seed("of the hashes"),
     ],
     settings: true,
     evicts: false,

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use super::evict::{self, Board, Compaction, Eyes, LastQueries, Occasion, largest, to_spans};
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, Predicted, Prompt, Selection};
 use crate::kv::KvHead;
 
@@ -21,36 +21,21 @@ pub(super) const METHOD: Method = Method {
     name: "snapkv",
     summary: "keeps of a prompt what its last queries look at (SnapKV, arXiv 2404.14469; AdaKV, arXiv 2407.11550)",
     params: &[
-        ParamSpec {
-            name: "capacity",
-            summary: "rows kept of a prompt, the window included; the average of a layer's heads",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "2048",
-        },
-        ParamSpec {
-            name: "window",
-            summary: "last tokens of a prompt, whose queries score the others",
-            kind: Kind::Int { min: 1, max: 8192 },
-            default: "64",
-        },
-        ParamSpec {
-            name: "kernel",
-            summary: "neighbours that scores are pooled over, odd",
-            kind: Kind::Int { min: 1, max: 255 },
-            default: "5",
-        },
-        ParamSpec {
-            name: "pool",
-            summary: "how scores are pooled",
-            kind: Kind::Choice(&["avg", "max"]),
-            default: "avg",
-        },
-        ParamSpec {
-            name: "ada",
-            summary: "share of its capacity that a head is sure of; the rest goes to the largest scores of the layer",
-            kind: Kind::Float { min: 0.0, max: 1.0 },
-            default: "1",
-        },
+        ParamSpec::int(
+            "capacity",
+            "rows kept of a prompt, the window included; the average of a layer's heads",
+            [1, 1 << 24],
+            "2048",
+        ),
+        ParamSpec::int("window", "last tokens of a prompt, whose queries score the others", [1, 8192], "64"),
+        ParamSpec::int("kernel", "neighbours that scores are pooled over, odd", [1, 255], "5"),
+        ParamSpec::choice("pool", "how scores are pooled", &["avg", "max"], "avg"),
+        ParamSpec::float(
+            "ada",
+            "share of its capacity that a head is sure of; the rest goes to the largest scores of the layer",
+            [0.0, 1.0],
+            "1",
+        ),
     ],
     settings: true,
     evicts: true,

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::partial::stride;
 use super::{GroupQuery, HeadMethod, Method, Place, Predicted, Reader, Selection};
 use crate::kv::KvHead;
@@ -22,18 +22,13 @@ pub(super) const METHOD: Method = Method {
     summary: "attention sinks and the most recent tokens, at positions within the cache (StreamingLLM, arXiv 2309.17453)",
     params: &[
         ParamSpec::sinks("4"),
-        ParamSpec {
-            name: "window",
-            summary: "most recent tokens read, the newest included",
-            kind: Kind::Int { min: 1, max: 1 << 24 },
-            default: "1020",
-        },
-        ParamSpec {
-            name: "pos",
-            summary: "positions of the sinks: their slots in the cache, or the original ones",
-            kind: Kind::Choice(&["cache", "orig"]),
-            default: "cache",
-        },
+        ParamSpec::int("window", "most recent tokens read, the newest included", [1, 1 << 24], "1020"),
+        ParamSpec::choice(
+            "pos",
+            "positions of the sinks: their slots in the cache, or the original ones",
+            &["cache", "orig"],
+            "cache",
+        ),
     ],
     settings: true,
     evicts: false,

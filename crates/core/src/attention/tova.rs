@@ -10,18 +10,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::evict::{self, Board, Budget, Evicting, Rule};
-use super::params::{Kind, ParamSpec};
+use super::params::ParamSpec;
 use super::{Method, Predicted};
 
 pub(super) const METHOD: Method = Method {
     name: "tova",
     summary: "evicts for good what the last query of a layer's heads weighs least (TOVA, arXiv 2401.06104)",
-    params: &[ParamSpec {
-        name: "budget",
-        summary: "rows kept",
-        kind: Kind::Int { min: 1, max: 1 << 24 },
-        default: "2048",
-    }],
+    params: &[ParamSpec::int("budget", "rows kept", [1, 1 << 24], "2048")],
     settings: true,
     evicts: true,
     check: evict::check,
