@@ -10,18 +10,18 @@
 //! a head, 4 bytes a row, besides its rows.
 
 mod board;
-mod compaction;
 mod eyes;
 mod ledger;
+mod retained;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 
 pub use board::Board;
-pub use compaction::Compaction;
 pub(super) use eyes::{Eyes, LastQueries};
 pub(super) use ledger::{largest, to_spans};
+pub use retained::Retained;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ use super::params::Params;
 use super::{GroupQuery, HeadMethod, MethodShape, Prompt, Selection};
 use crate::error::Result;
 use crate::kv::{KvHead, PAGE_TOKENS};
-use compaction::merge;
 use ledger::Ledger;
+use retained::merge;
 
 /// Rows of a head that may be evicted and still in memory.
 pub(super) const SLACK: usize = PAGE_TOKENS;
@@ -202,7 +202,7 @@ impl<R: Rule> HeadMethod for Evicting<R> {
         self.budget = Some(self.rule.budget(kv.tokens()));
     }
 
-    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Compaction) -> bool {
+    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Retained) -> bool {
         self.rule.between(kv.tokens(), &mut self.ledger.scores);
         match when {
             Occasion::Step if self.ledger.dead.len() < SLACK => return false,

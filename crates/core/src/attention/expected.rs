@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use super::evict::{self, Compaction, LastQueries, Occasion, largest, to_spans};
+use super::evict::{self, LastQueries, Occasion, Retained, largest, to_spans};
 use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, Predicted, Prompt, Selection};
 use crate::kv::{KvHead, PAGE_TOKENS};
@@ -230,7 +230,7 @@ impl HeadMethod for Expected {
         self.learn(kv);
     }
 
-    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Compaction) -> bool {
+    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Retained) -> bool {
         match when {
             Occasion::Step if kv.tokens() - self.since < self.interval => return false,
             Occasion::Prompt => return false,

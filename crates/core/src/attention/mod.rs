@@ -50,7 +50,7 @@ mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
 pub use choose::{TokenSet, top_k, top_p};
-pub use evict::{Board, Compaction, Occasion};
+pub use evict::{Board, Occasion, Retained};
 pub use layers::Layers;
 pub use params::{Kind, MethodSpec, ParamSpec, Params, SETTINGS};
 pub use reader::Reader;
@@ -167,7 +167,7 @@ pub trait HeadMethod: Send {
 
     /// Asked before rows are appended: says whether rows are to be dropped, and which remain, in `out`, which arrives
     /// cleared. The caller then does so, before anything else.
-    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Compaction) -> bool {
+    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Retained) -> bool {
         let _ = (kv, when, out);
         false
     }

@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use super::evict::{self, Board, Compaction, Eyes, LastQueries, Occasion, largest, to_spans};
+use super::evict::{self, Board, Eyes, LastQueries, Occasion, Retained, largest, to_spans};
 use super::params::ParamSpec;
 use super::{GroupQuery, HeadMethod, Method, Predicted, Prompt, Selection};
 use crate::kv::KvHead;
@@ -161,7 +161,7 @@ impl HeadMethod for SnapKv {
         self.scored = Some(kv.tokens());
     }
 
-    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Compaction) -> bool {
+    fn compact(&mut self, kv: &KvHead, when: Occasion, out: &mut Retained) -> bool {
         let (Occasion::PromptOver, Some(tokens)) = (when, self.scored) else { return false };
         let before = kv.len().saturating_sub(self.window);
         let Some(scores) = self.board.all(tokens) else { return false };

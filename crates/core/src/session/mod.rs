@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use longbit_sys::{Shared, Team};
 
-use crate::attention::{Attention, Compaction, MethodSpec, Occasion, Prompt, method};
+use crate::attention::{Attention, MethodSpec, Occasion, Prompt, Retained, method};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvCache, KvDtype, kv_dtype};
 use crate::model::{Model, ModelConfig, RopeTable};
@@ -346,7 +346,7 @@ impl Session {
         });
         let failure = std::sync::Mutex::new(None);
         self.team.run(|worker| {
-            let mut compaction = Compaction::default();
+            let mut compaction = Retained::default();
             for i in worker.range(count) {
                 let (layer, kv_head) = (i / heads, i % heads);
                 let mut kv = cache.head_mut(layer, kv_head);

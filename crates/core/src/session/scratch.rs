@@ -11,7 +11,7 @@ use super::Traffic;
 use super::capture::Capture;
 use super::profile::{Clock, OpTotal};
 use super::stage::{Stage, shares, stripes};
-use crate::attention::{CHUNK_TOKENS, Compaction, Selection, partial};
+use crate::attention::{CHUNK_TOKENS, Retained, Selection, partial};
 use crate::error::Error;
 use crate::kv::KvScratch;
 use crate::model::ModelConfig;
@@ -64,7 +64,7 @@ pub(super) struct Private {
     /// Partials of a prefill block.
     pub(super) partials: Vec<f32>,
     /// Rows that remain of a head.
-    pub(super) compaction: Compaction,
+    pub(super) compaction: Retained,
     /// Tokens of all tasks of a step.
     pub(super) pieces: Vec<Range<usize>>,
     /// Tasks of a step: KV head and range of `pieces`.

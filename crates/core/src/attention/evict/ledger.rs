@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Compaction;
+use super::Retained;
 
 /// Rows, and what they are worth.
 #[derive(Clone, Default)]
@@ -53,7 +53,7 @@ impl Ledger {
     }
 
     /// Lists what remains, and forgets the others.
-    pub(in crate::attention) fn compact(&mut self, out: &mut Compaction) {
+    pub(in crate::attention) fn compact(&mut self, out: &mut Retained) {
         self.spans(&mut out.keep);
         self.scores.retain(|score| *score != f32::INFINITY);
         self.dead.clear();

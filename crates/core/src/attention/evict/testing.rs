@@ -8,7 +8,7 @@ use longbit_sys::Team;
 use super::super::partial::finish;
 use super::super::testing::generator;
 use super::super::{GroupQuery, HeadMethod, MethodShape, Place, Prompt, Selection, method};
-use super::{Board, Compaction, Occasion};
+use super::{Board, Occasion, Retained};
 use crate::kv::{CacheShape, KvCache, KvHead, kv_dtype};
 use crate::model::RopeTable;
 
@@ -87,12 +87,12 @@ impl Layer {
     }
 
     pub(super) fn compact(&mut self, when: Occasion) {
-        let mut compaction = Compaction::default();
+        let mut retained = Retained::default();
         for (h, state) in self.states.iter_mut().enumerate() {
             let mut kv = self.cache.head_mut(0, h);
-            compaction.clear();
-            if state.compact(&kv, when, &mut compaction) {
-                compaction.apply(&mut kv).unwrap();
+            retained.clear();
+            if state.compact(&kv, when, &mut retained) {
+                retained.apply(&mut kv).unwrap();
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What is to become of the rows of a head: which remain, and which others are merged into them.
+//! What is left of the rows of a head: which remain, and which others are merged into them.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use crate::kv::KvHead;
 
 /// What is to become of the rows of a head.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Compaction {
+pub struct Retained {
     /// Rows that remain: ascending, disjoint.
     pub keep: Vec<Range<usize>>,
     /// Rows, counted among those that remain, which others were merged into, ascending.
@@ -17,7 +17,7 @@ pub struct Compaction {
     values: Vec<f32>,
 }
 
-impl Compaction {
+impl Retained {
     /// Forgets everything but the memory.
     pub fn clear(&mut self) {
         self.keep.clear();
@@ -47,7 +47,7 @@ const LEAST: f32 = 1e-6;
 
 /// Merges the rows `dead` into those of `out.keep` whose keys point most nearly the same way: the mean of both keys and of
 /// both values, weighted by scores. No more than as many as remain, those with the largest scores.
-pub(super) fn merge(kv: &KvHead, mut dead: Vec<(usize, f32)>, scores: &[f32], out: &mut Compaction) {
+pub(super) fn merge(kv: &KvHead, mut dead: Vec<(usize, f32)>, scores: &[f32], out: &mut Retained) {
     let (d, kernels) = (kv.head_dim(), kv.kernels());
     let kept: Vec<usize> = out.keep.iter().cloned().flatten().collect();
     dead.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
