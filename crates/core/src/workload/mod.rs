@@ -52,12 +52,14 @@ mod queries;
 mod rng;
 mod spec;
 mod statistics;
+mod table;
 
 pub use head::HeadWorkload;
 pub use heads::{HeadTargets, HeadType};
 pub use needle::Needle;
-pub use spec::{ParamKind, ParamSpec, WORKLOADS, WorkloadInfo, WorkloadSpec};
+pub use spec::WorkloadSpec;
 pub use statistics::{HeadStatistics, Overlap};
+pub use table::{ParamKind, ParamSpec, WORKLOADS, WorkloadInfo};
 
 use geometry::MAX_DIM;
 
