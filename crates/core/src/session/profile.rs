@@ -6,6 +6,8 @@
 
 use std::time::Instant;
 
+use super::Session;
+
 /// What a thread does in a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Op {
@@ -140,6 +142,31 @@ impl Profile {
     pub fn overhead(&self) -> f64 {
         let all = self.wall_nanos * self.threads.len() as u64;
         (self.total(Op::Wait).nanos + self.uncovered_nanos()) as f64 / all.max(1) as f64
+    }
+}
+
+impl Session {
+    /// Measures every pass from here on, operation by operation; see [`Session::take_profile`].
+    pub fn start_profile(&mut self) {
+        for scratch in [Some(&self.decode), self.prefill.as_ref()].into_iter().flatten() {
+            scratch.take_laps();
+        }
+        self.profiled = Some(Profile::default());
+    }
+
+    /// What the passes since [`Session::start_profile`] took; ends the measurement. `None` when none was started.
+    pub fn take_profile(&mut self) -> Option<Profile> {
+        let mut profile = self.profiled.take()?;
+        for scratch in [Some(&self.decode), self.prefill.as_ref()].into_iter().flatten() {
+            let laps = scratch.take_laps();
+            profile.threads.resize(laps.len(), vec![OpTotal::default(); Op::ALL.len()]);
+            for (sum, lap) in profile.threads.iter_mut().flatten().zip(laps.iter().flatten()) {
+                sum.nanos += lap.nanos;
+                sum.calls += lap.calls;
+                sum.bytes += lap.bytes;
+            }
+        }
+        Some(profile)
     }
 }
 
