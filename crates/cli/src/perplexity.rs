@@ -20,9 +20,9 @@ pub(crate) const PROTOCOL: &str = "\
 Protocol:
   The text is tokenized once. Windows of --context N tokens start every --stride M text tokens; each begins with the
   beginning-of-text token if the model's prompts do. In each window the last M tokens are scored: what comes before is
-  prefilled densely in the KV dtype, then tokens are decoded one by one with the method, each fed as the text has it. So
-  every scored token has between N-M and N-1 tokens before it, and all KV dtypes and methods score the same tokens. A
-  last window that is not full is left out. Dense bf16 is always measured, and differences are paired with it.
+  prefilled in the KV dtype, densely unless the method says otherwise (prefill=...), then tokens are decoded one by one
+  with the method, each fed as the text has it. So every scored token has between N-M and N-1 tokens before it, and all
+  KV dtypes and methods score the same tokens. A last window that is not full is left out. Dense bf16 is always measured, and differences are paired with it.
   Standard errors treat tokens as independent; those of text are not, so the true ones are somewhat larger.
 
 Examples:
@@ -107,18 +107,24 @@ pub(crate) fn run(args: &PerplexityArgs, out: &mut dyn Write) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
-/// Weights once, a cache for every KV dtype, the largest index, since one method is at work at a time, and the logits
+/// Weights once, a cache for every KV dtype and pattern of the prefill, the largest index, since one method is at work at a time, and the logits
 /// that others are compared with.
 fn check_memory(options: &PerplexityOptions, opened: &Opened) -> Result<(), Failure> {
-    let (mut names, mut weights, mut rest, mut index) = (Vec::new(), 0, 0u64, 0u64);
+    let (mut names, mut caches) = (Vec::new(), Vec::new());
+    let (mut weights, mut rest, mut index) = (0, 0u64, 0u64);
     for variant in options.all_variants()? {
         let kv = variant.kv.to_string();
         let bytes = opened.footprint(&kv, &variant.method.canonical(), options.context)?;
         weights = bytes.weights;
         index = index.max(bytes.index);
+        // Prompts of another pattern have a cache of their own.
+        let cache = (kv.clone(), variant.method.with_dense_steps()?.canonical());
+        if !caches.contains(&cache) {
+            caches.push(cache);
+            rest = rest.saturating_add(bytes.cache).saturating_add(bytes.scratch);
+        }
         if !names.contains(&kv) {
             names.push(kv);
-            rest = rest.saturating_add(bytes.cache).saturating_add(bytes.scratch);
         }
     }
     let baseline = options.baseline_bytes(opened.checkpoint.config().vocab)?;

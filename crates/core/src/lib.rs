@@ -45,7 +45,9 @@ pub use model::{
     Activation, BlockMatrix, Compaction, Head, HeadFormat, Layer, Model, ModelBytes, ModelConfig, PRESETS,
     Packing, Preset, RopeTable, SparseFfn, Table, TableFormat, TernaryLinear, TwoStage, preset,
 };
-pub use session::{Captured, Op, OpTotal, PrefixCache, Profile, Session, SessionOptions, Supplied, Traffic};
+pub use session::{
+    Captured, Op, OpTotal, PrefixCache, Profile, PromptAttention, Session, SessionOptions, Supplied, Traffic,
+};
 pub use trace::{Trace, TraceFormat, TraceRows, TraceShape, write_trace};
 
 /// Name of the instruction set that models built in this process use: the best one, or what `LONGBIT_ISA` names.

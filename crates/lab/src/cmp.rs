@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::analyse::Results;
-use crate::analyse::label::{DENSE, Labels, REFERENCE_KV, context, digits, distinct, percent};
+use crate::analyse::label::{Labels, REFERENCE_KV, context, digits, distinct, percent};
 use crate::emit::table::Rows;
 use crate::emit::{Format, json};
 use crate::record::Record;
@@ -79,7 +79,7 @@ pub fn sides(records: &[Record]) -> Vec<Side> {
     let dense = |like: &Record, kv: &str| {
         records.iter().find(|r| {
             r.measured()
-                && r.method == DENSE
+                && r.is_dense()
                 && r.kv_dtype == kv
                 && (r.context_tokens, r.threads, r.batch_tokens())
                     == (like.context_tokens, like.threads, like.batch_tokens())

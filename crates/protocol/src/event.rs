@@ -206,6 +206,10 @@ pub struct Quality {
     /// seed was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seeds: Option<SeedSpread>,
+    /// What tokens of a prompt give under the method's pattern; none where they see everything, and where no generator supplies
+    /// their queries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<PrefillQuality>,
     /// Rows that a decode step attended, of those in the cache, mean over compared steps, layers and KV heads: the density
     /// of a query group, whose heads share what they read.
     #[serde(default)]
@@ -268,6 +272,20 @@ pub struct Reads {
     pub top_density_head: f64,
     /// Share of all tokens that are in the top set of any query head of a group: mean.
     pub top_density_group: f64,
+}
+
+/// Attention outputs of the last tokens of a prompt, under the pattern that a method gives to prompts, against dense attention on
+/// the same queries and the same cached rows: for some layers and all of their query heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PrefillQuality {
+    /// Outputs compared: tokens x layers x query heads.
+    pub outputs: u64,
+    /// Relative L2 error of an output, median.
+    pub rel_l2_p50: f64,
+    /// 95th percentile.
+    pub rel_l2_p95: f64,
+    /// Rows that the tokens see, of those before them and their own.
+    pub density: f64,
 }
 
 /// How a figure of a method that draws at random varies with its seed.

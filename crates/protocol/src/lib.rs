@@ -16,8 +16,8 @@ pub use capabilities::{
     Capabilities, KvDtypeInfo, MethodInfo, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
 pub use event::{
-    Event, Fill, NOT_FINITE, Outcome, Probe, Quality, Reads, Ready, Sample, SeedSpread, Status, TOP_P,
-    Traffic, is_not_finite,
+    Event, Fill, NOT_FINITE, Outcome, PrefillQuality, Probe, Quality, Reads, Ready, Sample, SeedSpread,
+    Status, TOP_P, Traffic, is_not_finite,
 };
 pub use job::{
     CellJob, Estimate, EstimateRequest, Job, Limits, MAX_TEXT_BYTES, Measure, ModelSpec, Request, TextFile,

@@ -111,7 +111,9 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             // The cache of the reference and the cells' own follow each other.
             let reference = if apart { of(REFERENCE_KV)?.cache } else { 0 };
             let kept = 4 * u64::from(request.quality_steps) * config.vocab as u64;
-            [f.prefill, kept, tokenizing_bytes(request)]
+            // A prompt with a pattern fills a cache of its own.
+            let own = if method(&request.method)?.is_prefill_dense() { 0 } else { f.cache };
+            [f.prefill, kept, own, tokenizing_bytes(request)]
                 .into_iter()
                 .fold(reference.saturating_sub(f.cache), u64::saturating_add)
         }
@@ -163,9 +165,10 @@ fn batch_limits(request: &EstimateRequest) -> Result<(), Error> {
             matrix::NAME
         )));
     }
-    if request.batch > 1 && method(&request.method)?.canonical() != "dense" {
+    if request.batch > 1 && method(&request.method)?.method().name != "dense" {
         return Err(Error::Invalid(format!(
-            "a batch of {} tokens is a prefill, which is dense: the method {} has no effect on it",
+            "a batch of {} tokens is a prefill, which is dense but for the setting `prefill` of the method dense: the method {} \
+             has no effect on it",
             request.batch, request.method
         )));
     }
@@ -281,8 +284,11 @@ mod tests {
         // Logits of every token are the largest part.
         assert!(many.scratch_bytes - one.scratch_bytes > 4 * 512 * 128_256);
         let error = |request: EstimateRequest| estimate(&request).error.unwrap_or_default();
+        let batch_of = batch.clone();
         let window = EstimateRequest { method: "window".into(), ..batch };
         assert!(error(window).contains("the method window has no effect"));
+        let pattern = EstimateRequest { method: "dense:prefill=blocks".into(), ..batch_of.clone() };
+        assert_eq!(estimate(&pattern).error, None);
         let short = EstimateRequest { quality_steps: 4, ..step.clone() };
         assert!(error(short).contains("at least 16, or measure.quality_steps = 0"));
 

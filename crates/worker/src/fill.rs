@@ -134,7 +134,7 @@ pub(crate) fn supply_prompt(session: &Session, heads: &[HeadWorkload]) -> Result
 }
 
 /// Runs `task` for each of `heads`, taken in turn by whichever thread is free.
-fn run_batch(team: &Team, heads: std::ops::Range<usize>, task: impl Fn(usize) + Sync) {
+pub(crate) fn run_batch(team: &Team, heads: std::ops::Range<usize>, task: impl Fn(usize) + Sync) {
     let next = std::sync::atomic::AtomicUsize::new(heads.start);
     team.run(|_| {
         loop {

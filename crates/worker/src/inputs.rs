@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use longbit::attention::method;
+use longbit::attention::{MethodSpec, method};
 use longbit::kv::kv_dtype;
 use longbit::workload::{HeadShape, HeadStatistics, MIN_CONTEXT, Workload, WorkloadSpec};
 use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
@@ -19,7 +19,7 @@ use crate::fill::{self, Filled};
 use crate::measure::phase;
 use crate::text::{self, REFERENCE_KV, TextRun};
 use crate::timing::Passes;
-use crate::{Events, WorkerError, append, profile, quality};
+use crate::{Events, WorkerError, append, prefill, profile, quality};
 
 /// A model with the tokens that it is to run, where it is to run any.
 pub(crate) struct Built {
@@ -211,7 +211,10 @@ impl Inputs {
         progress: &mut dyn FnMut(u64, u64) -> Result<(), WorkerError>,
     ) -> Result<Quality, WorkerError> {
         match self {
-            Inputs::Generated(filled) => quality::measure(session, filled, steps),
+            Inputs::Generated(filled) => {
+                let prefill = prefill::measure(session, &filled.heads)?;
+                Ok(Quality { prefill, ..quality::measure(session, filled, steps)? })
+            }
             Inputs::Text(text) => text.compare(session, progress),
             Inputs::Own(..) => Err(WorkerError::Request(format!(
                 "nothing is compared at a context of less than {MIN_CONTEXT} tokens; set measure.quality_steps = 0"
@@ -225,6 +228,33 @@ impl Inputs {
         match self {
             Inputs::Generated(filled) => fill::supply_prompt(session, &filled.heads),
             Inputs::Text(_) | Inputs::Own(..) => Ok(()),
+        }
+    }
+
+    /// Whether a prompt runs through the model for `method` alone.
+    pub(crate) fn prefills(&self, method: &MethodSpec) -> bool {
+        matches!(self, Inputs::Text(_)) && !method.is_prefill_dense()
+    }
+
+    /// A session for a cell whose prompt is not dense, which stands at the context: the text runs through the model once more, with
+    /// that pattern. None where no text does: then all cells have the rows of `shared`.
+    pub(crate) fn prefilled(
+        &self,
+        shared: &Session,
+        method: &MethodSpec,
+    ) -> Result<Option<Session>, WorkerError> {
+        match self {
+            Inputs::Text(text) if self.prefills(method) => {
+                let options = SessionOptions {
+                    capacity: shared.cache().shape().capacity,
+                    kv: shared.cache().dtype(),
+                    method: method.clone(),
+                };
+                let mut session = Session::new(shared.model().clone(), shared.team().clone(), options)?;
+                text.prefill(&mut session, |_, _| Ok(()))?;
+                Ok(Some(session))
+            }
+            _ => Ok(None),
         }
     }
 

@@ -21,6 +21,7 @@ mod inputs;
 mod logits;
 mod matrix;
 mod measure;
+mod prefill;
 pub mod profile;
 mod quality;
 mod reads;

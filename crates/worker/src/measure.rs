@@ -28,7 +28,8 @@ struct Cell<'a> {
 enum State {
     /// Its state goes into the session that all cells share; none while it is there.
     Shared(Option<Attention>),
-    /// It evicts, so it has a session of its own, by its name; cells of one method share that.
+    /// It evicts, or a text runs through the model with its own pattern, so it has a session of its own, by its name; cells of
+    /// one method share that.
     Own(String),
 }
 
@@ -277,11 +278,12 @@ impl State {
 
 impl Sessions<'_> {
     /// What a cell of `method` needs. A method that evicts is told the last queries of the prompt, and drops its rows now.
-    /// The time is that to build the state, and of a session of its own that to fork it and drop rows.
+    /// The time is that to build the state, and of a session of its own that to fork it and drop rows; where a prompt ran through
+    /// the model the state grew with it, and what is left is to drop rows.
     fn state(&mut self, method: MethodSpec, inputs: &Inputs) -> Result<(State, u64), WorkerError> {
-        let clock = Instant::now();
+        let mut clock = Instant::now();
         let elapsed = |clock: Instant| clock.elapsed().as_nanos() as u64;
-        if !method.evicts() {
+        if !method.evicts() && !inputs.prefills(&method) {
             let attention = self.shared.attention_of(method)?;
             return Ok((State::Shared(Some(attention)), elapsed(clock)));
         }
@@ -289,7 +291,13 @@ impl Sessions<'_> {
         if let Some((_, build_ns)) = self.own.get(&name) {
             return Ok((State::Own(name), *build_ns));
         }
-        let mut session = self.shared.fork_with(method)?;
+        let mut session = match inputs.prefilled(self.shared, &method)? {
+            Some(session) => {
+                clock = Instant::now();
+                session
+            }
+            None => self.shared.fork_with(method)?,
+        };
         inputs.supply_prompt(&session)?;
         session.end_prompt()?;
         let build_ns = elapsed(clock);

@@ -10,8 +10,8 @@ use crate::fill::Filled;
 use crate::reads::Samples;
 
 /// One compared output.
-struct Compared {
-    relative_l2: f64,
+pub(crate) struct Compared {
+    pub(crate) relative_l2: f64,
     cosine: f64,
 }
 
@@ -99,7 +99,7 @@ pub(crate) fn token(step: usize, vocab: usize) -> u32 {
 
 /// `|ours - exact| / |exact|` and the cosine; an exact zero vector is met by zero alone. Output that is not finite is as
 /// wrong as can be said in a finite number.
-fn compare(ours: &[f32], exact: &[f64]) -> Compared {
+pub(crate) fn compare(ours: &[f32], exact: &[f64]) -> Compared {
     if ours.iter().any(|v| !v.is_finite()) {
         return Compared { relative_l2: NOT_FINITE, cosine: -1.0 };
     }

@@ -150,7 +150,7 @@ impl TextRun {
         Ok(Session::new(model.clone(), team.clone(), options)?)
     }
 
-    /// Runs the context through the model, densely. `progress(done, total)` is told of tokens.
+    /// Runs the context through the model, densely or with the pattern of the session. `progress(done, total)` is told of tokens.
     pub(crate) fn prefill(
         &self,
         session: &mut Session,

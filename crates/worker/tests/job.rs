@@ -110,6 +110,41 @@ fn every_cell_has_its_repetitions_its_quality_and_its_traffic() {
     assert_eq!(ready(&events).kv_bytes_stored, 1000 * 8 * 2 * 64 * 2);
 }
 
+/// A pattern of the prompt changes no step: the cache is the workload's. What it loses is told beside, and a batch runs with it.
+#[test]
+fn patterns_of_the_prompt_are_held_against_dense_prompts() {
+    let methods = [
+        "dense",
+        "dense:prefill=window,prefill_sinks=4,prefill_window=64",
+        "dense:prefill=window,prefill_sinks=4,prefill_window=2000",
+        "dense:prefill=window,prefill_sinks=4,prefill_window=64,prefill_dense_layers=even",
+        "window:sinks=4,window=64,prefill=blocks,prefill_blocks=4",
+        "dense:prefill=vslash,prefill_columns=100,prefill_slashes=100",
+        "h2o:budget=100,prefill=window",
+    ];
+    let mut wanted = job("int8", &[&methods[..], &methods[1..2]].concat(), measure(1));
+    wanted.cells[7].batch = 8;
+    let (code, events) = run(wanted);
+    assert_eq!(code, 0, "{:?}", events.last());
+    let of = |cell: usize| quality(&events, &format!("cell{cell}"));
+    assert!(of(0).prefill.is_none() && of(6).prefill.is_none());
+    assert_eq!(of(1).rel_l2_p50, of(0).rel_l2_p50);
+    let [few, all, half, blocks, slash] = [1, 2, 3, 4, 5].map(|cell| of(cell).prefill.unwrap());
+    // Tokens 768 to 999 of 1000: the last whole block of 128 and what follows it.
+    assert_eq!(few.outputs, 232 * 4 * 4);
+    let causal = (769..=1000).sum::<u64>() as f64;
+    assert!((few.density - 232.0 * 68.0 / causal).abs() < 1e-12, "{few:?}");
+    assert!(few.rel_l2_p50 > 0.0 && few.rel_l2_p95 >= few.rel_l2_p50 && few.rel_l2_p95 < 10.0, "{few:?}");
+    assert_eq!((all.rel_l2_p95, all.density), (0.0, 1.0));
+    // Half of the layers are exact.
+    assert!((half.density - (1.0 + few.density) / 2.0).abs() < 1e-12 && half.rel_l2_p50 == 0.0, "{half:?}");
+    assert!(half.rel_l2_p95 > 0.0 && blocks.density < 0.3 && blocks.rel_l2_p50 > 0.0);
+    assert!(slash.density < 1.0 && slash.rel_l2_p50 < few.rel_l2_p50, "{slash:?} {few:?}");
+    let rows = |cell: &str| samples(&events).iter().find(|s| s.cell == cell).unwrap().traffic.rows;
+    assert_eq!((rows("cell1"), rows("cell4")), (rows("cell0"), 5 * 8 * 68));
+    assert_eq!(samples(&events).iter().find(|s| s.cell == "cell7").unwrap().tok_ns.len(), 5);
+}
+
 /// Cells whose method evicts have a cache of their own: each reads its budget at every step of every repetition, and the
 /// others read what they read without them.
 #[test]

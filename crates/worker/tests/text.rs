@@ -172,6 +172,30 @@ fn threads_and_repetitions_change_no_quality() {
     assert!(all.iter().chain(&again).all(|q| *q == all[0]), "{all:?}\n{again:?}");
 }
 
+/// A pattern fills a cache of its own; the reference and the other cells stay dense.
+#[test]
+fn patterns_of_the_prompt_run_it_once_more() {
+    let pattern = "dense:prefill=window,prefill_sinks=2,prefill_window=16";
+    let cells = [
+        "dense",
+        pattern,
+        "dense:prefill=window,prefill_window=300",
+        "window:window=16,prefill=blocks,prefill_blocks=1",
+    ];
+    let (code, events) = run(job("bf16", &cells.map(|method| (method, 1))));
+    assert_eq!(code, 0, "{:?}", events.last());
+    let [dense, few, all, both] = &qualities(&events)[..] else { panic!("{events:?}") };
+    assert_eq!((dense.kl_nats, all.kl_nats), (Some(0.0), Some(0.0)));
+    assert!(few.kl_nats > Some(0.0) && both.kl_nats > Some(0.0));
+    assert_eq!(few.nll_reference_nats, dense.nll_nats);
+    // Steps of the pattern's cell are dense.
+    assert_eq!((few.density_read, dense.density_read), (Some(1.0), Some(1.0)));
+    assert!(few.prefill.is_none());
+    let alone = run(job("bf16", &[(pattern, several())])).1;
+    assert_eq!(qualities(&alone)[0].kl_nats, few.kl_nats);
+    assert_eq!(ready(&alone).fill_sha256, ready(&events).fill_sha256);
+}
+
 #[test]
 fn prefill_fills_what_decoding_one_by_one_fills() {
     let checkpoint = Checkpoint::open(&fixture("hf_bitnet/offline"), &OpenOptions::default()).unwrap();

@@ -40,6 +40,11 @@ impl Layers {
         text.split(['+', ',']).map(Item::parse).collect::<Result<_, _>>().map(Layers)
     }
 
+    /// Whether none are named.
+    pub fn is_none(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether `layer` of `layers` is among them.
     pub fn contains(&self, layer: usize, layers: usize) -> bool {
         self.0.iter().any(|item| match *item {

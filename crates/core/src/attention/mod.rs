@@ -3,7 +3,8 @@
 //! A method answers [`HeadMethod::select`] for one (layer, KV head) and the query group that shares it: spans of tokens
 //! to attend exactly, plus, if it estimates the rest, a tail partial a query head. Everything else is shared:
 //! `attend` turns spans into [`partial`]s in any KV dtype and merges them on a tree that does not depend on
-//! the number of threads. A new method is one file and one line in [`METHODS`].
+//! the number of threads. A new method is one file and one line in [`METHODS`]. What tokens of a prompt see is another
+//! question, with a contract and a table of its own: [`prefill`].
 
 mod approximate;
 mod attend;
@@ -30,6 +31,7 @@ mod nsa;
 mod oracle;
 mod params;
 pub mod partial;
+pub mod prefill;
 mod quest;
 mod reader;
 mod record;
@@ -244,7 +246,8 @@ pub struct Method {
     pub summary: &'static str,
     /// Parameters with defaults.
     pub params: &'static [ParamSpec],
-    /// Whether it takes the [`SETTINGS`] too; what reads everything has no use for them.
+    /// Whether it takes the [`SETTINGS`] too; what reads everything has no use for them. All take the
+    /// [`prefill::PREFILL_SETTINGS`].
     pub settings: bool,
     /// Whether it drops rows of the cache for good.
     pub evicts: bool,
@@ -289,7 +292,8 @@ pub static METHODS: &[Method] = &[
 impl Method {
     /// Its own parameters, then the settings.
     pub fn all_params(&self) -> impl Iterator<Item = &'static ParamSpec> {
-        self.params.iter().chain(if self.settings { SETTINGS } else { &[] })
+        let settings: &[ParamSpec] = if self.settings { SETTINGS } else { &[] };
+        self.params.iter().chain(settings).chain(prefill::PREFILL_SETTINGS)
     }
 }
 
@@ -319,7 +323,11 @@ pub struct Attention {
     heads: Vec<Mutex<Box<dyn HeadMethod>>>,
     /// One a layer.
     boards: Vec<Arc<Board>>,
+    prefill: Option<SparsePrefill>,
 }
+
+/// What tokens of a prompt see, and in which layers that is not everything.
+type SparsePrefill = (Box<dyn prefill::Pattern>, Vec<bool>);
 
 impl Attention {
     /// Fresh states, brought up to date with what `cache` holds, whose rows `rope` turned; `team` builds them.
@@ -329,8 +337,10 @@ impl Attention {
     pub fn new(spec: MethodSpec, cache: &KvCache, rope: &Arc<RopeTable>, team: &Team) -> Result<Self> {
         let shape = MethodShape::of(cache);
         spec.check(&shape)?;
-        let mut attention =
-            Attention { spec, kv_heads: shape.kv_heads, heads: Vec::new(), boards: Vec::new() };
+        let sparse = |layer| !spec.is_prefill_dense_in(layer, shape.layers);
+        let prefill = spec.prefill().map(|pattern| (pattern, (0..shape.layers).map(sparse).collect()));
+        let (kv_heads, heads, boards) = (shape.kv_heads, Vec::new(), Vec::new());
+        let mut attention = Attention { spec, kv_heads, heads, boards, prefill };
         attention.refresh(cache, rope, team);
         Ok(attention)
     }
@@ -380,6 +390,22 @@ impl Attention {
     /// Which method, with all parameters.
     pub fn spec(&self) -> &MethodSpec {
         &self.spec
+    }
+
+    /// What tokens of a prompt see in `layer`; none where they see everything.
+    pub fn prefill(&self, layer: usize) -> Option<&dyn prefill::Pattern> {
+        let (pattern, sparse) = self.prefill.as_ref()?;
+        sparse.get(layer).is_some_and(|sparse| *sparse).then_some(&**pattern)
+    }
+
+    /// Puts another pattern in the place of the present one, which it returns; none is dense.
+    pub(crate) fn swap_prefill(&mut self, pattern: Option<SparsePrefill>) -> Option<SparsePrefill> {
+        std::mem::replace(&mut self.prefill, pattern)
+    }
+
+    /// Tokens of a block of a prompt that a pattern decides on together, for passes must not cut it; 1 where nothing is.
+    pub fn prefill_block(&self) -> usize {
+        self.prefill.as_ref().and_then(|(pattern, _)| pattern.block()).unwrap_or(1)
     }
 
     /// The state of (`layer`, `kv_head`).

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::layers::Layers;
+use super::prefill::{self, Pattern};
 use super::{METHODS, Method, MethodShape, Predicted};
 use crate::error::{Error, Result};
 
@@ -38,7 +39,7 @@ pub struct ParamSpec {
     pub summary: &'static str,
     /// Type and range.
     pub kind: Kind,
-    /// Default, as text.
+    /// Default, as text; of a number it may be a word, for one that something else decides.
     pub default: &'static str,
 }
 
@@ -107,7 +108,8 @@ impl fmt::Display for Value {
     }
 }
 
-/// Settings that every method takes besides its own parameters.
+/// Settings that methods which choose among the tokens take besides their own parameters; all take the
+/// [`prefill::PREFILL_SETTINGS`].
 pub static SETTINGS: &[ParamSpec] = &[
     ParamSpec {
         name: "dense_layers",
@@ -123,7 +125,7 @@ pub static SETTINGS: &[ParamSpec] = &[
     },
 ];
 
-/// Values of all parameters of a method, in the order of its table, and of the [`SETTINGS`].
+/// Values of all parameters of a method, in the order of its table, and of the settings that it takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Params(Vec<(&'static str, Value)>);
 
@@ -145,6 +147,22 @@ impl Params {
             Value::Number(value) => *value,
             other => panic!("the parameter `{name}` is {other}, no number"),
         }
+    }
+
+    /// The whole number called `name`, or `otherwise` where it is left to its default, a word.
+    ///
+    /// # Panics
+    /// When there is no such number.
+    pub(super) fn int_or(&self, name: &str, otherwise: usize) -> usize {
+        if self.given(name) { self.int(name) } else { otherwise }
+    }
+
+    /// Whether the number called `name`, whose default is a word, was given.
+    ///
+    /// # Panics
+    /// When the method's own table does not list it.
+    pub(super) fn given(&self, name: &str) -> bool {
+        matches!(self.value(name), Value::Number(_))
     }
 
     /// The word chosen for `name`.
@@ -219,7 +237,9 @@ impl MethodSpec {
         let defaults = method.all_params().map(|p| Ok((p.name, parse_value(p, p.default).map_err(fail)?)));
         let defaults: Vec<_> = defaults.collect::<Result<_>>()?;
         let params = defaults.into_iter().zip(values).map(|((n, d), v)| (n, v.unwrap_or(d))).collect();
-        Ok(MethodSpec { method, params: Params(params) })
+        let params = Params(params);
+        prefill::check(&params).map_err(fail)?;
+        Ok(MethodSpec { method, params })
     }
 
     /// The table's entry.
@@ -232,8 +252,8 @@ impl MethodSpec {
         &self.params
     }
 
-    /// The string with every parameter written out, and of the [`SETTINGS`] those that are not at their default; it parses
-    /// to the same.
+    /// The string with every parameter written out, and of the settings those that are not at their default; it parses to
+    /// the same.
     pub fn canonical(&self) -> String {
         let own = self.method.params.len();
         let pairs = self.method.all_params().zip(&self.params.0).enumerate();
@@ -247,6 +267,32 @@ impl MethodSpec {
         } else {
             format!("{}:{}", self.method.name, pairs.join(","))
         }
+    }
+
+    /// The method `dense` with the settings of this one that are those of prompts.
+    ///
+    /// # Errors
+    /// None but of the table's own name.
+    pub fn with_dense_steps(&self) -> Result<MethodSpec> {
+        let (spec, own) = (MethodSpec::parse("dense")?, &self.params.0);
+        let params = spec.params.0.iter().map(|(name, _)| *name);
+        let params = params.filter_map(|name| own.iter().find(|(n, _)| *n == name).cloned()).collect();
+        Ok(MethodSpec { params: Params(params), ..spec })
+    }
+
+    /// Whether tokens of a prompt see everything before them.
+    pub fn is_prefill_dense(&self) -> bool {
+        self.params.word("prefill") == prefill::DENSE
+    }
+
+    /// Which tokens those of a prompt see; none where they see everything.
+    pub(super) fn prefill(&self) -> Option<Box<dyn Pattern>> {
+        prefill::make(&self.params)
+    }
+
+    /// Whether tokens of a prompt see everything in `layer` of `layers`.
+    pub(super) fn is_prefill_dense_in(&self, layer: usize, layers: usize) -> bool {
+        self.params.layers("prefill_dense_layers").contains(layer, layers)
     }
 
     /// Checks what the shape of a model and the number format of its cache decide.
@@ -309,6 +355,8 @@ fn parse_value(spec: &ParamSpec, value: &str) -> Result<Value, String> {
     match spec.kind {
         Kind::Int { min, max } => match value.parse::<u64>() {
             Ok(v) if (min..=max).contains(&v) => Ok(Value::Number(v as f64)),
+            // A word that leaves it to something else.
+            Err(_) if value == spec.default => Ok(Value::Word(spec.default)),
             _ => Err(format!("{name}={value}: expected a whole number from {min} to {max}")),
         },
         Kind::Float { min, max } => match value.parse::<f64>() {
@@ -342,6 +390,28 @@ mod tests {
         }
     }
 
+    /// Names of methods without a pattern are what they were, and what is left to a pattern is not written out.
+    #[test]
+    fn settings_of_prompts_are_written_where_they_are_given() {
+        for (text, canonical) in [
+            ("dense:prefill=dense", "dense"),
+            ("dense:prefill=dense,prefill_window=auto", "dense"),
+            ("window:prefill=dense,window=64", "window:sinks=4,window=64"),
+            ("dense:prefill_window=64,prefill=window", "dense:prefill=window,prefill_window=64"),
+            (
+                "window:prefill=vslash,prefill_dense_layers=0,2,reuse=2",
+                "window:sinks=4,window=1024,reuse=2,prefill=vslash,prefill_dense_layers=0+2",
+            ),
+        ] {
+            let spec = MethodSpec::parse(text).unwrap();
+            assert_eq!(spec.canonical(), canonical);
+            assert_eq!(MethodSpec::parse(&spec.canonical()).unwrap().canonical(), canonical);
+        }
+        let spec = MethodSpec::parse("window:prefill=window,prefill_sinks=0").unwrap();
+        assert_eq!(spec.with_dense_steps().unwrap().canonical(), "dense:prefill=window,prefill_sinks=0");
+        assert!(!spec.is_prefill_dense() && MethodSpec::parse("window").unwrap().is_prefill_dense());
+    }
+
     #[test]
     fn layers_that_the_model_lacks_are_refused() {
         let dtype = crate::kv::kv_dtype("bf16").unwrap();
@@ -350,6 +420,13 @@ mod tests {
         let message = spec.check(&shape).unwrap_err().to_string();
         assert!(message.contains("dense_layers: there is no layer 40: the model has 30"), "{message}");
         assert!(MethodSpec::parse("window:dense_layers=0+29").unwrap().check(&shape).is_ok());
+        let spec = MethodSpec::parse("dense:prefill=window,prefill_dense_layers=30").unwrap();
+        assert!(
+            spec.check(&shape)
+                .unwrap_err()
+                .to_string()
+                .contains("prefill_dense_layers: there is no layer 30")
+        );
     }
 
     #[test]
@@ -365,7 +442,17 @@ mod tests {
         for (text, says) in [
             ("widow", "did you mean `window`?"),
             ("window:size=3", "sinks, window"),
-            ("dense:x=1", "its parameters: none"),
+            ("dense:x=1", "its parameters: prefill, prefill_dense_layers"),
+            ("dense:prefill=slash", "one of dense, window, ashape, vslash, blocks"),
+            ("dense:prefill=window,prefill_window=0", "from 1 to"),
+            (
+                "dense:prefill_window=64",
+                "no effect with prefill=dense: leave it out, or choose prefill=window or",
+            ),
+            ("window:prefill=blocks,prefill_sinks=4", "prefill_sinks has no effect with prefill=blocks"),
+            ("dense:prefill=window,prefill_blocks=4", "leave it out, or choose prefill=blocks"),
+            ("dense:prefill_dense_layers=0", "or choose a pattern, e.g. prefill=window"),
+            ("dense:prefill=window,dense_layers=0", "has no parameter `dense_layers`"),
             ("window:window=0", "from 1 to"),
             ("window:window=-5", "whole number"),
             ("window:window=1e3", "whole number"),

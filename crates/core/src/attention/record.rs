@@ -54,6 +54,9 @@ impl Attention {
             Mutex::new(Box::new(recorder) as Box<dyn HeadMethod>)
         };
         let heads = (0..count).map(state).collect();
-        Ok((Attention { spec, kv_heads: shape.kv_heads, heads, boards: Vec::new() }, recording))
+        Ok((
+            Attention { spec, kv_heads: shape.kv_heads, heads, boards: Vec::new(), prefill: None },
+            recording,
+        ))
     }
 }

@@ -55,10 +55,12 @@ impl Session {
         if wanted > 0 {
             let (before, again) = self.known.split_at(self.len() - wanted);
             session.rewind(before.len());
+            // The rows are to be those that are there, which dense attention gave.
+            let pattern = session.attention.swap_prefill(None);
             session.prefill(again)?;
-        } else {
-            session.known.clone_from(&self.known);
+            session.attention.swap_prefill(pattern);
         }
+        session.known.clone_from(&self.known);
         Ok(session)
     }
 

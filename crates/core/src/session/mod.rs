@@ -32,6 +32,7 @@ pub use capture::Captured;
 use forward::{Pass, Tracing, Want};
 pub use prefix::PrefixCache;
 pub use profile::{Op, OpTotal, Profile};
+pub use prompt::PromptAttention;
 use scratch::Scratch;
 
 /// Bytes and rows that the attention of the last decode step read, summed over layers and KV heads, and what exact zeros
@@ -72,7 +73,7 @@ pub struct SessionOptions {
     pub capacity: usize,
     /// Number format of cached keys and values.
     pub kv: KvDtype,
-    /// Attention method of decode steps; prefill is dense and causal.
+    /// Attention method of decode steps. Its setting `prefill` says what tokens of a prompt see: all before them, by default.
     pub method: MethodSpec,
 }
 
@@ -88,7 +89,7 @@ impl Default for SessionOptions {
 
 /// What a pass is for.
 enum Kind<'a> {
-    /// Dense and causal, any number of tokens.
+    /// Causal, any number of tokens.
     Prefill(Want),
     /// One token, served by the method.
     Decode { supplied: Option<&'a Supplied>, capture: bool },
@@ -213,7 +214,7 @@ impl Session {
     }
 
     /// The first tokens of the sequence, as far as the rows of the cache are those that exact attention gives for them: they
-    /// were prefilled, or decoded with the method `dense`. Rows from outside end it.
+    /// were prefilled densely, or decoded with the method `dense`. Rows from outside end it.
     pub fn known_tokens(&self) -> &[u32] {
         &self.known
     }
@@ -446,7 +447,9 @@ impl Session {
         let evicts = self.attention.spec().evicts();
         self.prompting |= evicts && !decoding;
         self.rows_gone |= evicts && decoding;
-        let exact = !self.rows_gone && (!decoding || self.attention.spec().method().name == "dense");
+        let spec = self.attention.spec();
+        let dense = if decoding { spec.method().name == "dense" } else { spec.is_prefill_dense() };
+        let exact = !self.rows_gone && dense;
         if exact && !forced && supplied.is_none() && self.known.len() == before {
             self.known.extend_from_slice(tokens);
         }

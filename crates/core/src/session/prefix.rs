@@ -14,7 +14,8 @@ use crate::model::{Model, RopeTable};
 /// that goes on. What is reused is whole pages of [`crate::kv::PAGE_TOKENS`] tokens; it is shared, never copied, and what
 /// was not used for longest goes first when there is more than the budget.
 ///
-/// A session that begins so goes on with the bits of one that computed those tokens itself. That holds for every method,
+/// A session that begins so goes on with the bits of one that computed those tokens itself. One whose prompts are not dense begins
+/// with nothing, and has nothing to give. That holds for every method,
 /// for only rows that exact attention gives are kept ([`Session::known_tokens`]), and none of a session that has evicted. With a KV dtype that keeps the newest
 /// tokens exactly, a session can go on only from the last page boundary that another one had passed when it was inserted (so
 /// insert one that ends where a shared prompt does), and rows depend on how the tokens were cut into passes: they are those
@@ -85,8 +86,10 @@ impl PrefixCache {
             _ => Session::rope_for(&self.model, capacity, &team)?,
         };
         self.rope = Some(Arc::clone(&rope));
-        // The logits after the last token are not kept: it is computed again.
-        let cache = self.tree.cache(&tokens[..tokens.len().saturating_sub(1)], capacity)?;
+        // The logits after the last token are not kept: it is computed again. Rows of dense attention are not those that a
+        // prompt with a pattern has.
+        let most = if method.is_prefill_dense() { tokens.len().saturating_sub(1) } else { 0 };
+        let cache = self.tree.cache(&tokens[..most], capacity)?;
         let known = tokens[..cache.len()].to_vec();
         let attention = Attention::new(method, &cache, &rope, &team)?;
         let mut session = Session::with_cache(Arc::clone(&self.model), team, rope, cache, attention);

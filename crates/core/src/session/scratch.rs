@@ -11,6 +11,7 @@ use super::Traffic;
 use super::capture::Capture;
 use super::profile::{Clock, OpTotal};
 use super::stage::{Stage, shares, stripes};
+use crate::attention::prefill::{Decision, Scorer, Seen, TILE};
 use crate::attention::{CHUNK_TOKENS, Retained, Selection, partial};
 use crate::error::Error;
 use crate::kv::KvScratch;
@@ -67,8 +68,14 @@ pub(super) struct Private {
     pub(super) compaction: Retained,
     /// Tokens of all tasks of a step.
     pub(super) pieces: Vec<Range<usize>>,
-    /// Tasks of a step: KV head and range of `pieces`.
+    /// Tasks of a step: KV head and range of `pieces`. Those of a prompt's tokens: token and range.
     pub(super) tasks: Vec<(usize, Range<usize>)>,
+    /// What tokens of a prompt see.
+    pub(super) seen: Seen,
+    /// Rows that one of them sees.
+    pub(super) spans: Vec<Range<usize>>,
+    /// Scores that a pattern of a prompt decides by.
+    pub(super) scorer: Scorer,
     /// Rows or columns that a sparse product takes.
     pub(super) listed: Vec<u32>,
     /// What the head multiplies, rounded for rows in blocks.
@@ -110,6 +117,10 @@ pub(super) struct Scratch {
     pub(super) queries: Shared<f32>,
     /// One a KV head.
     pub(super) selections: Vec<RwLock<Selection>>,
+    /// What a pattern decided, `[kv_heads][blocks of tokens]`.
+    pub(super) decisions: Vec<RwLock<Decision>>,
+    /// Blocks that the tokens of a pass lie in, at the most.
+    pub(super) most_decisions: usize,
     /// One stripe a decode attention task.
     pub(super) partials: Shared<f32>,
     /// Largest logits of a decode attention task, one a head of the group; one stripe a task.
@@ -203,6 +214,8 @@ impl Scratch {
         // Prefill reads the matrices whole.
         let sums = if tokens == 1 { ColumnShape { rows: config.hidden, cols: 1 }.padded_rows() } else { 1 };
         let vocab = vocabulary_stripes(config.vocab, threads, tokens);
+        // A block is a tile at the least, and need not begin where the pass does.
+        let most_decisions = if tokens == 1 { 0 } else { tokens.div_ceil(TILE) + 1 };
         let mut bounds = vec![0];
         for share in &vocab {
             bounds.push(bounds[bounds.len() - 1] + share.len() * tokens);
@@ -219,6 +232,8 @@ impl Scratch {
             ffn_acts: ActBuffer::new(config.intermediate, tokens),
             queries: Shared::even(heads, tokens * width, heads, 0.0).named("queries"),
             selections: (0..heads).map(|_| RwLock::default()).collect(),
+            decisions: (0..heads * most_decisions).map(|_| RwLock::default()).collect(),
+            most_decisions,
             partials: Shared::even(slots.max(1), slot, slots.max(1), 0.0).named("partials"),
             largest: Shared::even(slots.max(1), config.group(), slots.max(1), 0.0).named("largest logits"),
             attn: Shared::even(heads * blocks, block * width, heads * blocks, 0.0).named("attention output"),

@@ -2,8 +2,8 @@
 //!
 //! The protocol. The text is tokenized once. Windows of `context` tokens start every `stride` text tokens; each begins
 //! with the beginning-of-text token, if the model's prompts do, and goes on with the text. In each window the last
-//! `stride` tokens are scored: everything before the last token that precedes them is prefilled densely in the KV dtype,
-//! then the tokens are decoded one by one with the method, each fed as the text has it (teacher forcing), and each scored
+//! `stride` tokens are scored: everything before the last token that precedes them is prefilled in the KV dtype, densely
+//! unless the method has a setting `prefill`, then the tokens are decoded one by one with the method, each fed as the text has it (teacher forcing), and each scored
 //! by the negative logarithm of the probability that the step before gave it. So every scored token has between
 //! `context - stride` and `context - 1` tokens before it, every text token after the first `context - stride - 1` or so is
 //! scored exactly once, and all KV dtypes and methods score the same tokens. A last window that is not full is left out.
@@ -66,7 +66,8 @@ pub struct PerplexityOptions {
 /// How far the work is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scored {
-    /// Tokens that went through the model: those of each window's prefill once a KV dtype, the scored ones once a variant.
+    /// Tokens that went through the model: those of each window's prefill once a KV dtype and pattern of the prefill, the scored
+    /// ones once a variant.
     pub done: usize,
     /// Such tokens in all.
     pub total: usize,
@@ -226,12 +227,14 @@ fn measure<E: From<Error>>(
     let windows = options.windows(tokens.len());
     let mut sessions: Vec<Session> = Vec::new();
     for tally in &mut tallies {
-        let kv = tally.variant.kv;
-        tally.session = match sessions.iter().position(|s| s.cache().dtype() == kv) {
+        let Variant { kv, method } = &tally.variant;
+        let method = method.with_dense_steps()?;
+        let same =
+            |s: &Session| s.cache().dtype() == *kv && s.attention().spec().canonical() == method.canonical();
+        tally.session = match sessions.iter().position(same) {
             Some(known) => known,
             None => {
-                let options =
-                    SessionOptions { capacity: context, kv: tally.variant.kv, method: method("dense")? };
+                let options = SessionOptions { capacity: context, kv: *kv, method };
                 let mut session = Session::new(model.clone(), team.clone(), options)?;
                 // Probabilities need all logits.
                 session.set_exact_top(usize::MAX);
@@ -306,8 +309,12 @@ fn score<E: From<Error>>(
     tokens: &[u32],
     mut each: impl FnMut(&[f32]) -> Result<(), E>,
 ) -> Result<(), E> {
-    if variant.method.canonical() == method("dense")?.canonical() {
-        return session.each_logits(tokens, DENSE_CHUNK, each);
+    if variant.method.method().name == "dense" {
+        // Steps, whatever the prompt saw: those are dense.
+        let pattern = session.swap_attention(session.attention_of(method("dense")?)?);
+        let scored = session.each_logits(tokens, DENSE_CHUNK, each);
+        session.swap_attention(pattern);
+        return scored;
     }
     if variant.method.evicts() {
         // Its rows are its own; the session stays as long as it was.

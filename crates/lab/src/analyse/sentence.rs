@@ -2,7 +2,7 @@
 
 use longbit_protocol::{Status, is_not_finite};
 
-use super::label::{DENSE, Labels, REFERENCE_KV, context, digits, percent};
+use super::label::{Labels, REFERENCE_KV, context, digits, percent};
 use super::loss::Loss;
 use crate::record::Record;
 
@@ -140,8 +140,8 @@ fn statement(records: &[Record], measured: &[&Record]) -> String {
             .copied()
     };
     let at_far: Vec<&Record> = group.iter().filter(|r| r.context_tokens == far).copied().collect();
-    let dense = at_far.iter().find(|r| r.method == DENSE).copied();
-    let others: Vec<&Record> = at_far.iter().filter(|r| r.method != DENSE).copied().collect();
+    let dense = at_far.iter().find(|r| r.is_dense()).copied();
+    let others: Vec<&Record> = at_far.iter().filter(|r| !r.is_dense()).copied().collect();
     let fastest = others.iter().max_by(|a, b| speed(a).total_cmp(&speed(b))).copied();
     let careful = others
         .iter()

@@ -288,6 +288,9 @@ fn identity(
         rel_l2_seed_mean: None,
         rel_l2_seed_sd: None,
         seeds: None,
+        prefill_rel_l2_p50: None,
+        prefill_rel_l2_p95: None,
+        prefill_density: None,
     }
 }
 
@@ -353,6 +356,11 @@ fn add_quality(record: &mut Record, quality: &Quality) {
         record.rel_l2_seed_mean = finite(seeds.rel_l2_mean);
         record.rel_l2_seed_sd = finite(seeds.rel_l2_sd);
         record.seeds = Some(u64::from(seeds.count));
+    }
+    if let Some(prefill) = &quality.prefill {
+        record.prefill_rel_l2_p50 = finite(prefill.rel_l2_p50);
+        record.prefill_rel_l2_p95 = finite(prefill.rel_l2_p95);
+        record.prefill_density = finite(prefill.density);
     }
 }
 

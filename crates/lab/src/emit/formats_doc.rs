@@ -107,7 +107,7 @@ const SAMPLE: [[&str; 3]; 20] = [
     ["index_build_ns", "ns", "time to build that state from the filled cache, once a worker, or null"],
 ];
 
-const OTHER: [[&str; 2]; 8] = [
+const OTHER: [[&str; 2]; 9] = [
     ["quality.steps", "decode steps compared"],
     ["quality.outputs", "outputs compared: steps x layers x query heads, or steps where logits are compared"],
     ["quality.rel_l2_by_head", "median relative L2 error by head type of the workload"],
@@ -120,6 +120,11 @@ const OTHER: [[&str; 2]; 8] = [
     [
         "quality.seeds",
         "count, rel_l2_mean, rel_l2_sd: the spread over seeds; absent for methods that draw nothing",
+    ],
+    [
+        "quality.prefill",
+        "outputs, rel_l2_p50, rel_l2_p95, density: the prompt's last tokens under the method's pattern; absent where prompts are \
+         dense, where rows were evicted, and where a text is decoded",
     ],
     ["ready.build_ns", "time to build or load the model"],
     ["ready.huge_page_bytes", "anonymous huge pages in use, or null"],

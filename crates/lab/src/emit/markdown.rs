@@ -3,7 +3,7 @@
 use longbit_protocol::Machine;
 
 use super::table;
-use crate::analyse::label::{DENSE, distinct};
+use crate::analyse::label::distinct;
 use crate::plan::{Plan, quoted};
 use crate::record::Record;
 
@@ -73,7 +73,7 @@ pub fn cells(records: &[Record]) -> String {
     let shown = LEGEND.iter().filter(|(column, _)| rows.head.iter().any(|h| h == column));
     let legend: Vec<&str> = shown.map(|(_, meaning)| *meaning).collect();
     text.push_str(&format!("\n{}\n", legend.join(" ")));
-    let full = distinct(records.iter().filter(|r| r.method != DENSE).map(Record::method_string));
+    let full = distinct(records.iter().filter(|r| !r.is_dense()).map(Record::method_string));
     let full: Vec<String> = full.into_iter().filter(|m| m.contains(':')).map(|m| format!("`{m}`")).collect();
     if !full.is_empty() {
         text.push_str(&format!("Methods in full: {}.\n", full.join(", ")));
@@ -82,7 +82,7 @@ pub fn cells(records: &[Record]) -> String {
 }
 
 /// What the columns of the table of reads mean.
-const READS_LEGEND: [(&str, &str); 8] = [
+const READS_LEGEND: [(&str, &str); 9] = [
     ("density", "density: rows attended of those in the cache, by the query heads of a group together."),
     (
         "needed, head",
@@ -106,6 +106,11 @@ const READS_LEGEND: [(&str, &str); 8] = [
     (
         "rel L2 over seeds",
         "over seeds: median relative L2, mean and standard deviation over seeds of a method that draws at random.",
+    ),
+    (
+        "prefill density",
+        "prefill: rows that the last tokens of the prompt see under the method's pattern, and relative L2 of their outputs against \
+         dense attention over the same rows.",
     ),
 ];
 

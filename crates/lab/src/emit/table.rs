@@ -124,6 +124,9 @@ pub fn reads(records: &[Record]) -> Rows {
         "index MB",
         "index ms",
         "rel L2 over seeds",
+        "prefill density",
+        "prefill rel L2 p50",
+        "prefill rel L2 p95",
     ];
     let number = |v: Option<f64>| v.map_or(String::new(), digits);
     let share = |v: Option<f64>| v.map_or(String::new(), percent);
@@ -156,6 +159,9 @@ pub fn reads(records: &[Record]) -> Rows {
             number(r.index_build_ns.filter(|_| indexed).map(|ns| ns as f64 / 1e6)),
             seeds
                 .map_or(String::new(), |((mean, sd), n)| format!("{} ± {} of {n}", digits(mean), digits(sd))),
+            share(r.prefill_density),
+            number(r.prefill_rel_l2_p50),
+            number(r.prefill_rel_l2_p95),
         ]);
         seen.push(key);
     }

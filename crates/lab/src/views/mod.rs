@@ -89,12 +89,18 @@ pub fn list(engine: &dyn Engine, format: Format, out: &mut dyn Write) -> Result<
             settings.push(p);
         }
     });
-    if !settings.is_empty() {
+    // Those that every method takes come last.
+    let everywhere = |p: &ParamInfo| c.methods.iter().all(|m| m.params.iter().any(|own| own.name == p.name));
+    let (common, some): (Vec<&ParamInfo>, Vec<_>) = settings.into_iter().partition(|p| everywhere(p));
+    for (who, settings) in [("Methods that choose among the tokens", some), ("All methods", common)] {
+        if settings.is_empty() {
+            continue;
+        }
         let rows = settings
             .iter()
             .map(|p| vec![p.name.clone(), p.default.clone(), range(&p.kind), p.summary.clone()]);
         let settings = table(&["setting", "default", "range", ""], &[], rows.collect());
-        writeln!(out, "\nMethods that choose among the tokens also take\n{settings}")?;
+        writeln!(out, "\n{who} also take\n{settings}")?;
     }
     let kv = c
         .kv_dtypes

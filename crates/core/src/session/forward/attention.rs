@@ -1,14 +1,9 @@
-//! Attention of a pass: rows of the new tokens go into the cache, and prompts attend to it. Decode steps are in
-//! [`super::decode`].
+//! Rows of the new tokens of a pass go into the cache, and the method decides; what heads put out comes together. Prompts
+//! attend in [`super::prefill`], decode steps in [`super::decode`].
 
-use longbit_sys::Worker;
-
-use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::{
-    CHUNK_TOKENS, GroupQuery, Occasion, Prompt, chunks, gather_chunk, partial, score_chunk,
-};
+use crate::attention::{GroupQuery, Occasion, Prompt};
 
 impl Pass<'_> {
     /// Rotates and appends the keys and values of one KV head, rotates its queries, and lets the method decide.
@@ -87,62 +82,12 @@ impl Pass<'_> {
                         capture.attended(l * config.kv_heads + kv_head, kv.watch().take());
                     }
                 }
-                false => selection.spans.push(0..kv.len()),
+                false => self.see_alone(p, l, &queries[..width], &kv, &mut selection),
             }
             // What is attended is counted where it is read.
             let rows = selection.tokens() as u64 + selection.tail_rows;
             self.scratch.count(selection.read_bytes, selection.index_bytes, rows);
         }
-    }
-
-    /// Causal attention of all tokens, chunk by chunk so that a chunk's rows stay in cache for a block of queries.
-    pub(super) fn prefill_attention(&self, worker: &Worker<'_>, p: &mut Private, l: usize) {
-        let (s, kernels, config) = (self.scratch, self.kernels(), &self.model.config);
-        let (d, n) = (config.head_dim, self.tokens.len());
-        let width = config.group() * d;
-        let slot = config.group() * partial::stride(d);
-        let blocks = n.div_ceil(BLOCK_TOKENS);
-        // Later blocks see more tokens: dealt out one by one, the latest first, every thread gets the same work.
-        for task in (worker.index()..config.kv_heads * blocks).step_by(worker.count()) {
-            let (kv_head, block) = (task % config.kv_heads, blocks - 1 - task / config.kv_heads);
-            let mine = block * BLOCK_TOKENS..n.min((block + 1) * BLOCK_TOKENS);
-            let kv = self.cache.head(l, kv_head);
-            let queries = s.queries.read();
-            let queries = &queries[kv_head * s.tokens() * width..];
-            p.partials.resize((BLOCK_TOKENS + 1) * slot, 0.0);
-            p.weights.resize(CHUNK_TOKENS * config.group(), 0.0);
-            let (part, running) = p.partials.split_at_mut(slot);
-            partial::clear(running, d);
-            // A head that refused a row holds fewer.
-            let row_of = |token: usize| (self.position + token).saturating_sub(kv.dropped());
-            let seen = 0..kv.len().min(row_of(mine.end));
-            for chunk in chunks(std::slice::from_ref(&seen)) {
-                for (i, j) in mine.clone().enumerate() {
-                    let visible = chunk.start..chunk.end.min(row_of(j + 1));
-                    if visible.is_empty() {
-                        continue;
-                    }
-                    let query = &queries[j * width..(j + 1) * width];
-                    let visible = [visible];
-                    kv.prepare(query, &mut p.kv);
-                    score_chunk(query, &kv, &visible, &[], &mut p.kv, &mut p.weights, part);
-                    gather_chunk(&kv, &visible, &[], &p.weights, &mut p.kv, &mut p.attend, part);
-                    let running = &mut running[i * slot..(i + 1) * slot];
-                    partial::merge(kernels, running, part, d, &mut p.factors);
-                }
-            }
-            let mut out = s.attn.write(kv_head * s.blocks + block);
-            for i in 0..mine.len() {
-                partial::finish(
-                    kernels,
-                    &running[i * slot..(i + 1) * slot],
-                    d,
-                    &mut out[i * width..(i + 1) * width],
-                );
-            }
-            kv.restore_outputs(&mut out[..mine.len() * width]);
-        }
-        p.clock.lap(Op::Attention, || 0);
     }
 
     /// The attention output of one token, heads one after another.

@@ -9,6 +9,7 @@ mod attention;
 mod decode;
 mod ffn;
 mod head;
+mod prefill;
 
 use std::ops::Range;
 
@@ -22,6 +23,7 @@ use super::stage::{Acts, Stage};
 use crate::attention::Attention;
 use crate::kv::KvCache;
 use crate::model::{Layer, Model, RopeTable, TernaryLinear};
+pub(super) use prefill::{Tile, TileReads};
 
 /// Which logits a pass computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +57,7 @@ pub(super) struct Pass<'a> {
     pub(super) exact_top: usize,
     /// The largest lower bounds of each thread's rows of a two-stage head, `[thread][exact_top]`.
     pub(super) lower_bounds: &'a Shared<f32>,
-    /// A decode step, which the method serves; anything else is prefill, dense and causal, whatever its length.
+    /// A decode step, which the method serves; anything else is prefill, whatever its length.
     pub(super) decoding: bool,
     pub(super) capture: bool,
     pub(super) tracing: Option<&'a Tracing<'a>>,

@@ -5,7 +5,7 @@ use longbit_protocol::is_not_finite;
 use super::errors::NO_ERROR;
 use super::figure::{Axis, Figure, Panel, Point, Series, Style};
 use super::look::{Look, columns};
-use crate::analyse::label::{DENSE, context, distinct};
+use crate::analyse::label::{context, distinct};
 use crate::analyse::loss::Loss;
 use crate::analyse::stats;
 use crate::record::Record;
@@ -18,7 +18,7 @@ pub(super) fn error_against_bytes(look: &Look<'_>) -> Option<Figure> {
     // Threads do not change a bit: any count has the same error.
     let threads = look.most_threads();
     let dense: Vec<&Record> =
-        look.records.iter().copied().filter(|r| r.method == DENSE && r.threads == threads).collect();
+        look.records.iter().copied().filter(|r| r.is_dense() && r.threads == threads).collect();
     let dtypes = distinct(dense.iter().map(|r| r.kv_dtype.as_str()));
     let loss = Loss::of(dense.iter().copied()).filter(|_| dtypes.len() >= ENOUGH)?;
     let point = |r: &Record| -> Option<(f64, f64, Option<f64>)> {
