@@ -59,11 +59,7 @@ fn unknown_names_are_named_with_the_nearest() {
         "\"window:sink=4\"",
         &["unknown parameter \"sink\" of method \"window\"", "did you mean \"sinks\"?"],
     );
-    refused_when(
-        methods,
-        "\"dense:budget=1\"",
-        &["unknown parameter \"budget\"", "dense takes no parameters"],
-    );
+    refused_when(methods, "\"dense:budget=1\"", &["unknown parameter \"budget\"", "prefill_dense_layers"]);
     refused_when(methods, "\"window:window=many\"", &["window=many of method \"window\" is out of range"]);
     refused_when(
         "\"bf16\"]\nmethod",

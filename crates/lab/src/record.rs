@@ -216,7 +216,7 @@ columns! {
     rel_l2_seed_mean: Option<f64>, "-", "rel_l2_p50, mean over seeds, of a method that draws at random (one with a parameter seed); empty for others and where measure.seeds is 1.";
     rel_l2_seed_sd: Option<f64>, "-", "Standard deviation of it, of the sample of seeds.";
     seeds: Option<u64>, "count", "Seeds: 1 and those that follow.";
-    prefill_rel_l2_p50: Option<f64>, "-", "What the last tokens of the context (128 to 255) lose under the pattern that the method gives to prompts, against dense attention on the same queries and the same cached rows: relative L2 error of an attention output, median over tokens, query heads and some layers, evenly spaced (all up to half a milliard pairs of query and row). Empty where prompts are dense, where rows were evicted, and where a text is decoded: there the cache was filled under the pattern, and kl_nats is of that.";
+    prefill_rel_l2_p50: Option<f64>, "-", "Relative L2 error of the attention outputs of the context's last 128 to 255 tokens under the pattern that the method gives to prompts, against dense attention over the same cached rows: median over tokens, query heads and some layers, evenly spaced. Empty where prompts are dense, rows were evicted or a text is decoded.";
     prefill_rel_l2_p95: Option<f64>, "-", "95th percentile of it.";
     prefill_density: Option<f64>, "0-1", "Rows that those tokens see, of those before them and their own.";
 }

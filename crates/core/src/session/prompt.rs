@@ -82,9 +82,9 @@ impl Session {
         Ok(all)
     }
 
-    /// Cuts tokens that come next into passes of about `chunk`, none of which ends within a block that is decided on together but
-    /// the last.
-    fn cut<'t>(&self, tokens: &'t [u32], chunk: usize) -> Vec<&'t [u32]> {
+    /// Cuts tokens that come next into pieces of about `chunk`, none of which but the last ends within a block that a pattern
+    /// decides on together: calls of [`Session::prefill`] for one after another are one call for all, bit for bit.
+    pub fn cut<'t>(&self, tokens: &'t [u32], chunk: usize) -> Vec<&'t [u32]> {
         let (block, mut at, mut rest) = (self.attention.prefill_block(), self.len(), tokens);
         let mut pieces = Vec::new();
         while !rest.is_empty() {

@@ -158,7 +158,7 @@ pub fn generate<E: From<Error>>(
     };
     let total = prompt.len();
     let mut next = None;
-    for chunk in prompt.chunks(options.chunk) {
+    for chunk in session.cut(prompt, options.chunk) {
         let logits = session.prefill(chunk)?;
         done.prompt_tokens += chunk.len();
         if done.prompt_tokens == total && options.max_tokens > 0 {

@@ -244,8 +244,8 @@ fn the_heads_of_a_group_share_what_they_see() {
         query[D + 1] = 6.0;
     }
     let mut keys: Vec<f32> = noise(n * D, 5).iter().map(|k| 0.2 * k).collect();
-    keys[100 * D] += 3.0;
-    keys[300 * D + 1] += 3.0;
+    keys[100 * D] += 12.0;
+    keys[300 * D + 1] += 12.0;
     let cache = cache(1024);
     cache.head_mut(0, 0).append(&keys, &keys).unwrap();
     let kv = cache.head(0, 0);
@@ -260,17 +260,17 @@ fn the_heads_of_a_group_share_what_they_see() {
 #[test]
 fn positions_are_not_rows_where_rows_are_gone() {
     let n = 900;
-    let cache = planted(n, |token| if token == 700 { 3.0 } else { 0.0 });
+    let cache = planted(n, |token| if token == 700 { 20.0 } else { 0.0 });
     cache.head_mut(0, 0).retain(&[0..10, 500..n]).unwrap();
     let kv = cache.head(0, 0);
     let position = |row: usize| kv.position_of(row);
     let none = Decision::default();
-    let window = pattern("prefill=window,prefill_sinks=20,prefill_window=450");
+    let window = pattern("prefill=window,prefill_sinks=20,prefill_window=100");
     let mask = |i: usize, seen: &dyn Fn(usize) -> bool| -> Vec<usize> {
         (0..kv.len()).filter(|&row| position(row) <= i && seen(position(row))).collect()
     };
     for (i, rows) in (880..n).zip(seen(&*window, &none, &kv, 880..n)) {
-        assert_eq!(rows, mask(i, &|j| j < 20 || i - j < 450));
+        assert_eq!(rows, mask(i, &|j| j < 20 || i - j < 100));
     }
     let columns =
         pattern("prefill=vslash,prefill_columns=3,prefill_sinks=2,prefill_slashes=1,prefill_window=1");
