@@ -7,14 +7,17 @@
 //! `g = heads / kv_heads`, share a KV head. The layers may be some of a model's; `__metadata__` may say which and where
 //! they come from, and is not needed.
 
-use std::borrow::Cow;
-use std::collections::HashMap;
+mod replay;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use longbit_kernels::Kernels;
 use longbit_sys::FileMap;
-use safetensors::tensor::{Dtype, SafeTensors, TensorInfo, View};
+use safetensors::tensor::{Dtype, SafeTensors, TensorInfo};
 
 use crate::error::{Error, Result};
 
@@ -175,6 +178,11 @@ impl Trace {
         Ok(())
     }
 
+    /// Bytes of a number.
+    fn width(&self) -> usize {
+        if self.dtype == Dtype::F32 { 4 } else { 2 }
+    }
+
     /// Rows `rows` of the `[heads, rows]` of a layer of tensor `tensor`.
     fn read(
         &self,
@@ -187,7 +195,7 @@ impl Trace {
     ) -> Result<()> {
         let d = self.shape.head_dim;
         assert!(layer < self.shape.layers && head < heads && rows.end <= all, "row outside of the trace");
-        let width = if self.dtype == Dtype::F32 { 4 } else { 2 };
+        let width = self.width();
         let first = ((layer * heads + head) * all + rows.start) * d;
         let from = self.starts[tensor] + first * width;
         let bytes = &self.map[from..from + rows.len() * d * width];
@@ -242,41 +250,33 @@ pub enum TraceFormat {
     Bf16,
 }
 
-struct Tensor<'a> {
-    shape: [usize; 4],
-    numbers: &'a [f32],
-    format: TraceFormat,
-}
-
-impl View for Tensor<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.format {
-            TraceFormat::F32 => Dtype::F32,
-            TraceFormat::Bf16 => Dtype::BF16,
+impl TraceFormat {
+    /// Name in a safetensors header, and bytes a number.
+    fn dtype(self) -> (&'static str, usize) {
+        match self {
+            TraceFormat::F32 => ("F32", 4),
+            TraceFormat::Bf16 => ("BF16", 2),
         }
     }
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(match self.format {
-            TraceFormat::F32 => self.numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    /// Appends `numbers` to `out`.
+    fn encode(self, numbers: &[f32], out: &mut Vec<u8>) {
+        match self {
+            TraceFormat::F32 => out.extend(numbers.iter().flat_map(|x| x.to_le_bytes())),
             TraceFormat::Bf16 => {
-                let mut bits = vec![0; self.numbers.len()];
-                Kernels::best().f32_to_bf16(self.numbers, &mut bits);
-                bits.into_iter().flat_map(u16::to_le_bytes).collect()
+                let mut bits = vec![0; numbers.len()];
+                Kernels::best().f32_to_bf16(numbers, &mut bits);
+                out.extend(bits.into_iter().flat_map(u16::to_le_bytes));
             }
-        })
-    }
-
-    fn data_len(&self) -> usize {
-        self.numbers.len() * if self.format == TraceFormat::F32 { 4 } else { 2 }
+        }
     }
 }
 
-/// Writes a trace to `path`, beside its place first; returns its bytes.
+/// A tensor on its way to a file.
+type Tensor<'a> = (&'static str, [usize; 4], &'a [f32]);
+
+/// Writes a trace to `path`, beside its place first; returns its bytes. The same rows and metadata give the same bytes:
+/// runs know a trace by them.
 ///
 /// # Errors
 /// Numbers that do not fill the shape, or a file that cannot be written.
@@ -289,29 +289,60 @@ pub fn write_trace(
     let s = &rows.shape;
     let kv = [s.layers, s.kv_heads, s.tokens, s.head_dim];
     let queries = [s.layers, s.heads, s.steps, s.head_dim];
-    let tensors = [("k", kv, &rows.keys), ("v", kv, &rows.values), ("q", queries, &rows.queries)];
+    let tensors: [Tensor<'_>; 3] =
+        [("k", kv, &rows.keys), ("v", kv, &rows.values), ("q", queries, &rows.queries)];
     for (name, shape, numbers) in &tensors {
         if numbers.len() != shape.iter().product::<usize>() {
             let reason = format!("has {} numbers, which do not fill {shape:?}", numbers.len());
             return Err(Error::Tensor { path: path.into(), tensor: (*name).into(), reason });
         }
     }
-    let views = tensors.map(|(name, shape, numbers)| (name, Tensor { shape, numbers, format }));
-    let failed = |source| Error::Write { path: path.into(), source };
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
     let beside = path.with_file_name(name);
-    let written = safetensors::serialize_to_file(views, Some(metadata), &beside)
-        .map_err(|error| match error {
-            safetensors::SafeTensorError::IoError(source) => failed(source),
-            other => failed(std::io::Error::other(other)),
-        })
-        .and_then(|()| std::fs::rename(&beside, path).map_err(failed));
+    let written =
+        write_file(&beside, &tensors, format, metadata).and_then(|()| std::fs::rename(&beside, path));
     if written.is_err() {
         // Leave nothing behind that looks like a result.
         let _ = std::fs::remove_file(&beside);
     }
-    written.and_then(|()| Ok(std::fs::metadata(path).map_err(failed)?.len()))
+    let bytes = written.and_then(|()| std::fs::metadata(path));
+    bytes.map(|m| m.len()).map_err(|source| Error::Write { path: path.into(), source })
+}
+
+/// The file as a whole: length of the header, header, numbers.
+fn write_file(
+    path: &Path,
+    tensors: &[Tensor<'_>],
+    format: TraceFormat,
+    metadata: HashMap<String, String>,
+) -> std::io::Result<()> {
+    let (dtype, width) = format.dtype();
+    let (mut header, mut end) = (BTreeMap::new(), 0);
+    for &(name, shape, numbers) in tensors {
+        let start = end;
+        end += numbers.len() * width;
+        let info = [
+            ("dtype".to_owned(), dtype.into()),
+            ("shape".to_owned(), shape.to_vec().into()),
+            ("data_offsets".to_owned(), vec![start, end].into()),
+        ];
+        header.insert(name, BTreeMap::<String, serde_json::Value>::from(info));
+    }
+    header.insert("__metadata__", metadata.into_iter().map(|(word, what)| (word, what.into())).collect());
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
+    let mut file = BufWriter::new(File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    let mut bytes = Vec::new();
+    for numbers in tensors.iter().flat_map(|(_, _, numbers)| numbers.chunks(1 << 16)) {
+        bytes.clear();
+        format.encode(numbers, &mut bytes);
+        file.write_all(&bytes)?;
+    }
+    file.into_inner()?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -338,8 +369,11 @@ mod tests {
         for format in [TraceFormat::F32, TraceFormat::Bf16] {
             let path = dir.path().join("a.safetensors");
             let rows = rows();
-            let metadata = HashMap::from([("model".to_string(), "x".to_string())]);
-            let bytes = write_trace(&path, &rows, format, metadata).unwrap();
+            let words = ["model", "b", "layers", "a"].map(|word| (word.to_string(), "x".to_string()));
+            let bytes = write_trace(&path, &rows, format, words.clone().into()).unwrap();
+            let first = std::fs::read(&path).unwrap();
+            write_trace(&path, &rows, format, words.into_iter().rev().collect()).unwrap();
+            assert!(std::fs::read(&path).unwrap() == first, "a map in another order gives other bytes");
             assert_eq!(bytes, std::fs::metadata(&path).unwrap().len());
             let trace = Trace::open(&path).unwrap();
             assert_eq!((trace.shape(), trace.shape().context(), trace.shape().group()), (SHAPE, 3, 2));
@@ -397,13 +431,11 @@ mod tests {
     fn what_is_no_trace_is_refused_with_what_was_expected() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
-        let write = |shapes: [(&str, [usize; 4]); 3]| {
-            let numbers: Vec<Vec<f32>> = shapes.iter().map(|(_, s)| vec![0.0; s.iter().product()]).collect();
-            let tensors = shapes
-                .iter()
-                .zip(&numbers)
-                .map(|(&(name, shape), numbers)| (name, Tensor { shape, numbers, format: TraceFormat::F32 }));
-            safetensors::serialize_to_file(tensors, None, &path).unwrap();
+        let write = |shapes: [(&'static str, [usize; 4]); 3]| {
+            let numbers = vec![0.0; shapes.iter().map(|(_, s)| s.iter().product()).max().unwrap()];
+            let tensors =
+                shapes.map(|(name, shape)| (name, shape, &numbers[..shape.iter().product::<usize>()]));
+            write_file(&path, &tensors, TraceFormat::F32, HashMap::new()).unwrap();
             Trace::open(&path).unwrap_err().to_string()
         };
         let (k, q) = ([2, 2, 5, 16], [2, 4, 2, 16]);

@@ -36,6 +36,35 @@ pub struct Overlap {
     pub steps: Option<f64>,
 }
 
+impl HeadStatistics {
+    /// Of the logits of one query, in token order. What only a generator knows is `None`.
+    ///
+    /// # Panics
+    /// Without logits.
+    pub fn of_logits(logits: &[f64]) -> Self {
+        from_logits(logits, None)
+    }
+}
+
+impl Overlap {
+    /// Of the logits over the context, `[group][tokens]`, of the query heads of a group at a step and at the next.
+    pub fn of_logits(now: &[Vec<f64>], next: Option<&[Vec<f64>]>) -> Self {
+        let sets =
+            |all: &[Vec<f64>]| -> Vec<Vec<u32>> { all.iter().map(|logits| heaviest(logits)).collect() };
+        let now = sets(now);
+        let pairs: Vec<f64> = (0..now.len())
+            .flat_map(|a| (0..a).map(move |b| (a, b)))
+            .map(|(a, b)| common(&now[a], &now[b]))
+            .collect();
+        let mean = |of: &[f64]| (!of.is_empty()).then(|| of.iter().sum::<f64>() / of.len() as f64);
+        let steps = next.map(sets).and_then(|next| {
+            let same: Vec<f64> = now.iter().zip(&next).map(|(a, b)| common(a, b)).collect();
+            mean(&same)
+        });
+        Overlap { group: mean(&pairs), steps }
+    }
+}
+
 impl HeadWorkload {
     /// Statistics of each query of the group at a step, `[group]`: exact softmax over the context and the rows of the
     /// steps up to this one. `rope(range)` gives cosines and sines `[range][d/2]` of those positions.
@@ -71,22 +100,14 @@ impl HeadWorkload {
         step: usize,
         mut rope: impl FnMut(Range<usize>) -> (&'a [f32], &'a [f32]),
     ) -> Overlap {
-        let group = self.group();
-        let mut sets = |step: usize| -> Vec<Vec<u32>> {
-            let logits = self.logits(step, &mut rope, &mut []);
-            logits.iter().map(|logits| heaviest(&logits[..self.context()])).collect()
+        let mut of = |step: usize| -> Vec<Vec<f64>> {
+            let mut logits = self.logits(step, &mut rope, &mut []);
+            logits.iter_mut().for_each(|logits| logits.truncate(self.context()));
+            logits
         };
-        let now = sets(step);
-        let pairs: Vec<f64> = (0..group)
-            .flat_map(|a| (0..a).map(move |b| (a, b)))
-            .map(|(a, b)| common(&now[a], &now[b]))
-            .collect();
-        let next = (step + 1 < self.steps()).then(|| sets(step + 1));
-        Overlap {
-            group: (!pairs.is_empty()).then(|| pairs.iter().sum::<f64>() / pairs.len() as f64),
-            steps: next
-                .map(|next| now.iter().zip(&next).map(|(a, b)| common(a, b)).sum::<f64>() / group as f64),
-        }
+        let now = of(step);
+        let next = (step + 1 < self.steps()).then(|| of(step + 1));
+        Overlap::of_logits(&now, next.as_deref())
     }
 
     /// Logits of the context and of the steps up to this one, `[group][tokens]`. Where `noise` has room, the sums of the
