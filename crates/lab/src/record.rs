@@ -125,14 +125,14 @@ columns! {
     kv_dtype: String, "-", "Number format of cached keys and values.";
     method: String, "-", "Attention method, bare name.";
     method_params: String, "JSON", "All its parameters with defaults filled in, as an object with sorted keys.";
-    workload: String, "-", "Where queries, keys and values come from: a generator with its parameters, or a text with the first digits of its SHA-256.";
+    workload: String, "-", "Where queries, keys and values come from: a generator with its parameters, or a text or trace with the first digits of its SHA-256.";
     model: String, "-", "Model preset, or the path of a checkpoint.";
     head: String, "-", "Number format of the output head.";
     engine: String, "-", "Program that measured.";
     engine_version: String, "-", "Its version.";
     isa: Option<String>, "-", "Instruction set that its kernels used.";
     model_sha256: Option<String>, "hex", "Identifies the model: file, or preset, head and seed.";
-    fill: Option<String>, "-", "How the cache was filled: synthetic (by a generator) or prefill (a text run through the model).";
+    fill: Option<String>, "-", "How the cache was filled: synthetic (by a generator), trace (from a recorded one) or prefill (a text run through the model).";
     fill_sha256: Option<String>, "hex", "SHA-256 of the bytes of the filled cache.";
     seed: u64, "-", "Seed of the workload.";
     reps: u64, "count", "Repetitions recorded.";

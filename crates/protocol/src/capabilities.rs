@@ -79,6 +79,9 @@ pub struct WorkloadInfo {
     /// It runs a text file through the model, so it needs one ([`crate::Job::text`]) and a checkpoint with a tokenizer.
     #[serde(default)]
     pub reads_text: bool,
+    /// It replays a recorded file ([`crate::Job::trace`]), whose path stands in place of parameters: `file:PATH`.
+    #[serde(default)]
+    pub replays: bool,
     /// It times the product of one matrix and has neither cache nor attention: its cells have context 0, their KV dtype and
     /// method are `-`, and the model is a preset `matrix:ROWSxCOLS`.
     #[serde(default)]

@@ -137,6 +137,8 @@ pub enum Fill {
     Synthetic,
     /// By running the prompt through the model.
     Prefill,
+    /// From a recorded trace.
+    Trace,
     /// Not at all: it is empty, or there is none.
     None,
 }

@@ -71,6 +71,19 @@ pub struct TextFile {
 /// Largest text file (bytes) that is taken for one: it is read and tokenised whole.
 pub const MAX_TEXT_BYTES: u64 = 64 << 20;
 
+/// A recorded trace of attention that cells replay, in place of generated queries, keys and values.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TraceFile {
+    /// The file. In a plan as the experiment file writes it, in a request as the engine can open it.
+    pub path: String,
+    /// SHA-256 of its bytes, lower-case hexadecimal; an engine refuses another file.
+    pub sha256: String,
+}
+
+/// Largest trace (bytes) that is taken for one: it is hashed whole, and never copied.
+pub const MAX_TRACE_BYTES: u64 = 256 << 30;
+
 /// A cohort: the cells that share model, context, KV dtype and workload, so that one cache fill serves them all and
 /// their repetitions interleave.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,11 +97,14 @@ pub struct Job {
     pub context: usize,
     /// KV dtype of all cells, e.g. `bf16`.
     pub kv_dtype: String,
-    /// Where queries, keys and values come from, e.g. `mix` or `gaussian:…`.
+    /// Where queries, keys and values come from, e.g. `mix`, `gaussian:…` or `file:sha256=…`.
     pub workload: String,
     /// The text, where the workload reads one (see [`crate::WorkloadInfo::reads_text`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<TextFile>,
+    /// The trace, where the workload replays one (see [`crate::WorkloadInfo::replays`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceFile>,
     /// Seed of the workload and of the order of cells in a round.
     pub seed: u64,
     /// The cells, in the order of the plan.
@@ -208,6 +224,9 @@ pub struct EstimateRequest {
     /// Bytes of the text, where one fills the cache.
     #[serde(default)]
     pub text_bytes: u64,
+    /// The trace, where one fills the cache; only its layout is looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceFile>,
 }
 
 /// Predicted bytes of a configuration, or why it cannot be.

@@ -20,7 +20,8 @@ pub use event::{
     Status, TOP_P, Traffic, is_not_finite,
 };
 pub use job::{
-    CellJob, Estimate, EstimateRequest, Job, Limits, MAX_TEXT_BYTES, Measure, ModelSpec, Request, TextFile,
+    CellJob, Estimate, EstimateRequest, Job, Limits, MAX_TEXT_BYTES, MAX_TRACE_BYTES, Measure, ModelSpec,
+    Request, TextFile, TraceFile,
 };
 pub use machine::{Machine, Toolchain};
 

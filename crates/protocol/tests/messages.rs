@@ -3,7 +3,7 @@
 
 use longbit_protocol::{
     CellJob, Event, Job, Limits, Measure, ModelSpec, PROTOCOL, Quality, Reads, Request, Sample, SeedSpread,
-    Status, TextFile, Traffic,
+    Status, TextFile, TraceFile, Traffic,
 };
 
 fn job() -> Job {
@@ -14,6 +14,7 @@ fn job() -> Job {
         kv_dtype: "bf16".into(),
         workload: "mix:eta=1".into(),
         text: Some(TextFile { path: "a.txt".into(), sha256: "ab".repeat(32) }),
+        trace: Some(TraceFile { path: "a.safetensors".into(), sha256: "cd".repeat(32) }),
         seed: u64::MAX,
         cells: Vec::new(),
         measure: Measure {

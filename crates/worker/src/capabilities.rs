@@ -9,7 +9,7 @@ use longbit_protocol::{
     Capabilities, KvDtypeInfo, MethodInfo, ModelSpec, ParamInfo, ParamKind, PresetInfo, WorkloadInfo,
 };
 
-use crate::{WorkerError, text};
+use crate::{WorkerError, replay, text};
 
 /// Head width at which bits a value are stated: that of all published shapes.
 const HEAD_DIM: usize = 128;
@@ -33,7 +33,7 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
         engine: "longbit".into(),
         version: env!("CARGO_PKG_VERSION").into(),
         isa: longbit::isa()?.into(),
-        presets: PRESETS.iter().map(preset).chain([one_matrix()]).collect(),
+        presets: PRESETS.iter().map(preset).chain([of_a_trace(), one_matrix()]).collect(),
         kv_dtypes: KV_FORMATS.iter().map(format).collect::<Result<_, _>>()?,
         methods: METHODS
             .iter()
@@ -82,23 +82,30 @@ pub fn capabilities() -> Result<Capabilities, WorkerError> {
                     })
                     .collect(),
                 reads_text: false,
+                replays: false,
                 one_matrix: false,
             })
             .chain([WorkloadInfo {
+                name: replay::NAME.into(),
+                summary: "file:PATH, a recorded trace of attention (docs/TRACES.md): its rows fill the cache, its last tokens are \
+                          decoded"
+                    .into(),
+                replays: true,
+                ..WorkloadInfo::default()
+            }])
+            .chain([WorkloadInfo {
                 name: crate::matrix::NAME.into(),
                 summary: "the product of one matrix (preset matrix:ROWSxCOLUMNS) with the activations of a batch of tokens".into(),
-                params: Vec::new(),
-                reads_text: false,
                 one_matrix: true,
+                ..WorkloadInfo::default()
             }])
             .chain([WorkloadInfo {
                 name: text::NAME.into(),
                 summary: "a text file (workload.file) through the checkpoint: real prefill, teacher-forced steps, quality from \
                           logits"
                     .into(),
-                params: Vec::new(),
                 reads_text: true,
-                one_matrix: false,
+                ..WorkloadInfo::default()
             }])
             .collect(),
         heads: HeadFormat::ALL.iter().map(|h| h.as_str().into()).collect(),
@@ -133,6 +140,17 @@ fn named<T>(
     match parse(name) {
         None if !name.is_empty() => Err(Error::unknown(kind, name, known.iter().map(AsRef::as_ref))),
         found => Ok(found),
+    }
+}
+
+/// Stands for the shape of whichever trace a cell replays.
+fn of_a_trace() -> PresetInfo {
+    PresetInfo {
+        name: replay::PRESET.into(),
+        summary:
+            "the attention shape of the trace that the workload file replays, with seeded weights around it"
+                .into(),
+        ..PresetInfo::default()
     }
 }
 

@@ -1,21 +1,24 @@
 //! What a configuration will weigh and read.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use longbit::attention::{MethodShape, MethodSpec, method};
+use longbit::attention::{MethodShape, MethodSpec, Place, method};
 use longbit::gguf::Header;
 use longbit::kv::kv_dtype;
 use longbit::matrix::{is_name, shape_of};
 use longbit::workload::{MAX_STEPS, MIN_CONTEXT};
 use longbit::{
-    Checkpoint, Error, HeadFormat, ModelConfig, PROCESS_BYTES, WeightFormat, footprint, pass_bytes, preset,
+    Checkpoint, Error, HeadFormat, ModelConfig, PROCESS_BYTES, RopeTable, Trace, WeightFormat, footprint,
+    pass_bytes, preset,
 };
 use longbit_protocol::{Estimate, EstimateRequest, Fill, ModelSpec};
-use longbit_sys::FileMap;
+use longbit_sys::{FileMap, Team};
 
 use crate::capabilities::{compaction, open_options};
 use crate::matrix;
 use crate::reads::Scope;
+use crate::replay;
 use crate::seeds;
 use crate::text::REFERENCE_KV;
 
@@ -42,14 +45,20 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
         return matrix_bytes(request);
     }
     batch_limits(request)?;
-    let config = shape(&request.model)?;
+    let trace = request.trace.as_ref().map(replay::mapped).transpose()?;
+    let config = shape(&request.model, trace.as_ref())?;
+    kv_dtype(&request.kv_dtype)?.check(config.head_dim)?;
+    let headroom = match &trace {
+        Some(trace) => replayed_steps(request, trace, &config)?,
+        None => request.headroom,
+    };
     let weights = WeightFormat {
         head: HeadFormat::parse(&request.model.head)?,
         compaction: compaction(&request.model)?,
     };
     let of = |kv: &str| {
         let method = method(&request.method)?;
-        let (context, headroom) = (request.context, request.headroom.max(request.batch));
+        let (context, headroom) = (request.context, headroom.max(request.batch));
         method.check(&method_shape(&config, kv)?)?;
         Ok::<_, Error>(footprint(
             &config,
@@ -83,14 +92,19 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
         estimate.scratch_bytes = estimate.scratch_bytes.saturating_add(pass_bytes(&config, request.batch));
     }
     let more = match request.fill {
-        Fill::Synthetic | Fill::None => {
-            limits(request)?;
-            estimate.fill_bytes = f.cache;
+        Fill::Synthetic | Fill::None | Fill::Trace => {
+            // The file is mapped whole, and read twice: to know it again, and to fill the cache.
+            let file = trace.as_ref().map_or(0, Trace::bytes);
+            if trace.is_none() {
+                limits(request)?;
+            }
+            estimate.fill_bytes = f.cache.saturating_add(file);
             // Each decoded step's queries, keys and values are made beforehand.
             let numbers = (config.layers * (config.q_rows() + 2 * config.kv_rows())) as u64;
-            let steps = STEP_COPIES * 4 * request.headroom as u64 * numbers;
-            // Exact logits of a head, one head a thread.
-            let head = 4 * u64::from(request.quality_steps) * config.group() as u64;
+            let steps = STEP_COPIES * 4 * headroom as u64 * numbers;
+            // Exact logits of a head, one head a thread; the statistics of a trace are those of a step.
+            let attended = u64::from(request.quality_steps).max(u64::from(trace.is_some()));
+            let head = 4 * attended * config.group() as u64;
             let logits = head.saturating_mul((request.context * request.threads) as u64);
             let method = method(&request.method)?;
             // Exact weights that stay, and what each head decided in a step.
@@ -102,7 +116,7 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
             };
             // The state of another seed beside that of the cell.
             let other = if seeds::reseeded(&method, request.seeds).is_empty() { 0 } else { f.index };
-            [logits, scope.bytes(), decided, other].into_iter().fold(steps, u64::saturating_add)
+            [file, logits, scope.bytes(), decided, other].into_iter().fold(steps, u64::saturating_add)
         }
         Fill::Prefill => {
             let apart = request.quality_steps > 0 && request.kv_dtype != REFERENCE_KV;
@@ -223,10 +237,34 @@ fn header_bytes(path: &Path) -> Option<u64> {
     Some(Header::parse(&map).ok()?.data_start.min(map.len() as u64))
 }
 
-/// The shape of `model`, without its weights.
-pub(crate) fn shape(model: &ModelSpec) -> Result<ModelConfig, Error> {
+/// Checks that `trace` can be replayed as asked; the decode steps of a repetition that are made beforehand.
+fn replayed_steps(request: &EstimateRequest, trace: &Trace, config: &ModelConfig) -> Result<usize, Error> {
+    trace.check_model(config)?;
+    let method = method(&request.method)?;
+    let mut wanted = 0;
+    if method.evicts() {
+        let rope = Arc::new(RopeTable::new(config.rope_theta, config.head_dim, 1, &Team::new(1, false)?)?);
+        let shape = method_shape(config, &request.kv_dtype)?;
+        let states = (0..config.layers)
+            .map(|layer| method.make(&Place { shape, layer, kv_head: 0, rope: &rope }).prompt_queries());
+        wanted = states.max().unwrap_or(0).min(request.context);
+    }
+    let steps = replay::check(trace, request.context, request.quality_steps as usize, wanted)?;
+    Ok(request.headroom.clamp(1, steps))
+}
+
+/// The shape of `model`, without its weights; `trace` is the one that it is given.
+pub(crate) fn shape(model: &ModelSpec, trace: Option<&Trace>) -> Result<ModelConfig, Error> {
     if model.path.is_empty() {
-        return preset(&model.preset);
+        return match (model.preset.as_str(), trace) {
+            (replay::PRESET, Some(trace)) => trace.model_config(),
+            (replay::PRESET, None) => Err(Error::Invalid(
+                "the preset trace has the shape of a trace, and the workload replays none: give workload.name = \
+                 \"file:PATH\", or another preset"
+                    .into(),
+            )),
+            (name, _) => preset(name),
+        };
     }
     Checkpoint::config_of(Path::new(&model.path), &open_options(model)?)
 }
@@ -254,6 +292,7 @@ mod tests {
             quality_steps: 0,
             seeds: 1,
             text_bytes: 0,
+            trace: None,
         };
         assert!(estimate(&request).error.unwrap().contains("bitnet-2b-4t"));
         let known = ModelSpec { preset: "bitnet-2b-4t".into(), ..request.model.clone() };
@@ -275,6 +314,7 @@ mod tests {
             quality_steps: 0,
             seeds: 1,
             text_bytes: 0,
+            trace: None,
         };
         let batch = EstimateRequest { batch: 512, ..step.clone() };
         let (one, many) = (estimate(&step), estimate(&batch));
@@ -317,6 +357,7 @@ mod tests {
             quality_steps: 0,
             seeds: 1,
             text_bytes: 0,
+            trace: None,
         };
         let compared = EstimateRequest { quality_steps: 4, ..timed.clone() };
         let more = estimate(&compared).scratch_bytes - estimate(&timed).scratch_bytes;
@@ -343,6 +384,7 @@ mod tests {
             quality_steps: 8,
             seeds: 1,
             text_bytes: 0,
+            trace: None,
         };
         let same = estimate(&request);
         // 30 layers of 69,468,160 weights, and 2560 numbers a query with each of 8192 keys and values, half of them seen.
@@ -382,6 +424,7 @@ mod tests {
             quality_steps: 0,
             seeds: 1,
             text_bytes: 0,
+            trace: None,
         };
         let bare = estimate(&request);
         assert_eq!((bare.error.as_ref(), bare.trained_positions), (None, 256));

@@ -1,7 +1,7 @@
-//! Filling the cache from a workload, and exact attention on the very same rows.
+//! Filling the cache from a workload or a trace, and exact attention on the very same rows.
 //!
-//! Each (layer, KV head) is one task. As a block of rows is generated it is encoded into the cache and, still in f32,
-//! attended by the queries of the first decode steps: the exact partials that every method and KV dtype is held
+//! Each (layer, KV head) is one task. As a block of rows is generated or read it is encoded into the cache and, still in
+//! f32, attended by the queries of the first decode steps: the exact partials that every method and KV dtype is held
 //! against cost one pass and no copy. Block partials are f32, their merge is f64.
 
 use longbit::kv::{KvHead, KvScratch};
@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use std::sync::Mutex;
 
 use crate::reads::{Scope, Softmax};
+use crate::replay::{self, Replay, Statistics};
 use crate::{WorkerError, hex};
 
 /// Exact attention of one (layer, KV head): for each compared step and query head, the partial over the context.
@@ -51,12 +52,31 @@ impl Partial64 {
     }
 }
 
+/// Where rows come from.
+pub(crate) enum Source<'a> {
+    /// A generator.
+    Workload(&'a Workload),
+    /// A recorded trace.
+    Trace(Replay),
+}
+
+/// What made the rows of a filled cache.
+pub(crate) enum Origin {
+    /// Head generators.
+    Workload {
+        /// `[layers * kv_heads]`.
+        heads: Vec<HeadWorkload>,
+        /// Type of each head.
+        types: Vec<HeadType>,
+    },
+    /// A recorded trace, with the statistics of some heads.
+    Trace(Replay, Vec<Statistics>),
+}
+
 /// What filling a cache gave.
 pub(crate) struct Filled {
-    /// The head generators, `[layers * kv_heads]`.
-    pub(crate) heads: Vec<HeadWorkload>,
-    /// Type of each head.
-    pub(crate) types: Vec<HeadType>,
+    /// Who made the rows.
+    pub(crate) origin: Origin,
     /// Queries, keys and values of each decode step.
     pub(crate) steps: Vec<Supplied>,
     /// Exact attention, `[layers * kv_heads]`.
@@ -72,6 +92,7 @@ struct Slot {
     /// Queries, keys, values, each `[steps][…]`.
     steps: [Vec<f32>; 3],
     exact: ExactHead,
+    statistics: Option<Statistics>,
     digest: [u8; 32],
 }
 
@@ -79,7 +100,7 @@ struct Slot {
 /// first `compared` of them. `progress(done, total)` is told of finished heads.
 pub(crate) fn fill(
     session: &mut Session,
-    workload: &Workload,
+    source: Source<'_>,
     context: usize,
     steps: usize,
     compared: usize,
@@ -90,8 +111,10 @@ pub(crate) fn fill(
     let count = config.layers * config.kv_heads;
     let slots: Vec<Mutex<Slot>> = (0..count).map(|_| Mutex::default()).collect();
     let failure: Mutex<Option<WorkerError>> = Mutex::new(None);
-    let scope = Scope::new(&config, context, compared);
-    let task = Task { session, config: &config, workload, context, steps, compared, scope };
+    // The statistics of a trace need the logits of a step.
+    let attended = if let Source::Trace(_) = source { compared.max(1) } else { compared };
+    let scope = Scope::new(&config, context, attended);
+    let task = Task { session, config: &config, source: &source, context, steps, compared, attended, scope };
     // Some heads a thread at a time: often enough for a progress display, rarely enough to stay balanced.
     let batch = 4 * team.threads();
     for start in (0..count).step_by(batch) {
@@ -109,7 +132,25 @@ pub(crate) fn fill(
     session.refresh();
     let slots: Vec<Slot> =
         slots.into_iter().map(|s| s.into_inner().unwrap_or_else(|e| e.into_inner())).collect();
-    Ok(collect(slots, &config, workload, steps))
+    Ok(collect(slots, &config, source, steps))
+}
+
+impl Filled {
+    /// What the errors of a (layer, KV head) are listed under: the type that its generator gave it.
+    pub(crate) fn kind(&self, i: usize) -> &str {
+        match &self.origin {
+            Origin::Workload { types, .. } => types[i].name(),
+            Origin::Trace(..) => replay::PRESET,
+        }
+    }
+
+    /// Share of the answer of a (layer, KV head) that `output` names, where something is planted.
+    pub(crate) fn recall(&self, i: usize, output: &[f32]) -> Option<f64> {
+        match &self.origin {
+            Origin::Workload { heads, .. } => heads[i].recall(output),
+            Origin::Trace(..) => None,
+        }
+    }
 }
 
 /// Tells the method of `session`, which stands at the filled context, as many of the prompt's last queries as it wants to see
@@ -150,11 +191,19 @@ pub(crate) fn run_batch(team: &Team, heads: std::ops::Range<usize>, task: impl F
 struct Task<'a> {
     session: &'a Session,
     config: &'a ModelConfig,
-    workload: &'a Workload,
+    source: &'a Source<'a>,
     context: usize,
     steps: usize,
     compared: usize,
+    /// Steps that exact attention is computed for.
+    attended: usize,
     scope: Scope,
+}
+
+/// The rows of one (layer, KV head).
+enum Rows<'a> {
+    Workload(HeadWorkload),
+    Trace(&'a Replay),
 }
 
 impl Task<'_> {
@@ -162,36 +211,55 @@ impl Task<'_> {
         let (layer, kv_head) = (i / self.config.kv_heads, i % self.config.kv_heads);
         let (d, group) = (self.config.head_dim, self.config.group());
         let (rope, cache) = (self.session.rope(), self.session.cache());
-        let head = self.workload.calibrate(layer, kv_head);
+        let rows = match self.source {
+            Source::Workload(workload) => Rows::Workload(workload.calibrate(layer, kv_head)),
+            Source::Trace(replay) => Rows::Trace(replay),
+        };
         let room = |width: usize| Vec::with_capacity(self.steps * width);
         let mut slot = Slot { steps: [room(group * d), room(d), room(d)], ..Slot::default() };
-        for step in 0..self.steps {
-            let at = self.context + step;
-            let (cos, sin) = (rope.cos(at..at + 1), rope.sin(at..at + 1));
-            let (mut q, mut k, mut v) = (vec![0.0; group * d], vec![0.0; d], vec![0.0; d]);
-            head.step(step, cos, sin, &mut q, &mut k, &mut v);
-            slot.steps[0].extend(q);
-            slot.steps[1].extend(k);
-            slot.steps[2].extend(v);
+        match &rows {
+            Rows::Trace(replay) => replay.steps(layer, kv_head, 0..self.steps, &mut slot.steps)?,
+            Rows::Workload(head) => {
+                for step in 0..self.steps {
+                    let at = self.context + step;
+                    let (cos, sin) = (rope.cos(at..at + 1), rope.sin(at..at + 1));
+                    let (mut q, mut k, mut v) = (vec![0.0; group * d], vec![0.0; d], vec![0.0; d]);
+                    head.step(step, cos, sin, &mut q, &mut k, &mut v);
+                    slot.steps[0].extend(q);
+                    slot.steps[1].extend(k);
+                    slot.steps[2].extend(v);
+                }
+            }
         }
-        let mut exact = Exact::new(self, &slot.steps[0][..self.compared * group * d]);
-        let (mut k, mut v) = (vec![0.0f32; BLOCK * d], vec![0.0f32; BLOCK * d]);
+        let mut exact = Exact::new(self, &slot.steps[0][..self.attended * group * d]);
+        let (mut k, mut v) = (Vec::with_capacity(BLOCK * d), Vec::with_capacity(BLOCK * d));
         for (block, start) in (0..self.context).step_by(BLOCK).enumerate() {
             let tokens = start..self.context.min(start + BLOCK);
-            let numbers = tokens.len() * d;
-            let (k, v) = (&mut k[..numbers], &mut v[..numbers]);
-            head.block(block, rope.cos(tokens.clone()), rope.sin(tokens), k, v);
-            cache.head_mut(layer, kv_head).append(k, v)?;
-            exact.add(k, v);
+            match &rows {
+                Rows::Trace(replay) => replay.block(layer, kv_head, tokens, &mut k, &mut v)?,
+                Rows::Workload(head) => {
+                    k.resize(tokens.len() * d, 0.0);
+                    v.resize(tokens.len() * d, 0.0);
+                    head.block(block, rope.cos(tokens.clone()), rope.sin(tokens), &mut k, &mut v);
+                }
+            }
+            cache.head_mut(layer, kv_head).append(&k, &v)?;
+            exact.add(&k, &v);
         }
         let stored = cache.head(layer, kv_head);
         slot.digest = digest(&stored);
         exact.hold_against(&stored);
-        if self.scope.has(layer) {
+        if self.scope.has(layer) && self.compared > 0 {
             exact.keep_softmax(&slot.steps, self.scope.steps);
         }
+        match rows {
+            Rows::Workload(head) => slot.head = Some(head),
+            Rows::Trace(replay) => {
+                replay.done(layer, kv_head);
+                slot.statistics = self.scope.has(layer).then(|| exact.statistics(&slot.steps));
+            }
+        }
         slot.exact = exact.done;
-        slot.head = Some(head);
         Ok(slot)
     }
 }
@@ -217,10 +285,17 @@ fn digest(kv: &KvHead) -> [u8; 32] {
     hash.finalize().into()
 }
 
-fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: usize) -> Filled {
+fn collect(slots: Vec<Slot>, config: &ModelConfig, source: Source<'_>, steps: usize) -> Filled {
+    let origin = match source {
+        Source::Workload(workload) => {
+            let heads = (0..slots.len()).map(|i| (i / config.kv_heads, i % config.kv_heads));
+            let types = heads.map(|(layer, kv_head)| workload.head_type(layer, kv_head)).collect();
+            Origin::Workload { heads: Vec::with_capacity(slots.len()), types }
+        }
+        Source::Trace(replay) => Origin::Trace(replay, Vec::new()),
+    };
     let mut filled = Filled {
-        heads: Vec::new(),
-        types: Vec::new(),
+        origin,
         steps: vec![Supplied::default(); steps],
         exact: Vec::new(),
         sha256: together(slots.iter().map(|s| s.digest)),
@@ -231,15 +306,17 @@ fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: u
         supplied.keys.reserve_exact(slots.len() * d);
         supplied.values.reserve_exact(slots.len() * d);
     }
-    for (i, slot) in slots.into_iter().enumerate() {
+    for slot in slots {
         for (step, supplied) in filled.steps.iter_mut().enumerate() {
             supplied.queries.extend_from_slice(&slot.steps[0][step * width..(step + 1) * width]);
             supplied.keys.extend_from_slice(&slot.steps[1][step * d..(step + 1) * d]);
             supplied.values.extend_from_slice(&slot.steps[2][step * d..(step + 1) * d]);
         }
-        filled.types.push(workload.head_type(i / config.kv_heads, i % config.kv_heads));
         filled.exact.push(slot.exact);
-        filled.heads.extend(slot.head);
+        match &mut filled.origin {
+            Origin::Workload { heads, .. } => heads.extend(slot.head),
+            Origin::Trace(_, statistics) => statistics.extend(slot.statistics),
+        }
     }
     filled
 }
@@ -247,7 +324,7 @@ fn collect(slots: Vec<Slot>, config: &ModelConfig, workload: &Workload, steps: u
 /// Exact attention in the making.
 struct Exact<'a> {
     session: &'a Session,
-    /// Scaled queries, `[compared][group][head_dim]`.
+    /// Scaled queries, `[attended][group][head_dim]`.
     queries: Vec<f32>,
     group: usize,
     head_dim: usize,
@@ -256,7 +333,7 @@ struct Exact<'a> {
     /// Tokens so far.
     seen: usize,
     done: ExactHead,
-    /// Logits, `[compared][group][context]`.
+    /// Logits, `[attended][group][context]`.
     logits: Vec<f32>,
     weights: Vec<f32>,
     acc: Vec<f32>,
@@ -274,10 +351,10 @@ impl<'a> Exact<'a> {
             context: task.context,
             seen: 0,
             done: ExactHead {
-                partials: vec![Partial64::empty(head_dim); task.compared * group],
+                partials: vec![Partial64::empty(head_dim); task.attended * group],
                 ..ExactHead::default()
             },
-            logits: vec![0.0; task.compared * group * task.context],
+            logits: vec![0.0; task.attended * group * task.context],
             weights: vec![0.0; group * BLOCK],
             acc: vec![0.0; group * head_dim],
         }
@@ -332,6 +409,27 @@ impl Exact<'_> {
                 self.done.softmax.push(Softmax::new(context.iter().copied().chain(appended).collect()));
             }
         }
+    }
+
+    /// How attention lies at the first step, over the context and the token of the step, and how far the heaviest tokens of
+    /// the context are those of the other heads and of the next step.
+    fn statistics(&self, supplied: &[Vec<f32>; 3]) -> Statistics {
+        let (d, [queries, keys, _]) = (self.head_dim, supplied);
+        let root = (d as f64).sqrt();
+        let steps: Vec<Vec<Vec<f64>>> = self
+            .logits
+            .chunks_exact(self.group * self.context)
+            .take(2)
+            .map(|step| {
+                step.chunks_exact(self.context).map(|l| l.iter().copied().map(f64::from).collect()).collect()
+            })
+            .collect();
+        let mut first = steps.first().cloned().unwrap_or_default();
+        for (logits, query) in first.iter_mut().zip(queries.chunks_exact(d)) {
+            let own: f64 = query.iter().zip(&keys[..d]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            logits.push(own / root);
+        }
+        Statistics::new(&first, &steps)
     }
 
     /// Compares the logits with those of the rows that `stored` holds, computed as attention does.

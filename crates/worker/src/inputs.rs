@@ -8,15 +8,18 @@ use std::time::Instant;
 
 use longbit::attention::{MethodSpec, method};
 use longbit::kv::kv_dtype;
-use longbit::workload::{HeadShape, HeadStatistics, MIN_CONTEXT, Workload, WorkloadSpec};
-use longbit::{Checkpoint, HeadFormat, Model, Session, SessionOptions};
+use longbit::workload::{
+    HeadShape, HeadStatistics, HeadType, HeadWorkload, MIN_CONTEXT, Workload, WorkloadSpec,
+};
+use longbit::{Checkpoint, HeadFormat, Model, ModelConfig, Session, SessionOptions, Trace};
 use longbit_protocol::{Fill, Job, Quality, Traffic};
 use longbit_sys::Team;
 
 use crate::capabilities::{compaction, open_options};
 use crate::estimate;
-use crate::fill::{self, Filled};
+use crate::fill::{self, Filled, Origin, Source};
 use crate::measure::phase;
+use crate::replay::{self, Replay};
 use crate::text::{self, REFERENCE_KV, TextRun};
 use crate::timing::Passes;
 use crate::{Events, WorkerError, append, prefill, profile, quality};
@@ -27,11 +30,12 @@ pub(crate) struct Built {
     /// Identifies the model.
     pub(crate) sha256: String,
     text: Option<TextRun>,
+    trace: Option<Trace>,
 }
 
 /// What the decode steps of a job are given, and what their output is held against.
 pub(crate) enum Inputs {
-    /// Queries, keys and values of a generator.
+    /// Queries, keys and values of a generator, or of a trace.
     Generated(Box<Filled>),
     /// Tokens of a text.
     Text(TextRun),
@@ -53,16 +57,18 @@ pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
     let head = HeadFormat::parse(&job.model.head)?;
     let how = compaction(&job.model)?;
     let wants_text = text::is_workload(&job.workload);
+    let trace = replay::open(job)?;
     if job.model.path.is_empty() {
         if wants_text {
             return Err(WorkerError::Request(
                 "the workload text runs a real text through the model, so it needs a checkpoint; give model.path".into(),
             ));
         }
-        let shape = estimate::shape(&job.model)?;
+        let shape = estimate::shape(&job.model, trace.as_ref())?;
+        check_trace(job, trace.as_ref(), &shape)?;
         let sha256 = Model::synthetic_sha256(&shape, head, job.model.seed);
         let model = Arc::new(Model::synthetic(shape, head, job.model.seed, team)?.compact(how, team)?);
-        return Ok(Built { model, sha256, text: None });
+        return Ok(Built { model, sha256, text: None, trace });
     }
     let checkpoint = Checkpoint::open(Path::new(&job.model.path), &open_options(&job.model)?)?;
     let sha256 = checkpoint.sha256()?;
@@ -72,6 +78,7 @@ pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
             job.model.path, job.model.sha256
         )));
     }
+    check_trace(job, trace.as_ref(), checkpoint.config())?;
     let text = match (&job.text, wants_text) {
         (Some(file), true) => Some(text::read(job, file, &checkpoint)?),
         (None, true) => {
@@ -79,7 +86,15 @@ pub(crate) fn build(job: &Job, team: &Team) -> Result<Built, WorkerError> {
         }
         (_, false) => None,
     };
-    Ok(Built { model: Arc::new(checkpoint.load(head, team)?.compact(how, team)?), sha256, text })
+    Ok(Built { model: Arc::new(checkpoint.load(head, team)?.compact(how, team)?), sha256, text, trace })
+}
+
+/// Whether a model of shape `config` can replay the trace of the job at its context.
+fn check_trace(job: &Job, trace: Option<&Trace>, config: &ModelConfig) -> Result<(), WorkerError> {
+    let Some(trace) = trace else { return Ok(()) };
+    trace.check_model(config)?;
+    replay::check(trace, job.context, job.measure.quality_steps as usize, 0)?;
+    Ok(())
 }
 
 /// Makes the session of a job and fills its cache.
@@ -89,9 +104,10 @@ pub(crate) fn prepare<W: Write>(
     team: Arc<Team>,
     events: &mut Events<W>,
 ) -> Result<Prepared, WorkerError> {
-    match built.text {
-        Some(text) => decode_text(job, built.model, text, team, events),
-        None => generate(job, built.model, team, events),
+    match (built.text, built.trace) {
+        (Some(text), _) => decode_text(job, built.model, text, team, events),
+        (None, Some(trace)) => replay_trace(job, built.model, trace, team, events),
+        (None, None) => generate(job, built.model, team, events),
     }
 }
 
@@ -131,8 +147,37 @@ fn generate<W: Write>(
     let mut session = Session::new(model, team, options)?;
     let clock = Instant::now();
     let compared = measure.quality_steps as usize;
-    let filled = fill::fill(&mut session, &workload, job.context, steps, compared, |done, total| {
+    let source = Source::Workload(&workload);
+    let filled = fill::fill(&mut session, source, job.context, steps, compared, |done, total| {
         events.send(&phase("filling the cache", done, total))
+    })?;
+    let fill_ns = clock.elapsed().as_nanos() as u64;
+    Ok(Prepared { session, inputs: Inputs::Generated(Box::new(filled)), fill_ns })
+}
+
+fn replay_trace<W: Write>(
+    job: &Job,
+    model: Arc<Model>,
+    trace: Trace,
+    team: Arc<Team>,
+    events: &mut Events<W>,
+) -> Result<Prepared, WorkerError> {
+    let measure = &job.measure;
+    let compared = measure.quality_steps as usize;
+    let replay = Replay::new(trace, job.context, compared)?;
+    let wanted = measure.warmup_tokens.saturating_add(measure.gen_tokens).max(measure.quality_steps) as usize;
+    let steps = wanted.clamp(1, replay.steps);
+    let largest = job.cells.iter().map(|c| c.batch).max().unwrap_or(1);
+    let options = SessionOptions {
+        capacity: job.context.saturating_add(steps.max(largest)),
+        kv: kv_dtype(&job.kv_dtype)?,
+        method: method("dense")?,
+    };
+    let mut session = Session::new(model, team, options)?;
+    let clock = Instant::now();
+    let source = Source::Trace(replay);
+    let filled = fill::fill(&mut session, source, job.context, steps, compared, |done, total| {
+        events.send(&phase("filling the cache from the trace", done, total))
     })?;
     let fill_ns = clock.elapsed().as_nanos() as u64;
     Ok(Prepared { session, inputs: Inputs::Generated(Box::new(filled)), fill_ns })
@@ -185,12 +230,20 @@ impl Inputs {
         Steps { inputs: self, session, context, batch }
     }
 
+    /// Decode steps after which a repetition begins again; none where there are as many as it wants.
+    fn period(&self) -> Option<usize> {
+        match self {
+            Inputs::Generated(filled) => Some(filled.steps.len()),
+            Inputs::Text(_) | Inputs::Own(..) => None,
+        }
+    }
+
     /// Decodes step `step` of a repetition; the logits stay in the session.
     fn decode(&self, session: &mut Session, step: usize) -> Result<(), WorkerError> {
         match self {
             Inputs::Generated(filled) => {
                 let token = quality::token(step, session.model().config.vocab);
-                session.decode_supplied(token, &filled.steps[step], false)?;
+                session.decode_supplied(token, &filled.steps[step % filled.steps.len()], false)?;
             }
             Inputs::Text(text) => {
                 session.decode(text.token(step))?;
@@ -223,10 +276,13 @@ impl Inputs {
     }
 
     /// Tells the method of `session`, which stands at the filled context, the last queries of the prompt that it wants to see,
-    /// where a generator has them: a text has run through the model.
+    /// where a generator or a trace has them: a text has run through the model.
     pub(crate) fn supply_prompt(&self, session: &Session) -> Result<(), WorkerError> {
         match self {
-            Inputs::Generated(filled) => fill::supply_prompt(session, &filled.heads),
+            Inputs::Generated(filled) => match &filled.origin {
+                Origin::Workload { heads, .. } => fill::supply_prompt(session, heads),
+                Origin::Trace(replay, _) => replay.supply_prompt(session),
+            },
             Inputs::Text(_) | Inputs::Own(..) => Ok(()),
         }
     }
@@ -269,7 +325,10 @@ impl Inputs {
     /// How the cache was filled.
     pub(crate) fn fill(&self) -> Fill {
         match self {
-            Inputs::Generated(_) => Fill::Synthetic,
+            Inputs::Generated(filled) => match filled.origin {
+                Origin::Workload { .. } => Fill::Synthetic,
+                Origin::Trace(..) => Fill::Trace,
+            },
             Inputs::Text(_) => Fill::Prefill,
             Inputs::Own(fill, _) => *fill,
         }
@@ -287,7 +346,10 @@ impl Inputs {
     /// What is known of the workload, by name.
     pub(crate) fn statistics(&self, session: &Session) -> BTreeMap<String, f64> {
         match self {
-            Inputs::Generated(filled) => statistics(session, filled),
+            Inputs::Generated(filled) => match &filled.origin {
+                Origin::Workload { heads, types } => statistics(session, heads, types),
+                Origin::Trace(replay, heads) => replay.statistics(heads),
+            },
             Inputs::Text(text) => BTreeMap::from([
                 ("text.bytes".to_owned(), text.file_bytes as f64),
                 ("text.tokens".to_owned(), text.len() as f64),
@@ -307,6 +369,13 @@ pub(crate) struct Steps<'a> {
 }
 
 impl Passes for Steps<'_> {
+    fn ready(&mut self, step: usize) {
+        // A trace has so many steps and no more: the first follows the last, where it followed the context.
+        if self.batch.is_empty() && step > 0 && self.inputs.period().is_some_and(|n| step.is_multiple_of(n)) {
+            self.session.rewind(self.context);
+        }
+    }
+
     fn pass(&mut self, step: usize) -> Result<(), WorkerError> {
         if self.batch.is_empty() {
             return self.inputs.decode(self.session, step);
@@ -334,11 +403,11 @@ impl Passes for Steps<'_> {
 
 /// How the mass of the first step's queries lies, and how far their heaviest tokens are those of the other heads of the
 /// group and of the next step, for the first head of each type: means over its query group.
-fn statistics(session: &Session, filled: &Filled) -> BTreeMap<String, f64> {
+fn statistics(session: &Session, heads: &[HeadWorkload], types: &[HeadType]) -> BTreeMap<String, f64> {
     let mut stats = BTreeMap::new();
-    for (i, head) in filled.heads.iter().enumerate() {
-        let kind = filled.types[i].name();
-        if filled.types[..i].contains(&filled.types[i]) {
+    for (i, head) in heads.iter().enumerate() {
+        let kind = types[i].name();
+        if types[..i].contains(&types[i]) {
             continue;
         }
         let rope = session.rope();

@@ -5,6 +5,7 @@
 //! - `fill`: a generator fills the cache, while exact attention is computed on the same rows in f32; `quality`: attention
 //!   outputs against exact ones; `reads`: what a method reads against exact softmax; `seeds`: the spread of methods that draw
 //!   at random.
+//! - `replay`: a recorded trace in place of a generator.
 //! - `append`: what appending a token to the cache takes.
 //! - `text`: the tokens of a real text fill the cache; `logits`: next-token distributions against those of a reference.
 //! - `matrix`: a job that times the product of one matrix.
@@ -25,6 +26,7 @@ mod prefill;
 pub mod profile;
 mod quality;
 mod reads;
+mod replay;
 mod seeds;
 mod text;
 mod timing;

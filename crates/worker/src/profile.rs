@@ -140,7 +140,7 @@ pub(crate) fn fill_to(
             rope_theta: config.rope_theta,
         };
         let workload = Workload::new(&WorkloadSpec::parse("mix")?, &shape, context, 1, 1)?;
-        fill::fill(session, &workload, context, 1, 0, |done, total| {
+        fill::fill(session, fill::Source::Workload(&workload), context, 1, 0, |done, total| {
             progress("filling the cache, heads", done, total)
         })?;
     } else if context > 0 {

@@ -43,9 +43,9 @@ pub(crate) fn measure(
             for h in 0..group {
                 let ours = &output[(i * group + h) * d..][..d];
                 let compared = compare(ours, &exact[h * d..(h + 1) * d]);
-                by_type.entry(filled.types[i].name().into()).or_default().push(compared.relative_l2);
+                by_type.entry(filled.kind(i).into()).or_default().push(compared.relative_l2);
                 all.push(compared);
-                needles.extend(filled.heads[i].recall(ours));
+                needles.extend(filled.recall(i, ours));
             }
         }
     }

@@ -9,6 +9,9 @@ use crate::WorkerError;
 
 /// What a repetition times.
 pub(crate) trait Passes {
+    /// Makes ready for pass `step`, while the clock stands.
+    fn ready(&mut self, _step: usize) {}
+
     /// Runs pass `step` of a repetition.
     fn pass(&mut self, step: usize) -> Result<(), WorkerError>;
 
@@ -32,11 +35,13 @@ pub(crate) fn repetition(
 ) -> Result<Sample, WorkerError> {
     let (warmup, timed) = measure.passes(batch);
     for step in 0..warmup {
+        passes.ready(step);
         passes.pass(step)?;
     }
     let mut sample = Sample { t0: utc_now(), tok_ns: Vec::with_capacity(timed), ..Sample::default() };
     let (process, host, start) = (ProcessFacts::counters(), HostFacts::now(), Instant::now());
     for step in warmup..warmup + timed {
+        passes.ready(step);
         let before = Instant::now();
         passes.pass(step)?;
         sample.tok_ns.push(before.elapsed().as_nanos() as u64);

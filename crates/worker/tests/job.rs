@@ -20,6 +20,7 @@ fn job(kv: &str, methods: &[&str], measure: Measure) -> Job {
         kv_dtype: kv.into(),
         workload: "mix".into(),
         text: None,
+        trace: None,
         seed: 3,
         cells: cells.collect(),
         measure,

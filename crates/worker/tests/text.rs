@@ -59,6 +59,7 @@ fn job(kv: &str, cells: &[(&str, usize)]) -> Job {
         kv_dtype: kv.into(),
         workload: format!("text:sha256={}", &text.sha256[..12]),
         text: Some(text),
+        trace: None,
         seed: 3,
         cells: cells.collect(),
         measure: Measure {

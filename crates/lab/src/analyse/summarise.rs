@@ -311,6 +311,7 @@ fn add_ready(record: &mut Record, ready: &Ready) {
     let fill = match ready.fill {
         Fill::Synthetic => "synthetic",
         Fill::Prefill => "prefill",
+        Fill::Trace => "trace",
         Fill::None => "none",
     };
     record.fill = text(fill);

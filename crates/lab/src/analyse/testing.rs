@@ -109,6 +109,7 @@ impl Sweep {
                             method_params: params,
                             workload: if self.text { "text:sha256=0123456789ab" } else { "mix" }.into(),
                             text: None,
+                            trace: None,
                             seed: 1,
                             predicted: Predicted { rss_bytes: 3 << 30, ..Predicted::default() },
                             skip: None,

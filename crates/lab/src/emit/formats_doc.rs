@@ -110,7 +110,10 @@ const SAMPLE: [[&str; 3]; 20] = [
 const OTHER: [[&str; 2]; 9] = [
     ["quality.steps", "decode steps compared"],
     ["quality.outputs", "outputs compared: steps x layers x query heads, or steps where logits are compared"],
-    ["quality.rel_l2_by_head", "median relative L2 error by head type of the workload"],
+    [
+        "quality.rel_l2_by_head",
+        "median relative L2 error by head type of the workload; of a trace of all heads together",
+    ],
     [
         "quality.reads",
         "samples, captured_mass_p50, captured_mass_p5, tail_mass_error_p50, tail_mass_error_p95, top_recall_mean, \
@@ -128,7 +131,10 @@ const OTHER: [[&str; 2]; 9] = [
     ],
     ["ready.build_ns", "time to build or load the model"],
     ["ready.huge_page_bytes", "anonymous huge pages in use, or null"],
-    ["ready.workload_stats", "statistics of the workload, by name; of a text its bytes and tokens"],
+    [
+        "ready.workload_stats",
+        "statistics of the workload, by name; of a text its bytes and tokens; of a trace its bytes, tokens and steps too",
+    ],
 ];
 
 const PLAN: [[&str; 2]; 17] = [
@@ -158,7 +164,7 @@ const PLAN: [[&str; 2]; 17] = [
     ["cohorts", "indices into cells: those that share model, context, KV dtype and workload"],
 ];
 
-const CELL: [[&str; 2]; 10] = [
+const CELL: [[&str; 2]; 11] = [
     ["id", "16 hexadecimal digits of the canonical configuration"],
     ["name", "for people and filters"],
     [
@@ -169,6 +175,7 @@ const CELL: [[&str; 2]; 10] = [
     ["method, method_params", "attention method with all its parameters"],
     ["workload, seed", "where queries, keys and values come from"],
     ["text", "path (as the experiment file writes it) and sha256 of the text that is decoded; or null"],
+    ["trace", "the same of the trace that is replayed; absent without one"],
     [
         "predicted",
         "rss_bytes, kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",

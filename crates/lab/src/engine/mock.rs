@@ -117,6 +117,12 @@ pub fn capabilities() -> Capabilities {
                 ..WorkloadInfo::default()
             },
             WorkloadInfo {
+                name: "file".into(),
+                summary: "A trace.".into(),
+                replays: true,
+                ..WorkloadInfo::default()
+            },
+            WorkloadInfo {
                 name: "matrix".into(),
                 summary: "A matrix.".into(),
                 one_matrix: true,

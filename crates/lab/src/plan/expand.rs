@@ -51,6 +51,9 @@ struct Canonical<'a> {
     /// All of the hash of which the workload shows a part. Where the text lies does not matter.
     #[serde(skip_serializing_if = "Option::is_none")]
     text_sha256: Option<&'a str>,
+    /// As of a text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_sha256: Option<&'a str>,
     /// Left out for decode steps, which were there first.
     #[serde(skip_serializing_if = "Option::is_none")]
     batch: Option<usize>,
@@ -82,6 +85,7 @@ pub fn cell_id(cell: &PlannedCell, measure: &Measure) -> Result<String> {
         quality_steps: measure.quality_steps,
         pin: measure.pin,
         text_sha256: cell.text.as_ref().map(|t| t.sha256.as_str()),
+        trace_sha256: cell.trace.as_ref().map(|t| t.sha256.as_str()),
         batch: Some(cell.batch).filter(|&b| b != 1),
     })
 }
@@ -114,6 +118,7 @@ pub fn expand(experiment: &Experiment, cpus: usize) -> Result<Vec<PlannedCell>> 
                             method_params: method.params.clone(),
                             workload: e.workload.clone(),
                             text: e.text.as_ref().map(|t| t.file.clone()),
+                            trace: e.trace.clone(),
                             seed: e.seed,
                             predicted: Predicted::default(),
                             skip: None,

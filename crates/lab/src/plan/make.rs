@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use longbit_protocol::{
-    Capabilities, Estimate, EstimateRequest, Fill, Machine, Measure, ModelSpec, Probe, TextFile,
+    Capabilities, Estimate, EstimateRequest, Fill, Machine, Measure, ModelSpec, Probe, TextFile, TraceFile,
 };
 use serde::Serialize;
 
@@ -185,10 +185,15 @@ pub fn predict(
         method: c.method_string(),
         threads: c.threads,
         batch: c.batch,
-        fill: if c.text.is_some() { Fill::Prefill } else { Fill::Synthetic },
+        fill: match (&c.text, &c.trace) {
+            (Some(_), _) => Fill::Prefill,
+            (None, Some(_)) => Fill::Trace,
+            (None, None) => Fill::Synthetic,
+        },
         quality_steps: if c.compares(&measure) { measure.quality_steps } else { 0 },
         seeds: measure.seeds,
         text_bytes: c.text.as_ref().map_or(0, bytes),
+        trace: c.trace.as_ref().map(|t| TraceFile { path: resolve(dir, &t.path), ..t.clone() }),
     };
     let entries: Vec<EstimateRequest> = plan.cells.iter().map(entry).collect();
     let estimates = engine.estimate(&entries)?;

@@ -5,7 +5,7 @@ mod make;
 
 use std::collections::BTreeMap;
 
-use longbit_protocol::{Measure, ModelSpec, TextFile};
+use longbit_protocol::{Measure, ModelSpec, TextFile, TraceFile};
 use serde::{Deserialize, Serialize};
 
 pub use expand::{Filter, Selection, cell_id, expand, select};
@@ -230,6 +230,9 @@ pub struct PlannedCell {
     /// The text that is decoded, its path as the experiment file writes it.
     #[serde(default)]
     pub text: Option<TextFile>,
+    /// The trace that is replayed, its path as the experiment file writes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceFile>,
     /// Seed of the workload.
     pub seed: u64,
     /// Predicted cost.

@@ -166,9 +166,11 @@ pub(crate) fn measure(
                 );
             }
             plan = *stored;
-            // The same text may lie elsewhere today.
+            // The same text or trace may lie elsewhere today.
             let text = experiment.text.as_ref().map(|t| &t.file);
-            plan.cells.iter_mut().for_each(|c| c.text = text.cloned());
+            for cell in &mut plan.cells {
+                (cell.text, cell.trace) = (text.cloned(), experiment.trace.clone());
+            }
             directory
         }
         found @ (Found::Nothing | Found::Old(_)) => {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use longbit_protocol::{
-    CellJob, Event, Job, Limits, ModelSpec, Outcome, PROTOCOL, Quality, Sample, Status, TextFile,
+    CellJob, Event, Job, Limits, ModelSpec, Outcome, PROTOCOL, Quality, Sample, Status, TextFile, TraceFile,
 };
 
 use super::directory::Directory;
@@ -378,6 +378,7 @@ impl<'a> Scheduler<'a> {
             kv_dtype: first.kv_dtype.clone(),
             workload: first.workload.clone(),
             text: first.text.as_ref().map(|t| TextFile { path: resolve(&self.dir, &t.path), ..t.clone() }),
+            trace: first.trace.as_ref().map(|t| TraceFile { path: resolve(&self.dir, &t.path), ..t.clone() }),
             seed: first.seed,
             cells: cells
                 .iter()

@@ -13,7 +13,7 @@ mod walk;
 
 use std::path::{Path, PathBuf};
 
-use longbit_protocol::{Capabilities, Measure, ModelSpec, TextFile};
+use longbit_protocol::{Capabilities, Measure, ModelSpec, TextFile, TraceFile};
 use sha2::{Digest, Sha256};
 
 use crate::plan::{ExperimentMeta, Gate, VerifySpec};
@@ -30,10 +30,12 @@ pub struct Experiment {
     pub dir: PathBuf,
     /// The model of all cells; its path as the file writes it.
     pub model: ModelSpec,
-    /// Workload with all its parameters; of a text with the first 12 digits of its SHA-256.
+    /// Workload with all its parameters; of a text or a trace with the first 12 digits of its SHA-256.
     pub workload: String,
     /// The text that cells decode, where the workload reads one.
     pub text: Option<TextPlan>,
+    /// The trace that cells replay, where the workload names one; its path as the experiment file writes it.
+    pub trace: Option<TraceFile>,
     /// Seed of the workload and of the order of cells.
     pub seed: u64,
     /// Axis `context`, tokens.

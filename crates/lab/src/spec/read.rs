@@ -108,13 +108,14 @@ impl<'a> Reader<'a> {
         );
         let gate = self.gate(&root.section("gate"));
         root.end();
-        let Inputs { workload, text, .. } = inputs?;
+        let Inputs { workload, text, trace, .. } = inputs?;
         Some(Experiment {
             meta: meta?,
             dir: self.dir.clone(),
             model: model?,
             workload,
             text,
+            trace,
             seed,
             contexts: contexts?,
             threads: threads?,

@@ -77,7 +77,10 @@ impl<'a> Reader<'a> {
         // What a workload does not measure would fail every cell.
         let (unknown, help) = match reads_text {
             Some(true) => (of_outputs, "a text is compared by its logits: kl_nats_max, top1_min"),
-            _ => (of_logits, "generated inputs are compared by attention outputs: rel_l2_max, cosine_min"),
+            _ => (
+                of_logits,
+                "generated and recorded inputs are compared by attention outputs: rel_l2_max, cosine_min",
+            ),
         };
         for key in unknown.into_iter().filter(|key| reads_text.is_some() && section.has(key)) {
             let what = format!("{key} limits what this workload does not measure");

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::engine::mock;
+use crate::plan::expand;
 
 const GOOD: &str = r#"schema = 1
 
@@ -283,6 +284,57 @@ fn what_a_text_needs_is_asked_for_with_its_place() {
     ] {
         let error = with_text(model, workload, verify).1.expect_err(want);
         assert_eq!(error.exit(), crate::Exit::Usage);
+        assert!(error.to_string().contains(want), "{want}\n--- got\n{error}");
+    }
+}
+
+const TRACE: &str = "name = \"file:a.txt\"";
+
+#[test]
+fn a_trace_is_named_by_its_hash_and_found_from_the_file() {
+    let other = "cosine_min = 0.99";
+    let (dir, e) = with_text("preset = \"tiny\"", TRACE, other);
+    let e = e.unwrap();
+    let trace = e.trace.clone().unwrap();
+    assert_eq!(trace.sha256, hex(&Sha256::digest("Once upon a time.")));
+    assert_eq!(e.workload, format!("file:sha256={}", &trace.sha256[..12]));
+    assert_eq!((trace.path.as_str(), e.text.is_none()), ("a.txt", true));
+    // What decides a cell is the bytes: all of their hash, and not where they lie.
+    let id = |e: &Experiment| expand(e, 1).unwrap()[0].id.clone();
+    std::fs::create_dir(dir.path().join("b")).unwrap();
+    std::fs::rename(dir.path().join("a.txt"), dir.path().join("b/c: d.bin")).unwrap();
+    let file = dir.path().join("x.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("file:a.txt", "file: b/c: d.bin")).unwrap();
+    let moved = load(&file, &mock::capabilities()).unwrap();
+    assert_eq!((id(&moved), moved.trace.as_ref().unwrap().path.as_str()), (id(&e), "b/c: d.bin"));
+    std::fs::write(dir.path().join("b/c: d.bin"), vec![7; 3 << 20]).unwrap();
+    let changed = load(&file, &mock::capabilities()).unwrap();
+    assert_eq!(changed.trace.as_ref().unwrap().sha256, hex(&Sha256::digest(vec![7; 3 << 20])));
+    let mut longer = e.clone();
+    longer.trace = Some(TraceFile { sha256: format!("{}0", &trace.sha256[..63]), ..trace });
+    assert!(id(&changed) != id(&e) && id(&longer) != id(&e));
+}
+
+#[test]
+fn what_a_trace_needs_is_asked_for_with_its_place() {
+    let (tiny, other) = ("preset = \"tiny\"", "cosine_min = 0.99");
+    for (workload, verify, want) in [
+        ("name = \"file\"", other, "the workload \"file\" needs a file\n   at: "),
+        ("name = \"file: \"", other, "x.toml:11 (workload.name)\n help: name = \"file:PATH\""),
+        ("name = \"file:no.bin\"", other, "x.toml:11 (workload.name)\n help: a path is relative to"),
+        ("name = \"file:.\"", other, "is not a file"),
+        ("name = \"file:empty.txt\"", other, "empty.txt is empty"),
+        (
+            &format!("{TRACE}\nfile = \"a.txt\""),
+            other,
+            "the workload \"file\" reads no text, so it has no file",
+        ),
+        (&format!("{TRACE}\nprefill_limit = 9"), other, "so it has no prefill_limit"),
+        (TRACE, KL, "kl_nats_max limits what this workload does not measure"),
+        ("name = \"fil:a.txt\"", other, "in workload \"fil:a.txt\" is not key=value"),
+    ] {
+        let error = with_text(tiny, workload, verify).1.expect_err(want);
         assert!(error.to_string().contains(want), "{want}\n--- got\n{error}");
     }
 }
