@@ -126,7 +126,7 @@ pub(crate) fn run(args: &CaptureArgs, out: &mut dyn Write) -> Result<Exit, Failu
     let bytes = write_trace(&args.out, &rows, format, metadata)?;
     writeln!(
         out,
-        "wrote {}: {bytes} bytes; k and v [{}, {}, {}, {}], q [{}, {}, {}, {}]",
+        "wrote {}: {bytes} bytes; k and v [{}, {}, {}, {}], q [{}, {}, {}, {}]; cells replay it at contexts from {} to {}",
         args.out.display(),
         shape.layers,
         shape.kv_heads,
@@ -136,6 +136,8 @@ pub(crate) fn run(args: &CaptureArgs, out: &mut dyn Write) -> Result<Exit, Failu
         shape.heads,
         shape.steps,
         shape.head_dim,
+        shape.context(),
+        shape.tokens - 1,
     )?;
     Ok(Exit::Ok)
 }
