@@ -56,7 +56,8 @@ pub static PRESETS: &[Preset] = &[
     },
     Preset {
         name: "falcon3-7b-like",
-        summary: "the notebook's 7B shape: 4096/11008, 32 layers, 32 heads without grouping, silu, untied head",
+        summary: "the notebook's name for the matrices of llama-7b with a vocabulary of 131,072, four times its head; the \
+                  published Falcon3 7B has another shape",
         make: || ModelConfig {
             name: "falcon3-7b-like".into(),
             vocab: 131_072,
@@ -76,7 +77,8 @@ pub static PRESETS: &[Preset] = &[
     },
     Preset {
         name: "llama-7b",
-        summary: "LLaMA 7B, the shape of the founding notebook's throughput table: 4096/11008, 32 layers, silu, untied head",
+        summary: "LLaMA 7B, the shape of the founding notebook's throughput table: 4096/11008, 32 layers, 32 heads without \
+                  grouping, silu, untied head of 32,000",
         make: || ModelConfig {
             name: "llama-7b".into(),
             vocab: 32_000,
@@ -146,6 +148,14 @@ mod tests {
             assert_eq!(config.name, p.name);
             config.check().unwrap();
         }
+    }
+
+    #[test]
+    fn the_two_7b_shapes_differ_in_vocabulary_and_positions_alone() {
+        let (llama, falcon) = (preset("llama-7b").unwrap(), preset("falcon3-7b-like").unwrap());
+        assert_eq!((llama.vocab, falcon.vocab), (32_000, 131_072));
+        let ModelConfig { name, vocab, rope_theta, trained_positions, .. } = llama.clone();
+        assert_eq!(ModelConfig { name, vocab, rope_theta, trained_positions, ..falcon }, llama);
     }
 
     #[test]
