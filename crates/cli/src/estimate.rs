@@ -79,13 +79,7 @@ impl Known {
     /// The cache alone, or all of a process, that has `context` tokens in a cache of `kv`.
     fn row(&self, kv: KvDtype, context: usize) -> Row {
         let shape = CacheShape::new(&self.config, context);
-        let method_shape = MethodShape {
-            layers: self.config.layers,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim,
-            dtype: kv,
-        };
-        let predicted = self.method.predict(context, &method_shape);
+        let predicted = self.method.predict(context, &MethodShape::new(&self.config, kv));
         let numbers = 2.0 * (self.config.layers * self.config.kv_rows()) as f64;
         let mut row = Row {
             context_tokens: context as u64,

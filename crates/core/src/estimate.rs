@@ -1,6 +1,6 @@
 //! What a configuration will weigh and read, from shapes alone.
 
-use crate::attention::{CHUNK_TOKENS, MethodShape, MethodSpec, partial};
+use crate::attention::{CHUNK_TOKENS, EVICTION_SLACK, MethodShape, MethodSpec, partial};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvDtype, PAGE_TOKENS};
 use crate::model::{Activation, Compaction, HeadFormat, ModelBytes, ModelConfig, Packing};
@@ -21,6 +21,10 @@ pub struct Footprint {
     pub cache: u64,
     /// State of the method.
     pub index: u64,
+    /// Pages that a fork of a filled cache takes for itself where the method evicts: the rows that it keeps, and the page or
+    /// two of each head that steps write to. 0 for other methods, and no part of [`Footprint::resident`]: a session that
+    /// nobody forked shrinks instead.
+    pub forked: u64,
     /// Rotary table and the buffers of a decode step.
     pub scratch: u64,
     /// Buffers of a prefill in chunks of [`Session::DEFAULT_CHUNK`], which stay once there was one; see [`pass_bytes`].
@@ -29,6 +33,8 @@ pub struct Footprint {
     pub weights_per_token: u64,
     /// Cache and index read by a decode step at `context`.
     pub kv_per_token: u64,
+    /// The part of it that is read to decide what else is.
+    pub decide_per_token: u64,
 }
 
 impl Footprint {
@@ -158,22 +164,28 @@ pub fn footprint(
     let partials = tasks.saturating_mul((config.heads * partial::stride(config.head_dim) * 4) as u64);
     // Logits and their copy, and rows private to each thread.
     let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;
-    let method_shape = MethodShape {
-        layers: config.layers,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        dtype: kv,
-    };
-    let predicted = method.predict(context, &method_shape);
+    let predicted = method.predict(context, &MethodShape::new(config, kv));
     let of_heads = |bytes: usize| (bytes as u64).saturating_mul((config.layers * config.kv_heads) as u64);
+    let forked = match method.evicts() {
+        true => {
+            // What keeps everything moves no row, and shares all pages but the last.
+            let kept =
+                if predicted.rows < context { predicted.rows.saturating_add(EVICTION_SLACK) } else { 0 };
+            let pages = kept.saturating_add(headroom).div_ceil(PAGE_TOKENS).saturating_add(1);
+            shape.stored_bytes(kv, pages.saturating_mul(PAGE_TOKENS))
+        }
+        false => 0,
+    };
     Footprint {
         weights: model.resident.saturating_add(loaded),
         cache: shape.stored_bytes(kv, capacity),
         index: of_heads(predicted.state_bytes),
+        forked,
         scratch: rope.saturating_add(partials).saturating_add(rows),
         prefill: pass_bytes(config, Session::DEFAULT_CHUNK),
         weights_per_token: model.per_token,
         kv_per_token: shape.read_bytes(kv, predicted.rows).saturating_add(of_heads(predicted.read_bytes)),
+        decide_per_token: of_heads(predicted.read_bytes),
     }
 }
 

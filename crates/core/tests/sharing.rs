@@ -24,7 +24,7 @@ fn methods(kv: &str) -> Vec<&'static str> {
         "magicpig" => "magicpig:tables=8",
         other => other,
     };
-    let shape = MethodShape { layers: 4, kv_heads: 2, head_dim: 64, dtype: kv_dtype(kv).unwrap() };
+    let shape = MethodShape { layers: 4, kv_heads: 2, head_dim: 64, group: 1, dtype: kv_dtype(kv).unwrap() };
     let serves = |name: &&str| method(name).unwrap().check(&shape).is_ok();
     match kv {
         "bf16" => METHODS.iter().map(|method| small(method.name)).filter(serves).collect(),

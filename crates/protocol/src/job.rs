@@ -238,12 +238,19 @@ pub struct Estimate {
     pub cache_bytes: u64,
     /// State of the method beside the cache.
     pub index_bytes: u64,
+    /// Pages of the cache that the cell has for itself, beside the cache that all cells of a cohort share: a method that evicts
+    /// works in a fork of it. 0 for others.
+    #[serde(default)]
+    pub forked_bytes: u64,
     /// Everything else the process touches.
     pub scratch_bytes: u64,
     /// Weights and head read by one decode step.
     pub weight_bytes_per_token: u64,
     /// Cache and index read by one decode step.
     pub kv_bytes_per_token: u64,
+    /// The part of it that is read to decide what else is.
+    #[serde(default)]
+    pub decide_bytes_per_token: u64,
     /// Bytes that filling the cache computes and writes (to predict its time); 0 where a prompt fills it.
     pub fill_bytes: u64,
     /// Multiply-adds of the prompts that must run through the model: into the cells' own cache, and into that of the

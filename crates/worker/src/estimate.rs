@@ -75,9 +75,11 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
         weight_bytes: f.weights,
         cache_bytes: f.cache,
         index_bytes: f.index,
+        forked_bytes: f.forked,
         scratch_bytes: f.scratch.saturating_add(PROCESS_BYTES),
         weight_bytes_per_token: f.weights_per_token,
         kv_bytes_per_token: f.kv_per_token,
+        decide_bytes_per_token: f.decide_per_token,
         fill_bytes: 0,
         prefill_macs: 0,
         pass_macs: 0,
@@ -137,8 +139,7 @@ fn bytes(request: &EstimateRequest) -> Result<Estimate, Error> {
 }
 
 fn method_shape(config: &ModelConfig, kv: &str) -> Result<MethodShape, Error> {
-    let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
-    Ok(MethodShape { layers, kv_heads, head_dim, dtype: kv_dtype(kv)? })
+    Ok(MethodShape::new(config, kv_dtype(kv)?))
 }
 
 /// Spans that the decisions of a step have at the most, all heads together, of a KV head and of each of its query heads: no

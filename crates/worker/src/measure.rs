@@ -19,26 +19,31 @@ use crate::{Events, WorkerError, capabilities, matrix, panic_text, seeds, timing
 struct Cell<'a> {
     job: &'a CellJob,
     team: Arc<Team>,
+    /// Its method with all parameters, by which its state is found.
+    method: String,
+}
+
+/// The sessions that cells run in, and the states of their methods. Cells of one method share its state: they differ in
+/// threads, which change no bit.
+struct Sessions<'a> {
+    shared: &'a mut Session,
+    methods: BTreeMap<String, Made>,
+    context: usize,
+}
+
+/// A method that is ready to be measured.
+struct Made {
     state: State,
-    /// Time to build that state.
+    /// Time to build it.
     build_ns: u64,
 }
 
-/// Where a cell's method is.
+/// Where a method is.
 enum State {
-    /// Its state goes into the session that all cells share; none while it is there.
+    /// Its state goes into the session that all methods share; none while it is there.
     Shared(Option<Attention>),
-    /// It evicts, or a text runs through the model with its own pattern, so it has a session of its own, by its name; cells of
-    /// one method share that.
-    Own(String),
-}
-
-/// The sessions that cells run in.
-struct Sessions<'a> {
-    shared: &'a mut Session,
-    /// With the time that each took to make.
-    own: BTreeMap<String, (Session, u64)>,
-    context: usize,
+    /// It evicts, or a text runs through the model with its own pattern, so it has a session of its own.
+    Own(Box<Session>),
 }
 
 pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), WorkerError> {
@@ -83,11 +88,11 @@ pub(crate) fn run<W: Write>(job: &Job, events: &mut Events<W>) -> Result<(), Wor
     })))?;
 
     let mut cells = Vec::new();
-    let mut session = Sessions { shared: &mut session, own: BTreeMap::new(), context: job.context };
+    let mut session = Sessions { shared: &mut session, methods: BTreeMap::new(), context: job.context };
     for cell in &job.cells {
         let made = teams.get(cell.threads).and_then(|team| {
-            let (state, build_ns) = session.state(method(&cell.method)?, &inputs)?;
-            Ok(Cell { job: cell, team, state, build_ns })
+            let method = session.make(method(&cell.method)?, &inputs)?;
+            Ok(Cell { job: cell, team, method })
         });
         match made {
             Ok(cell) => cells.push(cell),
@@ -143,17 +148,16 @@ fn compare_all<W: Write>(
     }
     let mut known: BTreeMap<String, Quality> = BTreeMap::new();
     let mut kept = Vec::new();
-    for mut cell in cells.drain(..) {
+    for cell in cells.drain(..) {
         if !cell.job.quality_done && cell.job.batch == 1 {
-            let name = cell.state.name();
-            let measured = match known.get(&name) {
+            let measured = match known.get(&cell.method) {
                 Some(quality) => Ok(quality.clone()),
-                None => compare(job, session, inputs, &mut cell, events)
+                None => compare(job, session, inputs, &cell, events)
                     .and_then(|quality| spread(job, session, inputs, &cell, quality, events)),
             };
             match measured {
                 Ok(quality) => {
-                    known.insert(name, quality.clone());
+                    known.insert(cell.method.clone(), quality.clone());
                     events
                         .send(&Event::Quality(Box::new(Quality { cell: cell.job.id.clone(), ..quality })))?;
                 }
@@ -174,7 +178,7 @@ fn compare<W: Write>(
     job: &Job,
     session: &mut Sessions<'_>,
     inputs: &Inputs,
-    cell: &mut Cell<'_>,
+    cell: &Cell<'_>,
     events: &mut Events<W>,
 ) -> Result<Quality, WorkerError> {
     with_cell(session, cell, |session| {
@@ -194,22 +198,21 @@ fn spread<W: Write>(
     own: Quality,
     events: &mut Events<W>,
 ) -> Result<Quality, WorkerError> {
-    let name = cell.state.name();
-    let seeds = seeds::reseeded(&method(&name)?, job.measure.seeds);
+    let seeds = seeds::reseeded(&method(&cell.method)?, job.measure.seeds);
     // Without attention outputs there is no error to spread.
     let Some(error) = own.rel_l2_p50 else { return Ok(own) };
     let mut errors = Vec::new();
     for other in seeds {
-        if other == name {
+        if other == cell.method {
             errors.push(error);
             continue;
         }
-        let shared = session.own.contains_key(&other);
-        let (state, build_ns) = session.state(method(&other)?, inputs)?;
-        let mut reseeded = Cell { job: cell.job, team: cell.team.clone(), state, build_ns };
-        let quality = compare(job, session, inputs, &mut reseeded, events);
-        if !shared {
-            session.own.remove(&other);
+        let kept = session.methods.contains_key(&other);
+        let reseeded =
+            Cell { job: cell.job, team: cell.team.clone(), method: session.make(method(&other)?, inputs)? };
+        let quality = compare(job, session, inputs, &reseeded, events);
+        if !kept {
+            session.methods.remove(&other);
         }
         errors.extend(quality?.rel_l2_p50);
     }
@@ -239,7 +242,7 @@ fn time_all<W: Write>(
         shuffle(&mut order, job.seed ^ (u64::from(rep) << 32));
         let mut lost = Vec::new();
         for (slot, &i) in order.iter().enumerate() {
-            let cell = &mut cells[i];
+            let cell = &cells[i];
             let batch = cell.job.batch;
             let timed = with_cell(session, cell, |session| {
                 let mut passes = inputs.passes(session, job.context, batch);
@@ -249,7 +252,7 @@ fn time_all<W: Write>(
                 Ok(mut sample) => {
                     (sample.cell, sample.rep) = (cell.job.id.clone(), rep);
                     (sample.round, sample.slot) = (rep, slot as u32);
-                    sample.index_build_ns = Some(cell.build_ns);
+                    sample.index_build_ns = session.methods.get(&cell.method).map(|made| made.build_ns);
                     events.send(&Event::Sample(Box::new(sample)))?;
                 }
                 Err(error) => {
@@ -266,76 +269,72 @@ fn time_all<W: Write>(
     Ok(())
 }
 
-impl State {
-    /// The method, written out.
-    fn name(&self) -> String {
-        match self {
-            State::Shared(attention) => attention.as_ref().map(|a| a.spec().canonical()).unwrap_or_default(),
-            State::Own(name) => name.clone(),
-        }
-    }
-}
-
 impl Sessions<'_> {
-    /// What a cell of `method` needs. A method that evicts is told the last queries of the prompt, and drops its rows now.
-    /// The time is that to build the state, and of a session of its own that to fork it and drop rows; where a prompt ran through
-    /// the model the state grew with it, and what is left is to drop rows.
-    fn state(&mut self, method: MethodSpec, inputs: &Inputs) -> Result<(State, u64), WorkerError> {
-        let mut clock = Instant::now();
-        let elapsed = |clock: Instant| clock.elapsed().as_nanos() as u64;
-        if !method.evicts() && !inputs.prefills(&method) {
-            let attention = self.shared.attention_of(method)?;
-            return Ok((State::Shared(Some(attention)), elapsed(clock)));
-        }
+    /// Makes what cells of `method` need, if it is not there yet, and returns its name. A method that evicts is told the last
+    /// queries of the prompt, and drops its rows now. The time is that to build the state, and of a session of its own that to
+    /// fork it and drop rows; where a prompt ran through the model the state grew with it, and what is left is to drop rows.
+    fn make(&mut self, method: MethodSpec, inputs: &Inputs) -> Result<String, WorkerError> {
         let name = method.canonical();
-        if let Some((_, build_ns)) = self.own.get(&name) {
-            return Ok((State::Own(name), *build_ns));
+        if self.methods.contains_key(&name) {
+            return Ok(name);
         }
-        let mut session = match inputs.prefilled(self.shared, &method)? {
-            Some(session) => {
-                clock = Instant::now();
-                session
-            }
-            None => self.shared.fork_with(method)?,
+        let mut clock = Instant::now();
+        let state = if method.evicts() || inputs.prefills(&method) {
+            let mut session = match inputs.prefilled(self.shared, &method)? {
+                Some(session) => {
+                    clock = Instant::now();
+                    session
+                }
+                None => self.shared.fork_with(method)?,
+            };
+            inputs.supply_prompt(&session)?;
+            session.end_prompt()?;
+            State::Own(Box::new(session))
+        } else {
+            State::Shared(Some(self.shared.attention_of(method)?))
         };
-        inputs.supply_prompt(&session)?;
-        session.end_prompt()?;
-        let build_ns = elapsed(clock);
-        self.own.insert(name.clone(), (session, build_ns));
-        Ok((State::Own(name), build_ns))
+        let build_ns = clock.elapsed().as_nanos() as u64;
+        self.methods.insert(name.clone(), Made { state, build_ns });
+        Ok(name)
     }
 }
 
 /// Runs `work` with the cell's team and method in place; a failure leaves the session at the filled context. A panic is the
-/// cell's failure, not the job's.
+/// cell's failure, not the job's, and the state that it left is not used again.
 fn with_cell<T>(
     sessions: &mut Sessions<'_>,
-    cell: &mut Cell<'_>,
+    cell: &Cell<'_>,
     work: impl FnOnce(&mut Session) -> Result<T, WorkerError>,
 ) -> Result<T, WorkerError> {
     let lost = || WorkerError::Request("the cell's method state was lost in an earlier failure".into());
-    let (session, other) = match &mut cell.state {
-        State::Shared(attention) => {
-            let attention = attention.take().ok_or_else(lost)?;
+    let made = sessions.methods.get_mut(&cell.method).ok_or_else(lost)?;
+    let (session, place) = match &mut made.state {
+        State::Shared(place) => {
+            let attention = place.take().ok_or_else(lost)?;
             let other = sessions.shared.swap_attention(attention);
-            (&mut *sessions.shared, Some(other))
+            (&mut *sessions.shared, Some((place, other)))
         }
-        State::Own(name) => (&mut sessions.own.get_mut(name).ok_or_else(lost)?.0, None),
+        State::Own(session) => (&mut **session, None),
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         session.set_team(cell.team.clone());
-        work(session)
+        let outcome = work(session);
+        if outcome.is_err() {
+            // The state that was at work is rewound with the cache.
+            session.rewind(sessions.context);
+        }
+        outcome
     }));
-    let outcome = outcome.unwrap_or_else(|panic| {
-        Err(WorkerError::Request(format!("the engine panicked: {}", panic_text(&*panic))))
-    });
-    if let Some(other) = other {
-        cell.state = State::Shared(Some(session.swap_attention(other)));
+    let sound = outcome.is_ok();
+    if let Some((place, other)) = place {
+        let used = session.swap_attention(other);
+        *place = sound.then_some(used);
     }
-    if outcome.is_err() {
+    if !sound {
         session.rewind(sessions.context);
     }
-    outcome
+    let panicked = |what: &str| Err(WorkerError::Request(format!("the engine panicked: {what}")));
+    outcome.unwrap_or_else(|panic| panicked(&panic_text(&*panic)))
 }
 
 /// Fisher-Yates with SplitMix64: the order of a round is part of the plan, not of the platform.

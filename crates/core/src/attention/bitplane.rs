@@ -22,6 +22,7 @@
 use longbit_kernels::Kernels;
 
 use super::approximate::{Depths, MeanValue, Room, push_span, with_room};
+use super::choose::union;
 use super::params::{Kind, ParamSpec};
 use super::partial::{self, stride};
 use super::{GroupQuery, HeadMethod, Method, Predicted, Reader, Selection};
@@ -88,8 +89,9 @@ pub(super) const METHOD: Method = Method {
     predict: |p, context, shape| {
         let always = (p.int("sinks") + p.int("local")).min(context);
         let scan = (shape.head_dim.next_multiple_of(32) / 2 + 2) * (context - always);
-        // About 3 % survive; a group's heads agree in part.
-        let survive = ((context - always) as f64 * p.float("most").min(0.03)) as usize;
+        // Nearly as many as may survive.
+        let survive =
+            union(((context - always) as f64 * p.float("most")) as usize, shape.group, context - always);
         let state_bytes = match p.word("means") {
             "block" => context / BLOCK * shape.head_dim * 2,
             "global" => 8 * shape.head_dim * (1 + context.div_ceil(256)),
@@ -452,7 +454,7 @@ mod tests {
     #[test]
     fn other_formats_are_refused() {
         let dtype = kv_dtype("int8").unwrap();
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, dtype };
+        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, group: 1, dtype };
         let error = method("bitplane").unwrap().check(&shape).unwrap_err().to_string();
         assert!(error.contains("use `planes8`") && error.contains("int8"), "{error}");
         let dtype = kv_dtype("k=planes8,v=kivi4").unwrap();

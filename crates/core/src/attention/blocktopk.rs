@@ -18,6 +18,7 @@
 //! Cost a block of keys of 128 numbers: 132 bytes, and as many for variances and for values; of the values a step reads
 //! those of the blocks outside the newest tokens.
 
+use super::choose::union;
 use super::params::ParamSpec;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Selection};
@@ -62,7 +63,6 @@ pub(super) const METHOD: Method = Method {
         Ok(())
     },
     make: |p, place| Box::new(BlockTopK::new(p, place)),
-    // Rows for one query head: how far the heads of a group agree depends on the data.
     predict: |p, context, shape| {
         let row = CodeRows::row_bytes(shape.head_dim);
         let (keys, values) =
@@ -75,7 +75,7 @@ pub(super) const METHOD: Method = Method {
             return Predicted { state_bytes, ..Predicted::rows(context) };
         }
         Predicted {
-            rows: context - (candidates - chosen) * p.int("block"),
+            rows: context - (candidates - union(chosen, shape.group, candidates)) * p.int("block"),
             state_bytes,
             read_bytes: (keys + values) * candidates * row,
         }

@@ -142,6 +142,14 @@ impl TokenSet {
     }
 }
 
+/// How many of `of` things a group of query heads reads together, of which each chooses `chosen`: an expectation, for the heads
+/// agree in part. Half of what a further head chooses is taken to be new: 2.5 times `chosen` for four heads. Recorded for four
+/// heads on the workload `mix` from 8k to 96k tokens: 1.9 to 3.0 times (`results/methods`, `results/methods-96k`).
+pub(super) fn union(chosen: usize, group: usize, of: usize) -> usize {
+    let others = group.saturating_sub(1);
+    chosen.saturating_add(chosen.saturating_mul(others) / 2).min(of)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,9 +1,12 @@
 //! `dense-skip`: every key, and the values that matter (community practice in llama.cpp forks, "sparse V").
 //!
-//! All logits come first; then values are read only of tokens whose weight `exp(z - max)` is at least `below` for some head of
-//! the group, `max` being the largest logit of the head over the whole context. Weights of the others stay in the
-//! denominator, so what is lost is their part of the sum: with `n` tokens at most `n * below` of the mass, for the sum of
-//! weights is at least 1. The output moves by at most `n * below * max|v|`.
+//! All logits come first; then values are read only of tokens whose weight `exp(z - max)` is at least `lost / n` for some
+//! head of the group, `max` being the largest logit of the head over the whole context of `n` tokens. Weights of the others
+//! stay in the denominator, so what is lost is their part of the sum: less than `n * lost / n` of the mass, for the sum of
+//! weights is at least 1. The output moves by at most `lost * max|v|`, whatever the context.
+//!
+//! The forks compare the weight itself with a constant. Then what may be lost grows with the context, `n * constant`: at 96k
+//! tokens a floor of a millionth gives up as much as a tenth. Here the floor falls as the context grows.
 
 use super::params::{Kind, ParamSpec};
 use super::{GroupQuery, HeadMethod, Method, Predicted, Selection};
@@ -11,28 +14,29 @@ use crate::kv::KvHead;
 
 pub(super) const METHOD: Method = Method {
     name: "dense-skip",
-    summary: "every key, and values whose weight is not negligible; the output moves by at most n * below * max|v|",
+    summary: "every key, and values whose weight is not negligible; the output moves by at most lost * max|v|",
     params: &[ParamSpec {
-        name: "below",
-        summary: "values are not read where the weight is below this share of the head's largest",
-        kind: Kind::Float { min: 0.0, max: 0.01 },
-        default: "0.000001",
+        name: "lost",
+        summary: "share of a head's weight that may be left out, all tokens together: values are not read where the weight is \
+                  below lost/n of the largest",
+        kind: Kind::Float { min: 0.0, max: 1.0 },
+        default: "0.01",
     }],
     settings: false,
     evicts: false,
     check: |_, _| Ok(()),
-    make: |p, _| Box::new(DenseSkip { below: p.float("below") as f32 }),
+    make: |p, _| Box::new(DenseSkip { lost: p.float("lost") }),
     // How many values are read depends on the data.
     predict: |_, context, _| Predicted::rows(context),
 };
 
 struct DenseSkip {
-    below: f32,
+    lost: f64,
 }
 
 impl HeadMethod for DenseSkip {
     fn select(&mut self, _: GroupQuery<'_>, kv: &KvHead, out: &mut Selection) {
         out.spans.push(0..kv.len());
-        out.skip_below = self.below;
+        out.skip_below = (self.lost / kv.len().max(1) as f64) as f32;
     }
 }

@@ -16,6 +16,7 @@
 use longbit_kernels::{CodeBits, Kernels};
 
 use super::approximate::{Room, floor_of_largest, push_span, with_room};
+use super::choose::union;
 use super::columns::{self, Columns};
 use super::params::{Kind, ParamSpec};
 use super::{GroupQuery, HeadMethod, Method, Predicted, Selection, top_k};
@@ -49,11 +50,10 @@ pub(super) const METHOD: Method = Method {
             labels: Labels::new(p.int("channels"), place.shape.dtype.keys),
         })
     },
-    predict: |p, context, _| {
+    predict: |p, context, shape| {
         let labels = columns::read_bytes(CodeBits::Four, p.int("channels"), context);
         let tokens = (p.float("share") * context as f64) as usize;
-        // The heads of a group agree in part.
-        let rows = (2 * tokens.max(p.int("least"))).min(context);
+        let rows = union(tokens.max(p.int("least")), shape.group, context);
         Predicted { rows, state_bytes: labels, read_bytes: labels }
     },
 };

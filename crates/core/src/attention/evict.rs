@@ -34,7 +34,7 @@ use ledger::Ledger;
 use retained::merge;
 
 /// Rows of a head that may be evicted and still in memory.
-pub(super) const SLACK: usize = PAGE_TOKENS;
+pub(crate) const SLACK: usize = PAGE_TOKENS;
 
 /// Refuses what no method that evicts can do.
 pub(super) fn check(params: &Params, shape: &MethodShape) -> Result<(), String> {
@@ -199,6 +199,8 @@ impl<R: Rule> HeadMethod for Evicting<R> {
             rule.saw(position, weights, std::slice::from_ref(&(0..rows)), scores);
         });
         self.last.forget();
+        // Several queries over the whole prompt take far more room than the steps that follow.
+        self.eyes = Eyes::default();
         self.budget = Some(self.rule.budget(kv.tokens()));
     }
 

@@ -58,8 +58,8 @@ pub(super) const METHOD: Method = Method {
     predict: |p, context, shape| {
         let rows = (p.int("budget") + p.int("interval") / 2).min(context);
         let d = shape.head_dim;
-        // A query head has as many numbers; how many share a KV head is not known here.
-        Predicted { rows, state_bytes: 4 * (d * d + d), read_bytes: 0 }
+        // Each query head has a mean and a covariance.
+        Predicted { rows, state_bytes: 4 * (d * d + d) * shape.group, read_bytes: 0 }
     },
 };
 

@@ -16,6 +16,7 @@
 
 use std::ops::Range;
 
+use super::choose::union;
 use super::params::ParamSpec;
 use super::partial::stride;
 use super::summary::{self, Blocks, CodeRows, Room};
@@ -45,7 +46,6 @@ pub(super) const METHOD: Method = Method {
     evicts: false,
     check: |_, shape| summary::check(shape, 1),
     make: |p, place| Box::new(Landmark::new(p, place)),
-    // Rows for one query head: how far the heads of a group agree depends on the data.
     predict: |p, context, shape| {
         let row = CodeRows::row_bytes(shape.head_dim);
         let blocks = blocks(p, shape.dtype).at(context);
@@ -54,7 +54,7 @@ pub(super) const METHOD: Method = Method {
         let state_bytes = blocks.count() * row;
         let scored = candidates > top || p.word("softmax") == "grouped";
         Predicted {
-            rows: context - candidates.saturating_sub(top) * size,
+            rows: context - candidates.saturating_sub(union(top, shape.group, candidates)) * size,
             state_bytes,
             read_bytes: if scored { candidates * row } else { 0 },
         }

@@ -15,7 +15,7 @@ use crate::model::RopeTable;
 /// does, with the reason beside it.
 pub(crate) const CASES: &[(&str, Option<&str>)] = &[
     ("dense", Some("dense")),
-    ("dense-skip:below=0.01", Some("dense-skip:below=0")),
+    ("dense-skip:lost=0.5", Some("dense-skip:lost=0")),
     ("window:sinks=4,window=64", Some("window:window=1000")),
     ("window:sinks=4,window=64,reuse=3", Some("window:window=1000,reuse=3")),
     ("streaming:sinks=4,window=64", Some("streaming:window=1000")),
@@ -158,7 +158,8 @@ impl Lab {
 
 /// The specifications that can serve a format.
 fn cases(dtype: &str) -> impl Iterator<Item = (&'static str, Option<&'static str>)> {
-    let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, dtype: kv_dtype(dtype).unwrap() };
+    let shape =
+        MethodShape { layers: 1, kv_heads: 1, head_dim: D, group: 1, dtype: kv_dtype(dtype).unwrap() };
     CASES.iter().copied().filter(move |(spec, _)| method(spec).unwrap().check(&shape).is_ok())
 }
 

@@ -23,6 +23,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use super::choose::union;
 use super::lsh::KeyPages;
 use super::params::ParamSpec;
 use super::partial::stride;
@@ -63,7 +64,11 @@ pub(super) const METHOD: Method = Method {
         let sampled = sampling_probability(0.0, bits, tables, p.int("hits")) * n as f64;
         let sums = n / PAGE_TOKENS * shape.head_dim * 4;
         Predicted {
-            rows: (p.int("sinks") + p.int("local") + PAGE_TOKENS / 2 + sampled as usize).min(n),
+            rows: (p.int("sinks")
+                + p.int("local")
+                + PAGE_TOKENS / 2
+                + union(sampled as usize, shape.group, n))
+            .min(n),
             state_bytes: state + sums + 4 * n,
             read_bytes: read + sums,
         }

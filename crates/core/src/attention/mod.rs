@@ -52,6 +52,8 @@ mod window;
 
 pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
 pub use choose::{TokenSet, top_k, top_p};
+/// Rows of a head that are evicted before their memory goes.
+pub(crate) use evict::SLACK as EVICTION_SLACK;
 pub use evict::{Board, Occasion, Retained};
 pub use layers::Layers;
 pub use params::{Kind, MethodSpec, ParamSpec, Params, SETTINGS};
@@ -66,7 +68,7 @@ use longbit_sys::Team;
 
 use crate::error::Result;
 use crate::kv::{KvCache, KvDtype, KvHead};
-use crate::model::RopeTable;
+use crate::model::{ModelConfig, RopeTable};
 
 /// The query heads that share a KV head, rotated as its keys are and scaled by `1 / sqrt(head_dim)`.
 #[derive(Clone, Copy, Debug)]
@@ -194,16 +196,24 @@ pub struct MethodShape {
     pub kv_heads: usize,
     /// Numbers a row.
     pub head_dim: usize,
+    /// Query heads that share a KV head, and with it what they read. It counts for predictions alone.
+    pub group: usize,
     /// Number format of keys and values.
     pub dtype: KvDtype,
 }
 
 impl MethodShape {
-    /// The shape of `cache`.
+    /// The shape of a model of `config` with a cache of `dtype`.
+    pub fn new(config: &ModelConfig, dtype: KvDtype) -> Self {
+        let ModelConfig { layers, kv_heads, head_dim, .. } = *config;
+        MethodShape { layers, kv_heads, head_dim, group: config.group(), dtype }
+    }
+
+    /// The shape of `cache`, which does not know how many query heads share it: a group of one.
     pub fn of(cache: &KvCache) -> Self {
         let shape = cache.shape();
         let (layers, kv_heads, head_dim) = (shape.layers, shape.kv_heads, shape.head_dim);
-        MethodShape { layers, kv_heads, head_dim, dtype: cache.dtype() }
+        MethodShape { layers, kv_heads, head_dim, group: 1, dtype: cache.dtype() }
     }
 }
 
@@ -223,7 +233,8 @@ pub struct Place<'a> {
 /// What a decode step reads and keeps for a (layer, KV head).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Predicted {
-    /// Cached tokens whose keys and values are read.
+    /// Cached tokens whose keys and values are read. Where each query head chooses for itself, those of a group together, as
+    /// `choose::union` expects them.
     pub rows: usize,
     /// Bytes of the state.
     pub state_bytes: usize,

@@ -15,6 +15,7 @@
 
 use std::cell::Cell;
 
+use super::choose::union;
 use super::params::{Kind, ParamSpec};
 use super::partial::stride;
 use super::value_sums::ValueSums;
@@ -64,7 +65,8 @@ pub(super) const TOPK: Method = Method {
         false => Ok(()),
     },
     make: |p, place| Oracle::boxed(Rule::Count { k: p.int("k"), share: p.float("share") }, p, place),
-    predict: |p, n, shape| predict(p, n, shape, count(p.int("k"), p.float("share"), n)),
+    // The token that asks is there too.
+    predict: |p, n, shape| predict(p, n, shape, count(p.int("k"), p.float("share"), n + 1)),
 };
 
 pub(super) const TOPP: Method = Method {
@@ -92,8 +94,8 @@ pub(super) const THRESHOLD: Method = Method {
     evicts: false,
     check: |_, _| Ok(()),
     make: |p, place| Oracle::boxed(Rule::Floor(p.float("tau") as f32), p, place),
-    // Depends on the data.
-    predict: |p, n, shape| predict(p, n, shape, n / 50),
+    // Depends on the data; some tokens, at any context, where heads are peaked.
+    predict: |p, n, shape| predict(p, n, shape, 64),
 };
 
 pub(super) const ENTROPY: Method = Method {
@@ -113,8 +115,10 @@ pub(super) const ENTROPY: Method = Method {
         false => Ok(()),
     },
     make: |p, place| Oracle::boxed(Rule::Entropy { min: p.float("min"), max: p.float("max") }, p, place),
+    // Depends on the data; a quarter of the way from min to max is usual.
     predict: |p, n, shape| {
-        predict(p, n, shape, (0.5 * (p.float("min") + p.float("max")) * n as f64) as usize)
+        let share = 0.75 * p.float("min") + 0.25 * p.float("max");
+        predict(p, n, shape, (share * n as f64) as usize)
     },
 };
 
@@ -130,11 +134,11 @@ fn count(k: usize, share: f64, n: usize) -> usize {
     }
 }
 
-/// `chosen` are the tokens of one head; the union of a group is larger.
+/// `chosen` are the tokens of one head.
 fn predict(p: &Params, context: usize, shape: &MethodShape, chosen: usize) -> Predicted {
     let mean = p.word("tail") == "mean";
     Predicted {
-        rows: (p.int("sinks") + p.int("local") + chosen).min(context),
+        rows: (p.int("sinks") + p.int("local") + union(chosen, shape.group, context)).min(context),
         state_bytes: if mean { ValueSums::predicted_bytes(context, shape.head_dim) } else { 0 },
         read_bytes: shape.dtype.keys.read_bytes(shape.head_dim, context) as usize,
     }
@@ -411,7 +415,7 @@ mod tests {
     #[test]
     fn contradictions_are_refused() {
         let dtype = kv_dtype("bf16").unwrap();
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, dtype };
+        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, group: 1, dtype };
         for (spec, says) in
             [("topk:k=5,share=0.1", "give one of them"), ("entropy:min=0.6", "min is above max")]
         {

@@ -331,7 +331,7 @@ impl MethodSpec {
             usize::try_from(sum / shape.layers.max(1) as u128).unwrap_or(usize::MAX)
         };
         Predicted {
-            rows: average(p.rows, context),
+            rows: average(p.rows.min(context), context),
             state_bytes: average(p.state_bytes, 0),
             read_bytes: average(p.read_bytes / self.reuse(), 0),
         }
@@ -415,7 +415,7 @@ mod tests {
     #[test]
     fn layers_that_the_model_lacks_are_refused() {
         let dtype = crate::kv::kv_dtype("bf16").unwrap();
-        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, dtype };
+        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, group: 1, dtype };
         let spec = MethodSpec::parse("window:dense_layers=0+40").unwrap();
         let message = spec.check(&shape).unwrap_err().to_string();
         assert!(message.contains("dense_layers: there is no layer 40: the model has 30"), "{message}");
@@ -432,7 +432,7 @@ mod tests {
     #[test]
     fn predictions_average_over_the_layers() {
         let dtype = crate::kv::kv_dtype("bf16").unwrap();
-        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, dtype };
+        let shape = MethodShape { layers: 30, kv_heads: 5, head_dim: 128, group: 1, dtype };
         let spec = MethodSpec::parse("window:sinks=4,window=996,dense_layers=first3").unwrap();
         assert_eq!(spec.predict(10_000, &shape).rows, (27 * 1000 + 3 * 10_000) / 30);
     }

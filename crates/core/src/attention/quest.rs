@@ -18,6 +18,7 @@
 //!
 //! Cost a page: `2 d + 4` bytes, 260 for 128 numbers, against 8192 of its keys and values in bfloat16.
 
+use super::choose::union;
 use super::params::ParamSpec;
 use super::summary::{self, Blocks, CodeRows, Room};
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Selection};
@@ -39,14 +40,13 @@ pub(super) const METHOD: Method = Method {
     evicts: false,
     check: |_, shape| summary::check(shape, 2),
     make: |p, place| Box::new(Quest::new(p, place)),
-    // Rows for one query head: how far the heads of a group agree depends on the data.
     predict: |p, context, shape| {
         let (page, row) = (p.int("page"), CodeRows::row_bytes(2 * shape.head_dim));
         let blocks = blocks(p, shape.dtype).at(context);
         let state_bytes = blocks.count() * row;
         match plan(&blocks, page, pages(p), context) {
             Some((candidates, chosen)) => Predicted {
-                rows: context - (candidates - chosen) * page,
+                rows: context - (candidates - union(chosen, shape.group, candidates)) * page,
                 state_bytes,
                 read_bytes: candidates * row,
             },

@@ -235,7 +235,8 @@ mod tests {
 
     #[test]
     fn rows_that_no_rotation_fits_are_refused() {
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: 96, dtype: kv_dtype("bf16").unwrap() };
+        let shape =
+            MethodShape { layers: 1, kv_heads: 1, head_dim: 96, group: 1, dtype: kv_dtype("bf16").unwrap() };
         let message = method("reformer").unwrap().check(&shape).unwrap_err().to_string();
         assert!(message.contains("power of two"), "{message}");
     }

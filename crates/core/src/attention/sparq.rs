@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn contradictions_are_refused() {
         let dtype = kv_dtype("bf16").unwrap();
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: 64, dtype };
+        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: 64, group: 1, dtype };
         for (text, says) in [("sparq:channels=65", "64 numbers"), ("sparq:k=8,local=9", "raise k")] {
             let error = method(text).unwrap().check(&shape).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");

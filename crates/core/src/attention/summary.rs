@@ -367,7 +367,7 @@ mod tests {
     #[test]
     fn head_dimensions_that_do_not_fit_are_refused() {
         let dtype = kv_dtype("bf16").unwrap();
-        let shape = |head_dim| MethodShape { layers: 1, kv_heads: 1, head_dim, dtype };
+        let shape = |head_dim| MethodShape { layers: 1, kv_heads: 1, head_dim, group: 1, dtype };
         assert!(check(&shape(128), 2).is_ok() && check(&shape(256), 2).is_ok());
         let message = check(&shape(512), 2).unwrap_err();
         assert!(message.contains("at most 256") && message.contains("512"), "{message}");

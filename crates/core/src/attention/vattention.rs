@@ -25,6 +25,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use super::choose::union;
 use super::params::{Kind, ParamSpec};
 use super::partial::stride;
 use super::{GroupQuery, HeadMethod, Method, Params, Place, Predicted, Reader, Selection, TokenSet, top_k};
@@ -81,7 +82,8 @@ pub(super) const METHOD: Method = Method {
     predict: |p, n, shape| {
         let oracle = p.word("topk") == "oracle";
         let part = |name: &str| (p.float(name) * n as f64).ceil() as usize;
-        let exact = part("sinks") + part("local") + if oracle { part("heavy") } else { 0 };
+        let heavy = if oracle { union(part("heavy"), shape.group, n) } else { 0 };
+        let exact = part("sinks") + part("local") + heavy;
         // How many samples there are depends on the data: twice the least.
         let (keys, d) = (shape.dtype.keys, shape.head_dim);
         let decides = if oracle { n } else { (exact + part("base")).min(n) };

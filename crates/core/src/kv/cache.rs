@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 
 /// Alignment slack of one page in the arena.
-const SLACK: usize = 64;
+pub(super) const SLACK: usize = 64;
 
 /// What decides the size of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

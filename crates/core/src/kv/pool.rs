@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use longbit_sys::Segment;
+use longbit_sys::{Arena, Segment};
 
 use super::PAGE_TOKENS;
+use super::cache::SLACK;
 use crate::error::Result;
 
 /// Counts the pages of caches that may share them; a clone counts the same ones. A page that many share is one page.
@@ -256,19 +257,22 @@ impl Memory {
     /// When memory cannot be had; what is cached stays as it was.
     pub(super) fn fresh_pages(&mut self, moves: &[Move]) -> Result<Vec<Option<Segment>>> {
         let count = moves.last().map_or(0, |run| run.page_to() + 1);
-        let mut fresh = Vec::with_capacity(count);
-        for page in 0..count {
-            let stays = moves.iter().filter(|run| run.page_to() == page).all(|run| run.from == run.to);
-            let own = Arc::get_mut(&mut self.pages[page]).is_some();
-            fresh.push(match stays || own {
-                true => None,
-                false => Some(match self.spare.pop_front() {
-                    Some(segment) => segment,
-                    None => Segment::new(self.page_bytes)?,
-                }),
-            });
-        }
-        Ok(fresh)
+        let wanted: Vec<bool> = (0..count)
+            .map(|page| {
+                let stays = moves.iter().filter(|run| run.page_to() == page).all(|run| run.from == run.to);
+                !stays && Arc::get_mut(&mut self.pages[page]).is_none()
+            })
+            .collect();
+        // One map for all of them: many small ones would use up those that a process may have. Spare pages are left to the
+        // tokens that follow.
+        let fresh = wanted.iter().filter(|wanted| **wanted).count();
+        let mut arena = Arena::new(fresh * self.page_bytes.next_multiple_of(SLACK), false)?;
+        let page_bytes = self.page_bytes;
+        let mut take = || match arena.take(page_bytes) {
+            Some(segment) => Ok(segment),
+            None => Segment::new(page_bytes),
+        };
+        wanted.into_iter().map(|wanted| Ok(if wanted { Some(take()?) } else { None })).collect()
     }
 
     /// Moves rows together, and gives the pages back that are left over. Pages in which nothing moves stay, shared or not.

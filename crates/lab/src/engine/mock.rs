@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -24,6 +25,9 @@ pub enum Fault {
     Dies(u32, i32),
     /// The request fails before the cache stands, whenever this method is asked for.
     Load(Status),
+    /// The processes of these numbers, counted from 0 over all that were started, are killed by this signal before the cache
+    /// stands, if they serve the method.
+    Early(Range<usize>, i32),
     /// The samples have fewer tokens than asked for.
     Short,
     /// A token takes this many nanoseconds.
@@ -93,6 +97,7 @@ pub fn capabilities() -> Capabilities {
                 }],
             ),
             method("draw", vec![int("seed", "of what is drawn", 0, 1 << 20, "0")]),
+            method("keep", vec![]),
         ],
         workloads: vec![
             WorkloadInfo {
@@ -159,10 +164,13 @@ impl Engine for MockEngine {
         let one = |e: &EstimateRequest| Estimate {
             weight_bytes: 1_000_000,
             cache_bytes: 1_000_000 * e.context as u64,
-            index_bytes: 0,
+            // Half a cache, and a tenth of one.
+            index_bytes: if e.method.starts_with("draw") { 500_000 * e.context as u64 } else { 0 },
+            forked_bytes: if e.method.starts_with("keep") { 100_000 * e.context as u64 } else { 0 },
             scratch_bytes: 1_000,
             weight_bytes_per_token: 1_000_000,
             kv_bytes_per_token: 1_000 * e.context as u64,
+            decide_bytes_per_token: 0,
             fill_bytes: 1_000_000 * e.context as u64,
             prefill_macs: if e.fill == Fill::Prefill { 1_000_000_000 * e.context as u64 } else { 0 },
             pass_macs: if e.batch > 1 { 1_000_000_000 * e.batch as u64 } else { 0 },
@@ -178,13 +186,21 @@ impl Engine for MockEngine {
 
     fn start(&self, job: &Job) -> Result<Box<dyn Running>> {
         self.jobs.borrow_mut().push(job.clone());
+        let number = self.jobs.borrow().len() - 1;
         let mut next = VecDeque::new();
+        let early = job.cells.iter().find_map(|c| match self.fault(&c.method) {
+            Some(Fault::Early(numbers, signal)) if numbers.contains(&number) => Some(signal),
+            _ => None,
+        });
         let load = job.cells.iter().find_map(|c| match self.fault(&c.method) {
             Some(Fault::Load(status)) => Some(status),
             _ => None,
         });
         if let Some(status) = load {
             next.push_back(Next::Event(Event::Fatal { status, error: "the model cannot be loaded".into() }));
+        } else if let Some(signal) = early {
+            next.push_back(Next::Event(Event::Phase { what: "filling".into(), done: 1, total: 2 }));
+            next.push_back(Next::Exited { code: None, signal: Some(signal), stderr_tail: String::new() });
         } else {
             self.script(job, &mut next);
         }

@@ -36,6 +36,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
+use super::choose::union;
 use super::params::{Kind, ParamSpec, Params};
 use super::{Method, MethodShape, Predicted};
 use step::Cluster;
@@ -157,8 +158,9 @@ fn predict(p: &Params, context: usize, shape: &MethodShape) -> Predicted {
     let ours = Shape::new(p, shape.head_dim);
     let segments = context.saturating_sub(ours.sinks + p.int("local")) / ours.segment;
     let clusters = segments * ours.clusters();
-    // How many clusters are selected depends on the data; a quarter of what may be is usual.
-    let selected = (p.float("cap") * (segments * ours.segment) as f64 / 4.0) as usize;
+    // How many clusters are selected depends on the data; a tenth of what may be is usual for a head.
+    let selected = (p.float("cap") * (segments * ours.segment) as f64 / 10.0) as usize;
+    let selected = union(selected, shape.group, context);
     let exact = context - segments * (ours.segment - ours.outliers);
     let row = ours.d + 4;
     let segment_bytes = 8 * ours.d + ours.samples() * row;

@@ -51,7 +51,7 @@ fn cache(keys: &[f32], values: &[f32]) -> KvCache {
 
 fn cluster(spec: &str, kv: &KvHead) -> Cluster {
     let dtype = kv_dtype("f32").unwrap();
-    let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, dtype };
+    let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: D, group: 1, dtype };
     let spec = method(&format!("cluster:{spec}")).unwrap();
     spec.check(&shape).unwrap();
     let mut cluster = Cluster::new(spec.params(), &shape);
@@ -229,7 +229,7 @@ fn segments_are_found_again_after_a_rewind_and_settings_that_contradict_are_refu
         ("cluster", 20, "multiple of 8"),
         ("cluster", 1024, "at most 512"),
     ] {
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim, dtype };
+        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim, group: 1, dtype };
         let message = method(spec).unwrap().check(&shape).unwrap_err().to_string();
         assert!(message.contains(says), "{spec}: {message}");
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Retained;
+use super::{Retained, SLACK};
 
 /// Rows, and what they are worth.
 #[derive(Clone, Default)]
@@ -56,6 +56,7 @@ impl Ledger {
     pub(in crate::attention) fn compact(&mut self, out: &mut Retained) {
         self.spans(&mut out.keep);
         self.scores.retain(|score| *score != f32::INFINITY);
+        self.scores.shrink_to(self.scores.len() + 2 * SLACK);
         self.dead.clear();
     }
 

@@ -337,7 +337,8 @@ fn what_cannot_be_evicted_from_is_refused() {
         ("snapkv:kernel=4", "bf16", "even"),
         ("expected:budget=3", "bf16", "sinks"),
     ] {
-        let shape = MethodShape { layers: 1, kv_heads: 1, head_dim: 64, dtype: kv_dtype(dtype).unwrap() };
+        let shape =
+            MethodShape { layers: 1, kv_heads: 1, head_dim: 64, group: 1, dtype: kv_dtype(dtype).unwrap() };
         let message = method(spec).unwrap().check(&shape).unwrap_err().to_string();
         assert!(message.contains(says), "{spec} of {dtype}: {message}");
     }
