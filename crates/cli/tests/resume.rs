@@ -240,7 +240,38 @@ fn a_torn_line_is_cut_off_and_measured_again() {
 }
 
 #[test]
+fn an_interrupted_runner_leaves_cells_to_be_measured_and_none_that_failed() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let sweep = sweep();
+    let file = sweep.write(dir.path());
+    let out = dir.path().join("out");
+    for (signal, all) in
+        [(Signal::INT, true), (Signal::TERM, true), (Signal::TERM, false), (Signal::HUP, true)]
+    {
+        let before = log(&out).len();
+        let mut group = Group::start(longbit(dir.path(), &["run", file, "--out", "out", "--no-progress"]));
+        wait_for("lines of the log", || (log(&out).len() > before + 20).then_some(()));
+        assert!(!group.ended(), "make the sweep longer");
+        group.interrupt(signal, all);
+        assert!(log(&out).iter().all(|l| l["line"] != "failed"), "{signal:?}");
+    }
+    measure(dir.path(), file, "out", &[]).expect(0);
+    assert_each_repetition_once(&out, sweep.cells(), sweep.reps);
+    assert!(cells(&out).iter().all(|r| r["status"] == "ok"), "{:?}", statuses(&out));
+}
+
+#[test]
 fn a_worker_that_dies_is_replaced_and_the_sweep_completes() {
+    replaced(Signal::KILL, "killed by signal 9");
+}
+
+#[test]
+fn a_worker_that_is_told_to_end_is_replaced_and_the_sweep_completes() {
+    replaced(Signal::TERM, "killed by signal 15");
+}
+
+/// Ends a worker with `signal`, as the log of the run then says.
+fn replaced(signal: Signal, said: &str) {
     let dir = tempfile::tempdir().expect("a folder");
     let sweep = sweep();
     let file = sweep.write(dir.path());
@@ -253,7 +284,7 @@ fn a_worker_that_dies_is_replaced_and_the_sweep_completes() {
     wait_for("samples of the second cohort", || (samples(1) >= 5).then_some(()));
     let workers = group.workers();
     assert!(!workers.is_empty(), "no worker runs");
-    workers.iter().for_each(|&pid| Group::signal(pid, Signal::KILL));
+    workers.iter().for_each(|&pid| Group::signal(pid, signal));
     assert_eq!(group.code(), 0);
     assert_each_repetition_once(&out, sweep.cells(), sweep.reps);
     assert!(cells(&out).iter().all(|r| r["status"] == "ok"), "{:?}", statuses(&out));
@@ -261,5 +292,5 @@ fn a_worker_that_dies_is_replaced_and_the_sweep_completes() {
         log(&out).iter().filter(|l| l["line"] == "ready" && l["cohort"].as_u64() == Some(1)).count();
     assert_eq!(attempts, 3, "one worker for both cells, then one for each");
     let note = get(&out.join("run.log"));
-    assert!(note.contains("cohort 1: killed by signal 9"), "{note}");
+    assert!(note.contains(&format!("cohort 1: {said}")), "{note}");
 }

@@ -171,7 +171,7 @@ columns! {
     probe_gb_s: Option<f64>, "10^9 bytes/s", "Read bandwidth measured beside the cell with the same number of threads, median of the rounds.";
     roofline_fraction: Option<f64>, "-", "achieved_gb_s / probe_gb_s; above 1 when caches serve part of the bytes.";
     rss_peak_bytes: Option<u64>, "bytes", "Peak resident memory of the worker process up to the end of the cell.";
-    rss_predicted_bytes: u64, "bytes", "Resident memory that the plan predicted.";
+    rss_predicted_bytes: u64, "bytes", "Resident memory that the plan predicted for the worker, with the states of all cells that it serves; of a skipped cell, alone.";
     user_ns: Option<u64>, "ns", "User time of the process during the repetitions.";
     sys_ns: Option<u64>, "ns", "System time.";
     invol_switches: Option<u64>, "count", "Involuntary context switches during the repetitions.";

@@ -266,6 +266,14 @@ mod group {
             self.0.wait().expect("the runner can be waited for");
         }
 
+        /// `signal` to the runner, and to its workers at once where `all`; waits for the runner's end.
+        pub(crate) fn interrupt(&mut self, signal: Signal, all: bool) {
+            let runner = Pid::from_child(&self.0);
+            // It may have ended already.
+            let _ = if all { kill_process_group(runner, signal) } else { kill_process(runner, signal) };
+            wait_for("the end of the runner", || self.ended().then_some(()));
+        }
+
         /// Whether it has ended by itself.
         pub(crate) fn ended(&mut self) -> bool {
             self.0.try_wait().expect("the runner can be asked").is_some()

@@ -243,7 +243,7 @@ fn identity(
         probe_gb_s: None,
         roofline_fraction: None,
         rss_peak_bytes: None,
-        rss_predicted_bytes: cell.predicted.rss_bytes,
+        rss_predicted_bytes: cell.predicted.worker_rss_bytes.max(cell.predicted.rss_bytes),
         user_ns: None,
         sys_ns: None,
         invol_switches: None,

@@ -161,7 +161,7 @@ const PLAN: [[&str; 2]; 17] = [
     ["prefill_limit", "longest context that a text is run through the model for; or null without a text"],
     ["limits", "cell_timeout_s, max_rss_bytes"],
     ["cells", "the cells, in stable order"],
-    ["cohorts", "indices into cells: those that share model, context, KV dtype and workload"],
+    ["cohorts", "indices into cells: those that share model, context, KV dtype, workload and a worker"],
 ];
 
 const CELL: [[&str; 2]; 11] = [
@@ -178,7 +178,7 @@ const CELL: [[&str; 2]; 11] = [
     ["trace", "the same of the trace that is replayed; absent without one"],
     [
         "predicted",
-        "rss_bytes, kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",
+        "rss_bytes (of the cell alone), worker_rss_bytes (with the cells of its worker), kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",
     ],
     ["skip", "why the cell is not run, with the number; or null"],
     ["(order)", "context, KV dtype, method, threads, batch"],

@@ -1,5 +1,6 @@
 //! Making a plan: cohorts, predictions, and what does not fit.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use longbit_protocol::{
@@ -20,7 +21,15 @@ const ASSUMED_GB_S: f64 = 10.0;
 /// Rate at which synthetic weights are generated or a file is loaded, and at which a cache is filled, bytes a second.
 /// Rough on purpose: progress corrects it by what was observed.
 const BUILD_BYTES_S: f64 = 0.5e9;
-const FILL_BYTES_S: f64 = 0.3e9;
+const FILL_BYTES_S: f64 = 0.25e9;
+/// Rate at which the state of a method is built, or rows are weighed and evicted, in bytes of the cache a second. Measured with
+/// two threads, by method: 0.1 to 5.
+const STATE_BYTES_S: f64 = 0.7e9;
+/// How much longer attention takes than reading its bytes at the measured bandwidth, and than reading those that decide what
+/// else is read, which are few and are worked on hard. Measured with two threads from 8k to 96k tokens, by method: 1.5 to 3
+/// for the former; for the latter 2 to 10, and several times that where an index is small.
+const ATTEND: f64 = 2.0;
+const DECIDE: f64 = 6.0;
 /// Rate at which a thread runs a prompt through the model, multiply-adds a second; as rough.
 const PREFILL_MACS_S: f64 = 6e10;
 
@@ -206,14 +215,8 @@ pub fn predict(
             continue;
         }
         cell.predicted = Predicted {
-            rss_bytes: [
-                estimate.cache_bytes,
-                estimate.index_bytes,
-                estimate.scratch_bytes,
-                measure.probe_bytes,
-            ]
-            .into_iter()
-            .fold(estimate.weight_bytes, u64::saturating_add),
+            rss_bytes: shared_bytes(estimate, &measure).saturating_add(own_bytes(estimate)),
+            worker_rss_bytes: 0,
             kv_bytes_stored: estimate.cache_bytes,
             weight_bytes_per_token: estimate.weight_bytes_per_token,
             kv_bytes_per_token: estimate.kv_bytes_per_token,
@@ -260,8 +263,14 @@ pub fn predict(
     if !refused.is_empty() {
         return Err(LabError::Invalid(refused));
     }
-    plan.cohorts = cohorts(&plan.cells);
+    let need = |group: &[usize], cells: &[PlannedCell]| worker_bytes(group, cells, &estimates, &measure);
+    plan.cohorts = cohorts(&plan.cells)
+        .iter()
+        .flat_map(|cohort| split(cohort, |group| need(group, &plan.cells) <= limit))
+        .collect();
     for cohort in plan.cohorts.clone() {
+        let bytes = need(&cohort, &plan.cells);
+        cohort.iter().for_each(|&i| plan.cells[i].predicted.worker_rss_bytes = bytes);
         let shared = cohort.first().map_or(0.0, |&i| {
             let e = &estimates[i];
             let threads = cohort.iter().map(|&i| plan.cells[i].threads).max().unwrap_or(1);
@@ -284,16 +293,21 @@ fn seconds(e: &Estimate, measure: &Measure, cell: &PlannedCell, probes: &[Probe]
     let rate = 1e9 * bandwidth(probes, threads);
     let fits = probes.iter().map(|p| p.threads).max().is_none_or(|most| threads <= most);
     let slower = if fits { 1.0 } else { OVERSUBSCRIBED };
-    let token = slower * (e.weight_bytes_per_token + e.kv_bytes_per_token) as f64 / rate;
-    // The reference of a text decodes the same token; that of generated inputs reads the whole cache in f32, at most four
-    // bytes for each byte stored.
-    let reference = if e.prefill_macs > 0 { token } else { 4.0 * e.cache_bytes as f64 / rate };
+    let rows = e.kv_bytes_per_token.saturating_sub(e.decide_bytes_per_token) as f64;
+    let attention = ATTEND * rows + DECIDE * e.decide_bytes_per_token as f64;
+    let token = slower * (e.weight_bytes_per_token as f64 + attention) / rate;
+    // The reference of a text decodes the same token; that of generated inputs was attended while the cache was filled, but
+    // what was read is held against weights of all tokens.
+    let reference = if e.prefill_macs > 0 { token } else { e.cache_bytes as f64 / rate };
     let compared = token + reference;
     let (warmup, timed) = measure.passes(cell.batch);
     let pass = token.max(slower * e.pass_macs as f64 / (PREFILL_MACS_S * threads as f64));
     let quality_steps = if cell.compares(measure) { measure.quality_steps } else { 0 };
     let seeds = if cell.method_params.contains_key("seed") { measure.seeds } else { 1 };
-    f64::from(measure.reps) * (warmup + timed) as f64 * pass
+    let states = if quality_steps > 0 { f64::from(seeds.max(1)) } else { 1.0 };
+    let state = if own_bytes(e) > 0 { e.cache_bytes as f64 / STATE_BYTES_S } else { 0.0 };
+    states * state
+        + f64::from(measure.reps) * (warmup + timed) as f64 * pass
         + f64::from(quality_steps) * f64::from(seeds) * compared
         + f64::from(measure.reps) * measure.probe_bytes as f64 / rate
 }
@@ -305,15 +319,50 @@ fn bandwidth(probes: &[Probe], threads: usize) -> f64 {
     below.or_else(|| usable().min_by_key(|p| p.threads)).map_or(ASSUMED_GB_S, |p| p.gb_s)
 }
 
+/// Bytes that a worker has once, however many cells it serves.
+fn shared_bytes(e: &Estimate, measure: &Measure) -> u64 {
+    let parts = [e.cache_bytes, e.scratch_bytes, measure.probe_bytes];
+    parts.into_iter().fold(e.weight_bytes, u64::saturating_add)
+}
+
+/// Bytes that a worker has for each of its methods, all at once, for their repetitions take turns.
+fn own_bytes(e: &Estimate) -> u64 {
+    e.index_bytes.saturating_add(e.forked_bytes)
+}
+
+/// Resident memory of a worker that serves the cells of `group`: cells of one method share its state.
+fn worker_bytes(group: &[usize], cells: &[PlannedCell], estimates: &[Estimate], measure: &Measure) -> u64 {
+    let shared = group.iter().map(|&i| shared_bytes(&estimates[i], measure)).max().unwrap_or(0);
+    let mut states: BTreeMap<String, u64> = BTreeMap::new();
+    for &i in group {
+        let bytes = states.entry(cells[i].method_string()).or_default();
+        *bytes = own_bytes(&estimates[i]).max(*bytes);
+    }
+    states.into_values().fold(shared, u64::saturating_add)
+}
+
+/// Cuts `cohort`, in its order, where a worker that serves all before the cut and the next cell would not fit.
+fn split(cohort: &[usize], fits: impl Fn(&[usize]) -> bool) -> Vec<Vec<usize>> {
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    for &i in cohort {
+        if let Some(part) = parts.last_mut() {
+            part.push(i);
+            if fits(part) {
+                continue;
+            }
+            part.pop();
+        }
+        // A cell that does not fit alone was skipped before.
+        parts.push(vec![i]);
+    }
+    parts
+}
+
 /// Indices of the cells that share a worker. Skipped cells are in none.
 fn cohorts(cells: &[PlannedCell]) -> Vec<Vec<usize>> {
     let mut found: Vec<Vec<usize>> = Vec::new();
     for (i, cell) in cells.iter().enumerate().filter(|(_, c)| c.skip.is_none()) {
-        let same = |c: &PlannedCell| {
-            (&c.model, c.context, &c.kv_dtype, &c.workload, c.seed)
-                == (&cell.model, cell.context, &cell.kv_dtype, &cell.workload, cell.seed)
-        };
-        match found.iter_mut().find(|g| g.first().is_some_and(|&j| same(&cells[j]))) {
+        match found.iter_mut().find(|g| g.first().is_some_and(|&j| cell.shares_cache(&cells[j]))) {
             Some(group) => group.push(i),
             None => found.push(vec![i]),
         }

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use longbit_protocol::{Measure, ModelSpec, TextFile, TraceFile};
 use serde::{Deserialize, Serialize};
 
+use crate::spec::units::show_bytes;
+
 pub use expand::{Filter, Selection, cell_id, expand, select};
 pub(crate) use make::quoted;
 pub use make::{PlanOptions, disk_bytes, outline, predict};
@@ -63,7 +65,8 @@ pub struct Plan {
     pub limits: RunLimits,
     /// The cells, in stable order.
     pub cells: Vec<PlannedCell>,
-    /// Indices into `cells`: those that share model, context, KV dtype and workload. Skipped cells are in none.
+    /// Indices into `cells`: those that share model, context, KV dtype and workload, and a worker. Where one worker could not
+    /// hold the states of all of them there are several. Skipped cells are in none.
     pub cohorts: Vec<Vec<usize>>,
 }
 
@@ -78,6 +81,35 @@ impl Plan {
         let run = self.cells.iter().filter(|c| c.skip.is_none());
         let cost = oversubscribed(run.map(|c| c.threads).max()?, cpus)?;
         Some(format!("{cost}; --set threads={cpus} leaves such cells out"))
+    }
+
+    /// A sentence for each cohort that was split, for the states of all its methods would not fit in memory together.
+    pub fn splits(&self) -> Vec<String> {
+        let first = |cohort: &Vec<usize>| cohort.first().map(|&i| &self.cells[i]);
+        let same = |a: &Vec<usize>, b: &Vec<usize>| match (first(a), first(b)) {
+            (Some(a), Some(b)) => a.shares_cache(b),
+            _ => false,
+        };
+        let parts = self.cohorts.chunk_by(same).filter(|parts| parts.len() > 1);
+        let said = parts.filter_map(|parts| {
+            let cell = first(&parts[0])?;
+            let sizes: Vec<String> = parts
+                .iter()
+                .filter_map(|part| Some((part.len(), first(part)?.predicted.worker_rss_bytes)))
+                .map(|(cells, bytes)| (cells, show_bytes(bytes)))
+                .enumerate()
+                .map(|(i, (n, bytes))| format!("{n}{} with {bytes}", if i == 0 { " cells" } else { "" }))
+                .collect();
+            Some(format!(
+                "context {}, {}: the states of all cells do not fit in {} together, so workers follow one another, each of \
+                 which fills the cache: {}. Cells of different workers are not interleaved.",
+                cell.context,
+                cell.kv_dtype,
+                show_bytes(self.limits.max_rss_bytes),
+                sizes.join(", ")
+            ))
+        });
+        said.collect()
     }
 
     /// A sentence on the cells whose text goes beyond the positions that the model was trained for; none without such cells.
@@ -248,8 +280,12 @@ fn one() -> usize {
 /// Predicted cost of a cell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Predicted {
-    /// Resident memory of the worker, bytes.
+    /// Resident memory of a worker that serves this cell alone, bytes.
     pub rss_bytes: u64,
+    /// Resident memory of the worker that serves the cell with the others of its cohort, bytes; 0 in skipped cells, and in plans
+    /// of before it was stored.
+    #[serde(default)]
+    pub worker_rss_bytes: u64,
     /// The KV cache, bytes.
     pub kv_bytes_stored: u64,
     /// Weights and head read by a decode step, bytes.
@@ -267,6 +303,12 @@ pub struct Predicted {
 }
 
 impl PlannedCell {
+    /// Whether one filled cache serves this cell and `other`.
+    pub(crate) fn shares_cache(&self, other: &PlannedCell) -> bool {
+        (&self.model, self.context, &self.kv_dtype, &self.workload, self.seed)
+            == (&other.model, other.context, &other.kv_dtype, &other.workload, other.seed)
+    }
+
     /// Whether its output is compared: that of decode steps is, that of a batch or of one matrix is not.
     pub fn compares(&self, measure: &Measure) -> bool {
         measure.quality_steps > 0 && self.batch == 1 && self.method != NO_METHOD

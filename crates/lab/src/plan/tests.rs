@@ -281,6 +281,47 @@ fn more_threads_than_cpus_are_measured_and_said() {
 }
 
 #[test]
+fn a_cohort_whose_states_do_not_fit_together_is_split_in_order() {
+    // A cache of 1.024 GB and what goes with it, 0.512 GB for each `draw`, 0.1024 GB for `keep`; two threads share a state.
+    let axes = "context = 1024\nthreads = [1, 2]\nkv_dtype = [\"bf16\", \"int8\"]\nmethod = [\"dense\", \"draw\", \"draw:seed=1\", \"keep\", \"draw:seed=2\"]";
+    let of = |limit: u64| {
+        let options = PlanOptions { max_rss: Some(MemoryLimit::Bytes(limit)), ..PlanOptions::default() };
+        plan(axes, "[measure]\nprobe = \"1MiB\"", &options)
+    };
+    let whole = of(1 << 40);
+    assert_eq!(whole.cohorts.iter().map(Vec::len).collect::<Vec<_>>(), [10, 10]);
+    assert!(whole.splits().is_empty());
+    let base = 1_000_000 + 1_024_000_000 + 1_000 + (1 << 20);
+    let bytes =
+        |plan: &Plan, i: usize| (plan.cells[i].predicted.rss_bytes, plan.cells[i].predicted.worker_rss_bytes);
+    assert_eq!(bytes(&whole, 0), (base, base + 3 * 512_000_000 + 102_400_000));
+    assert_eq!(bytes(&whole, 2).0, base + 512_000_000);
+
+    let parts = of(2_200_000_000);
+    assert_eq!(parts.cohorts, [vec![0, 1, 2, 3, 4, 5, 6, 7], vec![8, 9], (10..18).collect(), vec![18, 19]]);
+    assert_eq!(bytes(&parts, 0).1, base + 2 * 512_000_000 + 102_400_000);
+    assert_eq!(bytes(&parts, 9).1, base + 512_000_000);
+    assert_eq!(parts.plan_hash, whole.plan_hash, "how cells are shared out is not what is measured");
+    let notes = parts.splits();
+    assert_eq!(notes.len(), 2);
+    assert!(
+        notes[0].starts_with("context 1024, bf16: ")
+            && notes[0].contains("8 cells with 2.2 GB, 2 with 1.5 GB"),
+        "{notes:?}"
+    );
+    // Each worker builds the model and fills the cache.
+    let seconds = |plan: &Plan| plan.cells.iter().map(|c| c.predicted.seconds).sum::<f64>();
+    assert!(seconds(&parts) > seconds(&whole) + 5.0);
+    // Two threads of one method always stay together.
+    let narrow = of(1_600_000_000);
+    assert_eq!(narrow.cohorts.iter().map(Vec::len).collect::<Vec<_>>(), [4, 2, 2, 2, 4, 2, 2, 2]);
+    assert!(narrow.cells.iter().all(|c| c.skip.is_none()));
+    // What does not fit alone is a row.
+    let small = of(1_100_000_000);
+    assert_eq!(small.cells.iter().filter(|c| c.skip.is_some()).count(), 2 * 8);
+}
+
+#[test]
 fn seeds_take_time_where_something_is_drawn_and_leave_identities_alone() {
     let axes = "context = 1024\nthreads = 1\nkv_dtype = \"bf16\"\nmethod = [\"window\", \"draw\"]";
     let of = |seeds: &str| {

@@ -52,8 +52,26 @@ enum End {
     /// A cell was over its time and has its row; the worker was ended, the others go on in a new one.
     Overdue,
     /// It broke. `ready` tells whether the cache stood; before that the cells cannot differ.
-    Broken { status: Status, error: String, ready: bool, fatal: bool },
+    Broken { status: Status, error: String, ready: bool, cause: Cause },
 }
+
+/// What broke a worker.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// It said that the request cannot be served.
+    Request,
+    /// Somebody asked it to end, which says nothing about its cells.
+    Stopped,
+    /// It died, fell silent, or broke the protocol.
+    Fault,
+}
+
+/// Signals with which a process is asked to end: hang-up, interrupt, quit, terminate. (The kernel's killer sends 9.)
+const STOPS: [i32; 4] = [1, 2, 3, 15];
+
+/// As many workers must die one after another before any of their cells had its turn, until the others are given up: what they
+/// share is then to blame.
+const HOPELESS: u32 = 2;
 
 impl<'a> Scheduler<'a> {
     pub(super) fn new(
@@ -179,11 +197,11 @@ impl<'a> Scheduler<'a> {
 
     fn cohort(&mut self, cohort: usize, pending: &[usize]) -> Result<()> {
         let mut pending = pending.to_vec();
-        let (status, error, ready, fatal) = loop {
+        let (status, error, ready, cause) = loop {
             match self.attempt(cohort, &pending)? {
                 End::Finished => return self.unanswered(cohort),
                 End::Overdue => pending = self.pending(cohort),
-                End::Broken { status, error, ready, fatal } => break (status, error, ready, fatal),
+                End::Broken { status, error, ready, cause } => break (status, error, ready, cause),
             }
             if pending.is_empty() || self.fail_fast {
                 return Ok(());
@@ -192,9 +210,11 @@ impl<'a> Scheduler<'a> {
         let left = self.pending(cohort);
         self.directory.note(&format!("cohort {cohort}: {error}"))?;
         // Without a cache no cell had its turn, and a request that fails as a whole fails again.
-        if left.len() <= 1 || (fatal && !ready) {
+        if left.len() <= 1 || (cause == Cause::Request && !ready) {
             return self.fail_all(&left, status, &error);
         }
+        let early = |ready: bool, cause: Cause| !ready && cause != Cause::Stopped;
+        let mut deaths = u32::from(early(ready, cause));
         self.progress
             .say(&format!("worker: {error}; its {} unfinished cells are tried one by one", left.len()));
         for (n, &i) in left.iter().enumerate() {
@@ -202,16 +222,19 @@ impl<'a> Scheduler<'a> {
                 break;
             }
             match self.attempt(cohort, &[i])? {
-                End::Finished => self.unanswered_cell(i)?,
-                End::Overdue => {}
-                End::Broken { status, error, ready, .. } => {
+                End::Finished => {
+                    deaths = 0;
+                    self.unanswered_cell(i)?;
+                }
+                End::Overdue => deaths = 0,
+                End::Broken { status, error, ready, cause } => {
                     self.directory
                         .note(&format!("cohort {cohort}, {}: {error}", short(&self.plan.cells[i])))?;
                     if self.state(i).end.is_none() {
                         self.fail(i, status, &error)?;
                     }
-                    // Twice dead before any cell had its turn: the others would die the same way.
-                    if !ready {
+                    deaths = if early(ready, cause) { deaths + 1 } else { 0 };
+                    if deaths >= HOPELESS || (cause == Cause::Request && !ready) {
                         return self.fail_all(&left[n + 1..], status, &error);
                     }
                 }
@@ -278,7 +301,8 @@ impl<'a> Scheduler<'a> {
         let mut since = Instant::now();
         let mut at = (String::new(), 0);
         let mut ready = false;
-        let broken = |status, error: String, ready| Ok(End::Broken { status, error, ready, fatal: false });
+        let broken =
+            |status, error: String, ready| Ok(End::Broken { status, error, ready, cause: Cause::Fault });
         loop {
             let event = match running.next(limit.saturating_sub(since.elapsed())) {
                 Next::Event(event) => event,
@@ -300,7 +324,10 @@ impl<'a> Scheduler<'a> {
                     if !stderr_tail.trim().is_empty() {
                         self.directory.note(&format!("standard error of the worker:\n{stderr_tail}"))?;
                     }
-                    return broken(status, death(code, signal, &stderr_tail), ready);
+                    let stopped = signal.is_some_and(|signal| STOPS.contains(&signal));
+                    let cause = if stopped { Cause::Stopped } else { Cause::Fault };
+                    let error = death(code, signal, &stderr_tail);
+                    return Ok(End::Broken { status, error, ready, cause });
                 }
             };
             // Only what brings the job nearer to its end counts as progress.
@@ -325,7 +352,8 @@ impl<'a> Scheduler<'a> {
                              start anew with --fresh",
                             r.model_sha256, self.model
                         );
-                        return Ok(End::Broken { status: Status::Error, error, ready, fatal: true });
+                        let (status, cause) = (Status::Error, Cause::Request);
+                        return Ok(End::Broken { status, error, ready, cause });
                     }
                     self.model.clone_from(&r.model_sha256);
                     ready = true;
@@ -359,7 +387,7 @@ impl<'a> Scheduler<'a> {
                 },
                 Event::End => return Ok(End::Finished),
                 Event::Fatal { status, error } => {
-                    return Ok(End::Broken { status, error, ready, fatal: true });
+                    return Ok(End::Broken { status, error, ready, cause: Cause::Request });
                 }
                 Event::Capabilities(_) | Event::Estimates { .. } => {
                     let error = "the engine answered a question that was not asked".to_owned();
@@ -395,10 +423,17 @@ impl<'a> Scheduler<'a> {
                 })
                 .collect(),
             measure: self.plan.measure.clone(),
-            limits: Limits {
-                address_space_bytes: Some(self.plan.limits.max_rss_bytes.saturating_add(ADDRESS_SLACK)),
-            },
+            limits: Limits { address_space_bytes: Some(self.address_space(cells)) },
         }
+    }
+
+    /// Addresses that the worker of `cells` may map: states that grow take up to twice the addresses of what they hold.
+    fn address_space(&self, cells: &[usize]) -> u64 {
+        let predicted = || cells.iter().map(|&i| self.plan.cells[i].predicted);
+        let together = predicted().map(|p| p.worker_rss_bytes).max().unwrap_or(0);
+        let least = predicted().map(|p| p.rss_bytes).min().unwrap_or(0);
+        let room = self.plan.limits.max_rss_bytes.saturating_add(ADDRESS_SLACK);
+        room.saturating_add(together.saturating_sub(least))
     }
 
     fn find(&self, cells: &[usize], id: &str) -> Option<usize> {

@@ -195,6 +195,43 @@ fn a_dying_worker_costs_its_culprit_alone() {
     assert_eq!(again.sent.borrow().len(), 4);
 }
 
+/// The sizes of the jobs of a run in which processes of all three cells die early, and its failures.
+fn early(numbers: std::ops::Range<usize>, signal: i32) -> (Vec<usize>, Vec<String>) {
+    let lab = Lab::new(AXES, MEASURE);
+    let fault = |method| (method, Fault::Early(numbers.clone(), signal));
+    let engine = MockEngine::with(&["dense", "window", "topk"].map(fault));
+    assert_eq!(lab.run(&engine), Exit::Incomplete);
+    let sizes = engine.jobs.borrow().iter().map(|j| j.cells.len()).collect();
+    (sizes, lab.failures())
+}
+
+#[test]
+fn workers_that_somebody_ends_do_not_condemn_the_cells_that_follow() {
+    // The worker of the cohort is ended before the cache stands, then that of its first cell, and of its second.
+    for signal in [1, 2, 15] {
+        let (sizes, failures) = early(0..3, signal);
+        assert_eq!(sizes, [3, 1, 1, 1, 3]);
+        let said = |method: &str| format!("1024 {method}: error: killed by signal {signal}");
+        assert_eq!(failures, [said("dense"), said("window")]);
+    }
+    // Twice dead of themselves: the third cell would die the same way, another context need not.
+    let (sizes, failures) = early(0..2, 9);
+    assert_eq!((sizes.as_slice(), failures.len()), (&[3, 1, 3][..], 3));
+    assert!(failures.iter().all(|f| f.starts_with("1024") && f.ends_with("oom: killed by signal 9")));
+}
+
+#[test]
+fn one_early_death_after_a_cache_that_stood_is_not_the_end() {
+    let lab = Lab::new(AXES, MEASURE);
+    let engine = MockEngine::with(&[("window", Fault::Dies(1, 9)), ("dense", Fault::Early(1..2, 9))]);
+    assert_eq!(lab.run(&engine), Exit::Incomplete);
+    let sizes: Vec<usize> = engine.jobs.borrow().iter().map(|j| j.cells.len()).collect();
+    assert_eq!(sizes, [3, 1, 1, 1, 3, 1, 1, 1]);
+    let of = |name: &str| lab.states().into_iter().find(|(n, _)| n == name).unwrap().1.end;
+    assert_eq!((of("1024 dense"), of("1024 topk")), (Some(Status::Oom), Some(Status::Ok)));
+    assert_eq!(of("2048 dense"), Some(Status::Ok));
+}
+
 #[test]
 fn a_hanging_cell_times_out() {
     let lab = Lab::new(AXES, &format!("{MEASURE}\n[limits]\ncell_timeout = \"90s\""));

@@ -232,12 +232,12 @@ fn plan_table(plan: &Plan, cpus: usize, out: &mut dyn Write) -> Result<()> {
         )?;
     }
     let slow = plan.beyond_cpus(cpus).map(|cost| format!("warning: {cost}"));
-    for note in plan.beyond_training().into_iter().chain(slow) {
+    for note in plan.splits().into_iter().chain(plan.beyond_training()).chain(slow) {
         writeln!(out, "{note}\n")?;
     }
     let measured: Vec<_> = plan.cells.iter().filter(|c| c.skip.is_none()).collect();
     let seconds: f64 = measured.iter().map(|c| c.predicted.seconds).sum();
-    let peak = measured.iter().map(|c| c.predicted.rss_bytes).max().unwrap_or(0);
+    let peak = measured.iter().map(|c| c.predicted.worker_rss_bytes).max().unwrap_or(0);
     writeln!(
         out,
         "{} cells in {} cohorts, {} skipped; about {}, at most {} of memory (limit {}), {} of disk",
