@@ -36,8 +36,13 @@ fn predicted_bytes_are_within_a_factor_of_two_of_recorded_ones() {
             let state = number("index_bytes_stored");
             eprintln!(
                 "{context:>6} {:<7} {:<15} predicted {:7.1} MB, read {:7.1} MB: {ratio:.2}; state {:6.1} of {:6.1} MB; forked {:.1} MB",
-                row["kv_dtype"], row["method"], said.kv_per_token as f64 / 1e6, read / 1e6, said.index as f64 / 1e6,
-                state / 1e6, said.forked as f64 / 1e6
+                row["kv_dtype"],
+                row["method"],
+                said.kv_per_token as f64 / 1e6,
+                read / 1e6,
+                said.index as f64 / 1e6,
+                state / 1e6,
+                said.forked as f64 / 1e6
             );
             assert!((0.5..=2.0).contains(&ratio), "{spec:?} at {context}: {ratio}");
             let apart = (said.index as f64 - state).abs();
