@@ -66,6 +66,10 @@ macro_rules! for_each_float_op {
             runs_above(weights: &[f32], floors: &[f32], min_gap: usize, runs: &mut Vec<std::ops::Range<usize>>) -> ()
                 = runs::runs_above;
             count_depths(x: &[f32], top: f32, per_unit: f32, counts: &mut [u32; crate::DEPTHS]) -> () = depths::count_depths;
+            maxima(x: &[f32], out: &mut [f32]) -> () = search::maxima;
+            sums_from(x: &[f32], bounds: &[f32; 4]) -> [f32; 4] = search::sums_from;
+            sum_f64(x: &[f32]) -> f64 = search::sum_f64;
+            marks_equal(codes: &[u16], code: u16, marks: &mut [u64]) -> () = search::marks_equal;
             quantize_activations(x: &[f32], codes: &mut [i8]) -> crate::Quantized
                 = quantize::quantize_activations;
             quantize_rows_int8(rows: &[u16], k: usize, codes: &mut [i8], scales: &mut [f32]) -> ()

@@ -126,6 +126,34 @@ conform! {
         }
     }
 
+    maxima over LENGTHS = |k, n, random| {
+        for x in [random.floats(n), random.wild(n), vec![f32::NAN; n], vec![-0.0; n]] {
+            let mut got = vec![7.0; 5];
+            k.maxima(&x, &mut got);
+            same(k, &format!("maxima n={n}"), &got, &oracle::maxima(&x));
+        }
+    }
+
+    sums_of_what_reaches_a_bound over LENGTHS = |k, n, random| {
+        for x in [random.floats(n), random.wild(n)] {
+            let bounds = [f32::NEG_INFINITY, -0.5, 0.0, 0.75];
+            same(k, &format!("sums_from n={n}"), &k.sums_from(&x, &bounds), &oracle::sums_from(&x, &bounds));
+            let (got, want) = (k.sum_f64(&x), oracle::sum_f64(&x));
+            let equal = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+            assert!(equal, "{} sum_f64 n={n}: {got} {want}", k.isa());
+        }
+    }
+
+    marks_of_equal_codes over LENGTHS = |k, n, random| {
+        let n = n / 64 * 64;
+        let codes: Vec<u16> = (0..n).map(|_| [3, 0x8003, 0, 4][random.next() as usize % 4]).collect();
+        for code in [0x8003, 3, 0, 5] {
+            let mut got = vec![u64::MAX; n / 64];
+            k.marks_equal(&codes, code, &mut got);
+            assert_eq!(got, oracle::marks_equal(&codes, code), "{} marks_equal n={n}", k.isa());
+        }
+    }
+
     silu_mul over LENGTHS = |k, n, random| {
         for (gate, up) in [(random.floats(n), random.floats(n)), (random.wild(n), random.wild(n))] {
             let (mut got, mut want) = (vec![9.0; n], vec![8.0; n]);

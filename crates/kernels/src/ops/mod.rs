@@ -19,3 +19,4 @@ pub(crate) mod quantize;
 pub(crate) mod reduce;
 pub(crate) mod rows;
 pub(crate) mod runs;
+pub(crate) mod search;

@@ -141,3 +141,46 @@ pub fn count_depths(x: &[f32], top: f32, per_unit: f32) -> Vec<u32> {
     }
     counts
 }
+
+/// The largest of each of 16 groups a strip of 256 numbers, the first of equal ones.
+pub fn maxima(x: &[f32]) -> Vec<f32> {
+    let mut out = vec![f32::NEG_INFINITY; x.len() / 256 * 16];
+    for (i, &x) in x.iter().enumerate().take(out.len() * 16) {
+        let most = &mut out[i / 256 * 16 + i % 16];
+        *most = if x > *most { x } else { *most };
+    }
+    out
+}
+
+/// Sums of what is not below a bound, for each of four.
+pub fn sums_from(x: &[f32], bounds: &[f32; 4]) -> [f32; 4] {
+    bounds.map(|bound| {
+        let mut lanes = [0.0f32; 16];
+        for (i, &x) in x.iter().enumerate() {
+            lanes[i % 16] += if x < bound { 0.0 } else { x };
+        }
+        super::tree(lanes)
+    })
+}
+
+/// The sum in double precision, in 16 lanes.
+pub fn sum_f64(x: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 16];
+    for (i, &x) in x.iter().enumerate() {
+        lanes[i % 16] += f64::from(x);
+    }
+    let half = |x: &[f64]| -> Vec<f64> {
+        let (a, b) = x.split_at(x.len() / 2);
+        a.iter().zip(b).map(|(a, b)| a + b).collect()
+    };
+    half(&half(&half(&half(&lanes))))[0]
+}
+
+/// Bits of the codes that are `code`, 64 a word.
+pub fn marks_equal(codes: &[u16], code: u16) -> Vec<u64> {
+    let mut marks = vec![0; codes.len() / 64];
+    for (i, _) in codes.iter().enumerate().filter(|x| *x.1 == code) {
+        marks[i / 64] |= 1 << (i % 64);
+    }
+    marks
+}

@@ -14,7 +14,7 @@ pub use code_accumulate::code_accumulate;
 pub use codes::{code_score, quantize_query};
 pub use floats::{
     accumulate_f16, accumulate_fp8, count_depths, f16_to_f32, f32_to_f16, f32_to_fp8, fp8_to_f32, hadamard,
-    runs_above, scores_f16, scores_fp8,
+    marks_equal, maxima, runs_above, scores_f16, scores_fp8, sum_f64, sums_from,
 };
 pub use ternary::{ternary_columns, ternary_gemm, ternary_gemv, ternary_rows};
 

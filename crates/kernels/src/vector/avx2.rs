@@ -276,4 +276,14 @@ impl F32x16 for A16 {
             (low | high << 8) as u16
         }
     }
+
+    #[inline(always)]
+    unsafe fn equal_u16(p: *const u16, code: u16) -> u16 {
+        // SAFETY: AVX2 is present (contract of `vector`); the caller gives 16 readable elements.
+        unsafe {
+            let equal = _mm256_cmpeq_epi16(_mm256_loadu_si256(p.cast()), _mm256_set1_epi16(code as i16));
+            let (low, high) = (_mm256_castsi256_si128(equal), _mm256_extracti128_si256::<1>(equal));
+            _mm_movemask_epi8(_mm_packs_epi16(low, high)) as u16
+        }
+    }
 }

@@ -315,4 +315,10 @@ impl F32x16 for Z16 {
         // SAFETY: AVX-512 F is present (contract of `vector`).
         unsafe { _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(self.0, floor.0) }
     }
+
+    #[inline(always)]
+    unsafe fn equal_u16(p: *const u16, code: u16) -> u16 {
+        // SAFETY: AVX-512 BW and VL are present (contract of `vector`); the caller gives 16 readable elements.
+        unsafe { _mm256_cmpeq_epi16_mask(_mm256_loadu_si256(p.cast()), _mm256_set1_epi16(code as i16)) }
+    }
 }

@@ -150,6 +150,12 @@ pub(crate) trait F32x16: Copy {
 
     /// Bit `i` is clear where lane `i` is at most that of `floor`, and set where it is not: also for a NaN.
     fn not_at_most(self, floor: Self) -> u16;
+
+    /// Bit `i` is set where element `i` of sixteen is `code`.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 elements.
+    unsafe fn equal_u16(p: *const u16, code: u16) -> u16;
 }
 
 /// A number that rows are stored in, widened to `f32` lanes as it is read. Lanes of a row come in an order of the

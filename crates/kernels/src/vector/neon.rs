@@ -308,4 +308,15 @@ impl F32x16 for N16 {
             (low | high << 8) as u16
         }
     }
+
+    #[inline(always)]
+    unsafe fn equal_u16(p: *const u16, code: u16) -> u16 {
+        // SAFETY: NEON is present (contract of `vector`); the caller gives 16 readable elements.
+        unsafe {
+            let (code, bits) = (vdupq_n_u16(code), vld1q_u16([1, 2, 4, 8, 16, 32, 64, 128].as_ptr()));
+            let low = vaddvq_u16(vandq_u16(vceqq_u16(vld1q_u16(p), code), bits));
+            let high = vaddvq_u16(vandq_u16(vceqq_u16(vld1q_u16(p.add(8)), code), bits));
+            low | high << 8
+        }
+    }
 }

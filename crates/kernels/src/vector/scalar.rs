@@ -202,4 +202,14 @@ impl F32x16 for S16 {
         }
         mask
     }
+
+    #[inline(always)]
+    unsafe fn equal_u16(p: *const u16, code: u16) -> u16 {
+        let mut mask = 0;
+        for i in 0..LANES {
+            // SAFETY: the caller gives 16 readable elements.
+            mask |= u16::from(unsafe { *p.add(i) } == code) << i;
+        }
+        mask
+    }
 }
