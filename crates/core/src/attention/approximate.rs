@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use longbit_kernels::{DEPTHS, Kernels};
 
-use super::{TokenSet, top_k};
+use super::{Chooser, TokenSet};
 use crate::kv::KvHead;
 
 /// Room for a scan of a whole context: one a thread, for a state for each (layer, KV head) would be hundreds of MB.
@@ -20,6 +20,7 @@ pub(super) struct Room {
     pub(super) steps: Vec<f32>,
     /// Indices.
     pub(super) chosen: Vec<u32>,
+    pub(super) chooser: Chooser,
     /// Ranges of tokens.
     pub(super) runs: Vec<Range<usize>>,
     pub(super) set: TokenSet,
@@ -93,7 +94,7 @@ impl Depths {
 }
 
 /// The floor above which the `k` largest of `logits` lie, and at most an eighth more: what comes close to the last of them.
-pub(super) fn floor_of_largest(kernels: &Kernels, logits: &[f32], k: usize, room: &mut Vec<u32>) -> f32 {
+pub(super) fn floor_of_largest(kernels: &Kernels, logits: &[f32], k: usize, chooser: &mut Chooser) -> f32 {
     if k >= logits.len() {
         return f32::NEG_INFINITY;
     }
@@ -102,9 +103,7 @@ pub(super) fn floor_of_largest(kernels: &Kernels, logits: &[f32], k: usize, room
         return floor;
     }
     // Logits that lie closer together than the bins do, or further apart.
-    top_k(logits, k, room);
-    let last = room.iter().map(|&i| logits[i as usize]).fold(f32::INFINITY, f32::min);
-    last.next_down()
+    chooser.largest(kernels, logits, k, floor).next_down()
 }
 
 /// Ascending indices as spans.
@@ -226,11 +225,11 @@ mod tests {
         for spread in [0.001, 3.0, 40.0, 1e4] {
             let logits = logits(5000, spread);
             for k in [1, 50, 300, 4999] {
-                let floor = floor_of_largest(kernels, &logits, k, &mut Vec::new());
+                let floor = floor_of_largest(kernels, &logits, k, &mut Chooser::default());
                 let above = logits.iter().filter(|x| **x > floor).count();
                 assert!((k..=k + k / 8).contains(&above), "{spread} {k} {above}");
             }
-            assert_eq!(floor_of_largest(kernels, &logits, 5000, &mut Vec::new()), f32::NEG_INFINITY);
+            assert_eq!(floor_of_largest(kernels, &logits, 5000, &mut Chooser::default()), f32::NEG_INFINITY);
         }
     }
 

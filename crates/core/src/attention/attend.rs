@@ -45,6 +45,7 @@ const SHORT: usize = 8;
 /// Splits `pieces`, ascending and disjoint, into reads, in order.
 pub(crate) fn reads<'a>(kv: &'a KvHead, pieces: &'a [Range<usize>]) -> impl Iterator<Item = Read<'a>> {
     let (mut rest, mut run) = (pieces, 0..0);
+    let apart = kv.scattered();
     std::iter::from_fn(move || {
         loop {
             if let Some(first) = kv.runs(run.clone()).next() {
@@ -54,7 +55,10 @@ pub(crate) fn reads<'a>(kv: &'a KvHead, pieces: &'a [Range<usize>]) -> impl Iter
             let mut tokens = 0;
             let together = rest.iter().take_while(|piece| {
                 tokens += piece.len();
-                piece.len() <= SHORT && tokens <= PAGE_TOKENS && kv.can_scatter(piece)
+                piece.len() <= SHORT
+                    && tokens <= PAGE_TOKENS
+                    && apart.start <= piece.start
+                    && piece.end <= apart.end
             });
             let (some, others) = match together.count() {
                 0 | 1 => rest.split_first().map(|(one, others)| {
@@ -181,7 +185,7 @@ pub(crate) fn parts_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> [&'a [u
 const SMALL: usize = 4096;
 
 /// Requests the small pieces of `upcoming` and returns the first, which kernels request as they go on.
-fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] {
+pub(super) fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] {
     let Some((first, others)) = upcoming.split_first() else { return &[] };
     for part in others.iter().filter(|part| part.len() <= SMALL) {
         kernels.request(part);

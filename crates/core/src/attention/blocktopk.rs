@@ -190,7 +190,7 @@ impl HeadMethod for BlockTopK {
             return;
         }
         self.score(query, kv, candidates);
-        self.room.choose(&self.scores, candidates, self.chosen);
+        self.room.choose(kv.kernels(), &self.scores, candidates, self.chosen);
         out.index_bytes = self.means.bytes(candidates) as u64;
         out.index_bytes += self.spreads.as_ref().map_or(0, |rows| rows.bytes(candidates)) as u64;
         let middle = self.blocks.tokens(0..candidates);

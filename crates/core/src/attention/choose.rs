@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use longbit_kernels::Kernels;
+
 /// Bins of the first pass: the sign, the exponent and the upper three bits of the mantissa.
 const BINS: usize = 1 << 12;
 
@@ -41,18 +43,34 @@ pub fn top_k(scores: &[f32], k: usize, out: &mut Vec<u32>) {
 /// ascending, at least one if there is any. `out` is overwritten.
 pub fn top_p(weights: &[f32], p: f32, out: &mut Vec<u32>) {
     out.clear();
-    let mut mass = vec![0.0f64; BINS];
+    let wanted = f64::from(p) * sum(weights);
+    if !with_mass(weights, wanted, out) {
+        // Rounding, or a share of 1.
+        out.extend(0..weights.len() as u32);
+    }
+}
+
+/// The sum of `x`, in 16 lanes as `Kernels::sum_f64` defines it.
+fn sum(x: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 16];
+    x.iter().enumerate().for_each(|(i, &x)| lanes[i % 16] += f64::from(x));
+    for half in [8, 4, 2, 1] {
+        (0..half).for_each(|l| lanes[l] += lanes[l + half]);
+    }
+    lanes[0]
+}
+
+/// Appends the fewest of `weights` that together have the sum `wanted`; nothing, and false, if all of them have less.
+fn with_mass(weights: &[f32], wanted: f64, out: &mut Vec<u32>) -> bool {
+    let mut mass = [0.0f64; BINS];
     weights.iter().for_each(|&w| mass[bin(w)] += f64::from(w));
-    let wanted = f64::from(p) * mass.iter().sum::<f64>();
     let (mut edge, mut above) = (BINS, 0.0);
     while edge > 0 && above + mass[edge - 1] < wanted {
         edge -= 1;
         above += mass[edge];
     }
     if edge == 0 {
-        // Rounding, or a share of 1.
-        out.extend(0..weights.len() as u32);
-        return;
+        return false;
     }
     choose(weights, edge - 1, out, |candidates| {
         let mut sum = above;
@@ -62,6 +80,7 @@ pub fn top_p(weights: &[f32], p: f32, out: &mut Vec<u32>) {
         });
         candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
     });
+    true
 }
 
 /// All above bin `edge`, and of those within it what `cut` leaves of them, largest first.
@@ -76,8 +95,134 @@ fn choose(scores: &[f32], edge: usize, out: &mut Vec<u32>, cut: impl FnOnce(&mut
     }
     candidates.sort_unstable_by_key(|&(x, i)| (std::cmp::Reverse(key(x)), i));
     cut(&mut candidates);
+    let from = out.len();
     out.extend(candidates.iter().map(|&(_, i)| i));
-    out.sort_unstable();
+    out[from..].sort_unstable();
+    // Two runs that are in order, which a stable sort merges.
+    out.sort();
+}
+
+/// From how many scores on a search for a bound pays.
+const MANY: usize = 1024;
+
+/// Chooses what [`top_k`] and [`top_p`] do, the same, and keeps the memory: a bound below the chosen scores is found by
+/// kernels, and only what lies above it is looked at one by one.
+///
+/// Two or three passes of 16 scores an instruction over all of them replace two that take a few ns a score.
+#[derive(Default)]
+pub struct Chooser {
+    maxima: Vec<f32>,
+    of_maxima: Vec<f32>,
+    keys: Vec<u32>,
+    runs: Vec<Range<usize>>,
+    /// What lies above the bound: key, upside down, then index, so that the smaller one comes first.
+    above: Vec<u64>,
+    weights: Vec<f32>,
+    chosen: Vec<u32>,
+}
+
+impl Chooser {
+    /// As [`top_k`].
+    pub fn top_k(&mut self, kernels: &Kernels, scores: &[f32], k: usize, out: &mut Vec<u32>) {
+        let bound = match k > 0 && k < scores.len() && scores.len() >= MANY {
+            true => self.bound(kernels, scores, k),
+            false => None,
+        };
+        let Some(last) = bound.and_then(|bound| self.last_above(kernels, scores, k, bound)) else {
+            top_k(scores, k, out);
+            return;
+        };
+        out.clear();
+        for i in self.runs.iter().cloned().flatten() {
+            if rank(scores, i) <= last {
+                out.push(i as u32);
+            }
+        }
+    }
+
+    /// The `k`-th largest of `scores`, which has at least as many; it is found soon where few more lie above `bound`.
+    pub fn largest(&mut self, kernels: &Kernels, scores: &[f32], k: usize, bound: f32) -> f32 {
+        let all = f32::NEG_INFINITY;
+        let last = self.last_above(kernels, scores, k, bound);
+        last.or_else(|| self.last_above(kernels, scores, k, all))
+            .map_or(all, |last| scores[last as u32 as usize])
+    }
+
+    /// The rank of the `k`-th largest, `k` not 0, if as many are above `bound`, all of which are in `self.runs` then.
+    fn last_above(&mut self, kernels: &Kernels, scores: &[f32], k: usize, bound: f32) -> Option<u64> {
+        kernels.runs_above(scores, &[bound], 1, &mut self.runs);
+        self.above.clear();
+        self.above.extend(self.runs.iter().cloned().flatten().map(|i| rank(scores, i)));
+        (k <= self.above.len()).then(|| *self.above.select_nth_unstable(k - 1).1)
+    }
+
+    /// A number that at least `k` of `scores` are above: the largest ones of `k` groups are not below the `k`-th of them.
+    fn bound(&mut self, kernels: &Kernels, scores: &[f32], k: usize) -> Option<f32> {
+        kernels.maxima(scores, &mut self.maxima);
+        if few(k, self.maxima.len() / 256 * 16) {
+            kernels.maxima(&self.maxima, &mut self.of_maxima);
+            std::mem::swap(&mut self.maxima, &mut self.of_maxima);
+        }
+        if !few(k, self.maxima.len()) {
+            return None;
+        }
+        self.keys.clear();
+        self.keys.extend(self.maxima.iter().map(|&x| key(x)));
+        let at = self.keys.len() - k;
+        let bound = from_key(*self.keys.select_nth_unstable(at).1);
+        (bound > f32::NEG_INFINITY).then(|| bound.next_down())
+    }
+
+    /// As [`top_p`].
+    pub fn top_p(&mut self, kernels: &Kernels, weights: &[f32], p: f32, out: &mut Vec<u32>) {
+        let (wanted, largest) = (f64::from(p) * kernels.sum_f64(weights), kernels.max(weights));
+        if weights.len() >= MANY && largest.is_normal() {
+            // Powers of two down to 2^-32 of the largest: first every eighth, then those between.
+            let below =
+                |halvings: u32| f32::from_bits((largest.to_bits() >> 23).saturating_sub(halvings) << 23);
+            let mut first = 0;
+            for step in [8, 2] {
+                let bounds = [1, 2, 3, 4].map(|i| below(first + i * step));
+                let sums = kernels.sums_from(weights, &bounds);
+                // Sums of 16 lanes are rough.
+                let enough = sums.iter().take_while(|&&sum| f64::from(sum) < 1.0001 * wanted).count();
+                first += enough as u32 * step;
+            }
+            kernels.runs_above(weights, &[below(first + 2).next_down()], 1, &mut self.runs);
+            self.weights.clear();
+            self.runs.iter().for_each(|run| self.weights.extend_from_slice(&weights[run.clone()]));
+            self.chosen.clear();
+            if with_mass(&self.weights, wanted, &mut self.chosen) {
+                out.clear();
+                // From places among what lies above the bound to those among all.
+                let (mut run, mut runs, mut before) = (0..0, self.runs.iter(), 0);
+                for &i in &self.chosen {
+                    while i as usize >= before + run.len() {
+                        before += run.len();
+                        run = runs.next().cloned().unwrap_or(0..usize::MAX);
+                    }
+                    out.push((run.start + i as usize - before) as u32);
+                }
+                return;
+            }
+        }
+        top_p(weights, p, out);
+    }
+}
+
+/// Whether `k` of the largest ones of so many groups are a good bound: what lies above is no more than about twice as much.
+fn few(k: usize, groups: usize) -> bool {
+    8 * k <= 7 * groups
+}
+
+/// Places a score: the smaller, the larger it is, and the lower its index.
+fn rank(scores: &[f32], i: usize) -> u64 {
+    u64::from(!key(scores[i])) << 32 | i as u64
+}
+
+/// The number of a key.
+fn from_key(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key & !(1 << 31) } else { !key })
 }
 
 /// Some tokens of a context.
@@ -153,6 +298,7 @@ pub(super) fn union(chosen: usize, group: usize, of: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use longbit_kernels::Isa;
     use proptest::prelude::*;
 
     fn sorted(scores: &[f32]) -> Vec<u32> {
@@ -201,6 +347,43 @@ mod tests {
             let mut expected = order[..ours.len()].to_vec();
             expected.sort_unstable();
             prop_assert_eq!(ours, expected);
+        }
+
+        /// Many scores, of any distribution, so that bounds are searched.
+        #[test]
+        fn a_chooser_chooses_the_same(
+            scores in prop::collection::vec(-20.0f32..4.0, 1500..3000),
+            special in prop::collection::vec((0usize..1500, scores()), 0..3),
+            rounded in any::<bool>(),
+            (k, p) in (0usize..3000, prop_oneof![0.0f32..1.0, 0.8f32..1.0, Just(1.0f32)]),
+        ) {
+            let mut scores = scores;
+            if rounded {
+                scores.iter_mut().for_each(|x| *x = x.round());
+            }
+            for (at, some) in special {
+                let n = some.len().min(1500 - at);
+                scores[at..at + n].copy_from_slice(&some[..n]);
+            }
+            let (mut chooser, mut ours, mut plain) = (Chooser::default(), vec![3], vec![4]);
+            for kernels in Isa::available().into_iter().filter_map(Kernels::for_isa) {
+                for k in [k, k / 10, k / 100] {
+                    chooser.top_k(kernels, &scores, k, &mut ours);
+                    top_k(&scores, k, &mut plain);
+                    prop_assert_eq!(&ours, &plain);
+                    let last = plain.iter().map(|&i| key(scores[i as usize])).min();
+                    for bound in [f32::NEG_INFINITY, -10.0, 3.0] {
+                        let ours = (k > 0).then(|| key(chooser.largest(kernels, &scores, k.min(scores.len()), bound)));
+                        prop_assert_eq!(ours, last);
+                    }
+                }
+                let mut weights = scores.clone();
+                let largest = kernels.max(&weights);
+                kernels.exp_sum(&mut weights, largest);
+                chooser.top_p(kernels, &weights, p, &mut ours);
+                top_p(&weights, p, &mut plain);
+                prop_assert_eq!(&ours, &plain);
+            }
         }
 
         #[test]

@@ -147,7 +147,7 @@ impl HeadMethod for Landmark {
         self.room.union.reset(candidates);
         if candidates > self.top || self.grouped {
             self.landmarks.scores(kv.kernels(), query.rows, candidates, &mut self.room, &mut self.scores);
-            self.room.choose(&self.scores, candidates, self.top);
+            self.room.choose(kv.kernels(), &self.scores, candidates, self.top);
             out.index_bytes = self.landmarks.bytes(candidates) as u64;
         } else {
             self.room.union.insert_range(0..candidates);

@@ -19,6 +19,11 @@
 //! State ([`super::signatures`]): `index=tables` 2 bytes a token and table and 1025 offsets of 2 bytes a table and 4096
 //! tokens, of which a head reads a list a table; `index=packed` `bits * tables / 8` bytes a token, all scanned, once for the group.
 //! Both: 4 bytes a token (length of the centred key) and 4 bytes a number and page.
+//!
+//! Time does not follow these bytes. A list has `4096 / 2^bits` tokens, 4 by default: 8 bytes, and 4 of offsets, each in a
+//! line of 64 that nothing expects, so memory moves ten times what is counted; a group of four at 98,304 tokens visits
+//! 14,400 lists a KV head. Counts of tables are then compared one by one, four a token. Packed hashes are read in order
+//! instead, 188 bytes a token for 150 tables of 10 bits, with 14,000 operations on words of 64 tokens for a group of four.
 
 use std::cell::Cell;
 use std::ops::Range;

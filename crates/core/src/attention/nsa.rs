@@ -233,7 +233,7 @@ impl HeadMethod for Nsa {
         self.keys.scores(kernels, query.rows, n, &mut self.room, &mut self.scores);
         out.index_bytes = self.keys.bytes(n) as u64;
         self.vote(kernels, outside);
-        self.room.choose(&self.blocks, outside, self.sizes.chosen);
+        self.room.choose(kernels, &self.blocks, outside, self.sizes.chosen);
         let first = out.spans.len();
         self.room.union.spans(&mut out.spans);
         for span in &mut out.spans[first..] {

@@ -12,6 +12,11 @@
 //! Each head chooses for itself and the group reads the union. `tail=none` renormalises over it, as the notebook does.
 //! `tail=mean` adds the true mass of every head outside of the union, times the mean value of all tokens ([`ValueSums`]):
 //! the fair bound for methods that estimate their tail. Bytes: all keys, then keys and values of the union.
+//!
+//! Oracles are not meant to be fast. Beside its 256 bytes of bfloat16 key a token costs four scores, copied, maximised and
+//! exponentiated, and what choosing takes: a pass for maxima and one for what lies above a bound (`topk`), three for sums
+//! (`topp`), or, where more than about a twentieth of the context is kept (`entropy`), two passes that bin one score at a
+//! time. All that runs while memory is idle, and the rows of the union, which lie apart, come on top.
 
 use std::cell::Cell;
 
@@ -20,9 +25,9 @@ use super::params::{Kind, ParamSpec};
 use super::partial::stride;
 use super::value_sums::ValueSums;
 use super::{
-    GroupQuery, HeadMethod, Method, MethodShape, Params, Place, Predicted, Reader, Selection, TokenSet,
+    Chooser, GroupQuery, HeadMethod, Method, MethodShape, Params, Place, Predicted, Reader, Selection,
+    TokenSet,
 };
-use super::{top_k, top_p};
 use crate::kv::KvHead;
 
 const SINKS: ParamSpec = ParamSpec::sinks("0");
@@ -154,11 +159,18 @@ enum Rule {
 
 impl Rule {
     /// `weights` are `exp(logits - max)`, and `sum` is theirs.
-    fn choose(&self, kv: &KvHead, logits: &[f32], weights: &[f32], max: f32, sum: f32, out: &mut Vec<u32>) {
-        let n = logits.len();
+    fn choose(
+        &self,
+        kv: &KvHead,
+        (logits, weights): (&[f32], &[f32]),
+        [max, sum]: [f32; 2],
+        chooser: &mut Chooser,
+        out: &mut Vec<u32>,
+    ) {
+        let (n, kernels) = (logits.len(), kv.kernels());
         match *self {
-            Rule::Count { k, share } => top_k(logits, count(k, share, n), out),
-            Rule::Mass(p) => top_p(weights, p, out),
+            Rule::Count { k, share } => chooser.top_k(kernels, logits, count(k, share, n), out),
+            Rule::Mass(p) => chooser.top_p(kernels, weights, p, out),
             Rule::Floor(tau) => {
                 out.clear();
                 out.extend(weights.iter().zip(0..).filter(|(w, _)| **w >= tau).map(|(_, t)| t));
@@ -167,10 +179,10 @@ impl Rule {
                 let sum = f64::from(sum);
                 // -sum p ln p with p = w / sum and ln w = z - max.
                 let entropy =
-                    libm::log(sum) - (f64::from(kv.kernels().dot(weights, logits)) / sum - f64::from(max));
+                    libm::log(sum) - (f64::from(kernels.dot(weights, logits)) / sum - f64::from(max));
                 let share = if n > 1 { (entropy / libm::log(n as f64)).clamp(0.0, 1.0) } else { 0.0 };
                 let k = ((min + (most - min) * share) * n as f64) as usize;
-                top_k(logits, k.clamp(1, n), out);
+                chooser.top_k(kernels, logits, k.clamp(1, n), out);
             }
         }
     }
@@ -183,6 +195,7 @@ struct Room {
     weights: Vec<f32>,
     maxima: Vec<f32>,
     chosen: Vec<u32>,
+    chooser: Chooser,
     mean: Vec<f32>,
 }
 
@@ -237,7 +250,7 @@ impl HeadMethod for Oracle {
             let max = kernels.max(logits);
             let sum = kernels.exp_sum(weights, max);
             room.maxima.push(max);
-            self.rule.choose(kv, logits, weights, max, sum, &mut room.chosen);
+            self.rule.choose(kv, (logits, weights), [max, sum], &mut room.chooser, &mut room.chosen);
             room.chosen.iter().for_each(|&token| self.set.insert(token as usize));
         }
         self.set.spans(&mut out.spans);

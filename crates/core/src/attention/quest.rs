@@ -16,7 +16,10 @@
 //! Bounds hold for keys as they are stored. Formats that rotate keys spread a large channel over all of them: the
 //! bounds stay bounds and become looser, so that Quest does better with formats that do not (`+plain`).
 //!
-//! Cost a page: `2 d + 4` bytes, 260 for 128 numbers, against 8192 of its keys and values in bfloat16.
+//! Cost a page: `2 d + 4` bytes, 260 for 128 numbers, against 8192 of its keys and values in bfloat16. Of arithmetic a
+//! page costs a group of four 2,048 products of bytes (queries of 16 bits are two planes of them), 7.9 a byte: at 64 an
+//! instruction, one a cycle, 32 cycles a page, or 24 GB/s of bounds a core at 3 GHz. The pages that are read, in runs of
+//! 16 rows, are each a call for keys and one for values of 64 rows-times-heads.
 
 use super::choose::union;
 use super::params::ParamSpec;
@@ -136,7 +139,7 @@ impl HeadMethod for Quest {
             return;
         };
         self.score(query, kv, candidates);
-        self.room.choose(&self.scores, candidates, chosen);
+        self.room.choose(kv.kernels(), &self.scores, candidates, chosen);
         out.index_bytes = self.bounds.bytes(candidates) as u64;
         self.blocks.spans(&self.room.union, candidates * self.page..kv.len(), &mut out.spans);
     }

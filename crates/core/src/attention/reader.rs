@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::attend::request;
 use super::partial::stride;
 use super::{GroupQuery, Selection, reads};
 use crate::kv::{KvHead, KvScratch};
@@ -26,10 +27,12 @@ impl Reader {
         out.clear();
         out.resize(group * tokens, 0.0);
         kv.prepare(query.rows, &mut self.scratch);
-        let mut at = 0;
+        let (mut at, mut ahead) = (0, reads(kv, spans).skip(1));
         for read in reads(kv, spans) {
+            let next = ahead.next().map(|next| next.parts(kv, false));
             self.run.resize(group * read.len(), 0.0);
-            read.score(kv, query.rows, &[], &mut self.scratch, &mut self.run);
+            let upcoming = next.map_or(&[][..], |next| request(kv.kernels(), &next));
+            read.score(kv, query.rows, upcoming, &mut self.scratch, &mut self.run);
             for (all, some) in out.chunks_exact_mut(tokens).zip(self.run.chunks_exact(read.len())) {
                 all[at..at + read.len()].copy_from_slice(some);
             }
@@ -99,13 +102,15 @@ impl Reader {
 
     fn accumulate(&mut self, kv: &KvHead, spans: &[Range<usize>], weights: &[f32]) {
         let tokens: usize = spans.iter().map(Range::len).sum();
-        let mut at = 0;
+        let (mut at, mut ahead) = (0, reads(kv, spans).skip(1));
         for read in reads(kv, spans) {
+            let next = ahead.next().map(|next| next.parts(kv, true));
             self.run.clear();
             for weights in weights.chunks_exact(tokens) {
                 self.run.extend_from_slice(&weights[at..at + read.len()]);
             }
-            read.accumulate(kv, &self.run, &[], &mut self.scratch, &mut self.sums);
+            let upcoming = next.map_or(&[][..], |next| request(kv.kernels(), &next));
+            read.accumulate(kv, &self.run, upcoming, &mut self.scratch, &mut self.sums);
             at += read.len();
             self.bytes += read.bytes(kv)[1] as u64;
         }

@@ -16,7 +16,7 @@ use longbit_kernels::codes::MOST_ROWS;
 use longbit_kernels::{CodeBits, CodeShape, Kernels, QueryBits, QueryCodes, Rows, Scales};
 
 use super::partial::{self, stride};
-use super::{MethodShape, TokenSet};
+use super::{Chooser, MethodShape, TokenSet};
 use crate::kv::KvDtype;
 
 /// Most numbers of a row.
@@ -109,6 +109,7 @@ pub(super) struct Room {
     query: QueryCodes,
     weights: Vec<f32>,
     sums: Vec<f32>,
+    chooser: Chooser,
     /// Chosen rows of a head.
     pub(super) chosen: Vec<u32>,
     /// Rows chosen by any head.
@@ -121,10 +122,10 @@ pub(super) struct Room {
 
 impl Room {
     /// The `k` rows with the largest of `scores`, `[group][n]`, of each head; [`Room::union`] becomes all of them.
-    pub(super) fn choose(&mut self, scores: &[f32], n: usize, k: usize) {
+    pub(super) fn choose(&mut self, kernels: &Kernels, scores: &[f32], n: usize, k: usize) {
         self.union.reset(n);
         for scores in scores.chunks_exact(n.max(1)) {
-            super::top_k(scores, k, &mut self.chosen);
+            self.chooser.top_k(kernels, scores, k, &mut self.chosen);
             self.chosen.iter().for_each(|&row| self.union.insert(row as usize));
         }
     }

@@ -6,7 +6,7 @@
 //! number of each token as the ends of the range; in each head the fewest tokens with the share `p` of the softmax
 //! survive, and the group attends exactly to the union.
 //!
-//! Differences: the exact share is found by [`super::top_p`] where the authors bisect a threshold; the first two
+//! Differences: the exact share is found by [`super::Chooser`] where the authors bisect a threshold; the first two
 //! layers were dense there (`dense_layers=first2`). Where the KV dtype stores the upper four bits of the keys apart
 //! (`planes8`) those are read and no copy is kept. What is left out is not estimated: the softmax is renormalised
 //! over the survivors. Keys that are rotated suit stage 2 (their range is narrow) and not the labels. Tokens that a
@@ -15,6 +15,11 @@
 //! State: `head_dim / 2 + 4` bytes a token (68 for 128 numbers; none for `planes8`), and 12 of labels. A step reads
 //! the labels and 68 bytes of each candidate: 0.18 GB and at most 0.08 GB a query head of the group for 150 heads of
 //! 98,304 tokens; without stage 1, 1.0 GB and the time of a softmax over everything.
+//!
+//! What is read says little about the time. The labels cost what they cost `doublesparsity`. A candidate costs a group of
+//! four 512 products of bytes (7.5 a byte), the copy of its row, which lies apart from others, four exponentials, and the
+//! search of the share: a sum, eight rough sums and a comparison, then one by one what lies above a bound, at most a factor
+//! of four below the last weight that counts.
 
 use std::ops::Range;
 
@@ -25,7 +30,7 @@ use super::choose::union;
 use super::columns::{self, INDICES, round_nibbles};
 use super::doublesparsity::{CHANNELS, Labels, check_channels};
 use super::params::{Kind, ParamSpec};
-use super::{GroupQuery, HeadMethod, Method, Predicted, Reader, Selection, top_p};
+use super::{GroupQuery, HeadMethod, Method, Predicted, Reader, Selection};
 use crate::kv::{KvHead, SideDtype};
 
 pub(super) const METHOD: Method = Method {
@@ -100,6 +105,7 @@ struct Copy4 {
     query: QueryCodes,
     room: Vec<i8>,
     /// Of some tokens.
+    ranges_of: Vec<[u16; 2]>,
     steps: Vec<f32>,
     lows: Vec<f32>,
     logits: Vec<f32>,
@@ -107,13 +113,21 @@ struct Copy4 {
 
 /// Tokens whose rows are brought together.
 const TOGETHER: usize = 256;
+/// Ranges between the one that is copied and the one that is requested.
+const AHEAD: usize = 8;
+/// Rows of it that are; those behind them the hardware expects.
+const REQUESTED: usize = 4;
+
+fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
 
 impl Copy4 {
     fn new(head_dim: usize) -> Self {
         let shape = CodeShape { dims: head_dim, bits: CodeBits::Four };
         let (codes, ranges, query, room) = (Vec::new(), Vec::new(), QueryCodes::default(), vec![0; head_dim]);
-        let (steps, lows, logits) = (Vec::new(), Vec::new(), Vec::new());
-        Copy4 { shape, codes, ranges, query, room, steps, lows, logits }
+        let (ranges_of, steps, lows, logits) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Copy4 { shape, codes, ranges, query, room, ranges_of, steps, lows, logits }
     }
 
     fn grow(&mut self, kv: &KvHead, until: usize) {
@@ -150,19 +164,30 @@ impl Copy4 {
         let sums: Vec<f32> = query.rows.chunks_exact(query.head_dim).map(|row| kernels.sum(row)).collect();
         kernels.quantize_queries(self.shape, QueryBits::Eight, query.rows, &mut self.query);
         out.resize(query.group() * all, 0.0);
-        let mut tokens = spans.iter().cloned().flatten();
-        let widen = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let (mut rest, mut at) = (spans.iter(), 0..0);
+        let mut ahead = spans.iter().skip(AHEAD);
         for first in (0..all).step_by(TOGETHER) {
             let n = TOGETHER.min(all - first);
             gathered.clear();
+            self.ranges_of.clear();
+            while self.ranges_of.len() < n {
+                if at.is_empty() {
+                    let Some(next) = rest.next() else { break };
+                    at = next.clone();
+                    if let Some(next) = ahead.next() {
+                        let next = next.start..next.end.min(next.start + REQUESTED);
+                        kernels.request(&self.codes[next.start * bytes..next.end * bytes]);
+                    }
+                }
+                let run = at.start..at.end.min(at.start + n - self.ranges_of.len());
+                gathered.extend_from_slice(&self.codes[run.start * bytes..run.end * bytes]);
+                self.ranges_of.extend_from_slice(&self.ranges[run.clone()]);
+                at.start = run.end;
+            }
             self.steps.clear();
             self.lows.clear();
-            for token in tokens.by_ref().take(n) {
-                gathered.extend_from_slice(&self.codes[token * bytes..(token + 1) * bytes]);
-                let [step, low] = self.ranges[token];
-                self.steps.push(widen(step));
-                self.lows.push(widen(low));
-            }
+            self.steps.extend(self.ranges_of.iter().map(|range| widen(range[0])));
+            self.lows.extend(self.ranges_of.iter().map(|range| widen(range[1])));
             self.logits.resize(query.group() * n, 0.0);
             let rows = Rows::indices(gathered, &INDICES);
             let scales = Scales::Row(&self.steps);
@@ -214,7 +239,7 @@ impl Twilight {
         for weights in room.logits.chunks_exact_mut(tokens) {
             let max = kernels.max(weights);
             kernels.exp_sum(weights, max);
-            top_p(weights, self.p, &mut room.chosen);
+            room.chooser.top_p(kernels, weights, self.p, &mut room.chosen);
             let (mut runs, mut before) = (room.runs.iter(), 0);
             let mut run = 0..0;
             for &i in &room.chosen {

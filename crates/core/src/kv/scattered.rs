@@ -17,32 +17,60 @@ const ALIGNMENT: usize = 64;
 /// Where the parts of a row lie in a page: the first byte for row 0, the bytes from row to row, and those of a row.
 type Layout = [(usize, usize, usize); 3];
 
-/// The layout of a codec whose rows stand alone, found by asking it for the first two rows of `page`.
+/// Pieces between the one that is copied and the one that is requested: a core has no more than a few dozen lines under way.
+const AHEAD: usize = 8;
+
+/// The layout of a codec whose rows stand alone, found by asking it for the first two rows of `page`; what there is comes
+/// first.
 fn layout(codec: &dyn Codec, page: &[u8], head_dim: usize) -> Layout {
     let offset = |part: &[u8]| (part.as_ptr() as usize).wrapping_sub(page.as_ptr() as usize);
     let (first, second) = (codec.parts(page, 0..1, head_dim), codec.parts(page, 1..2, head_dim));
-    std::array::from_fn(|i| match first[i].len() {
-        0 => (0, 0, 0),
-        bytes => (offset(first[i]), offset(second[i]) - offset(first[i]), bytes),
-    })
+    let mut layout = Layout::default();
+    let parts = first.into_iter().zip(second).filter(|part| !part.0.is_empty());
+    for (place, (first, second)) in layout.iter_mut().zip(parts) {
+        *place = (offset(first), offset(second) - offset(first), first.len());
+    }
+    layout
 }
 
 impl Side {
-    /// Whether the rows of `tokens` can be moved one by one.
-    fn stands_alone(&self, tokens: &Range<usize>) -> bool {
-        self.codec().group() == 1
-            && tokens.start >= self.dtype().exact_first()
-            && tokens.end <= self.settled()
+    /// The tokens whose rows can be moved one by one.
+    fn standing_alone(&self) -> Range<usize> {
+        if self.codec().group() == 1 { self.dtype().exact_first()..self.settled() } else { 0..0 }
     }
 
-    /// Copies the rows of `pieces` to the first slots of `page`.
-    fn collect(&self, pieces: &[Range<usize>], page: &mut [u8]) {
+    /// Copies the rows of `pieces` to the first slots of `page`. Rows that lie apart are not what the hardware expects next,
+    /// so they are requested some pieces ahead.
+    fn collect(&self, kernels: &Kernels, pieces: &[Range<usize>], page: &mut [u8]) {
         let layout = layout(self.codec(), page, self.head_dim());
-        for (slot, token) in pieces.iter().cloned().flatten().enumerate() {
-            let from = self.encoded(token / PAGE_TOKENS);
-            for (start, stride, bytes) in layout {
-                let (source, target) = (start + token % PAGE_TOKENS * stride, start + slot * stride);
-                page[target..target + bytes].copy_from_slice(&from[source..source + bytes]);
+        let layout = &layout[..layout.iter().take_while(|part| part.2 > 0).count()];
+        let request = |piece: &Range<usize>| {
+            let from = self.encoded(piece.start / PAGE_TOKENS);
+            for &(start, stride, bytes) in layout {
+                let at = start + piece.start % PAGE_TOKENS * stride;
+                kernels.request(&from[at..at + bytes]);
+            }
+        };
+        pieces.iter().take(AHEAD).for_each(request);
+        let mut slot = 0;
+        for (i, piece) in pieces.iter().enumerate() {
+            pieces.get(i + AHEAD).into_iter().for_each(request);
+            let mut token = piece.start;
+            while token < piece.end {
+                let (from, row) = (self.encoded(token / PAGE_TOKENS), token % PAGE_TOKENS);
+                let n = (piece.end - token).min(PAGE_TOKENS - row);
+                for &(start, stride, bytes) in layout {
+                    let (source, target) = (start + row * stride, start + slot * stride);
+                    if stride == bytes {
+                        page[target..target + n * bytes].copy_from_slice(&from[source..source + n * bytes]);
+                        continue;
+                    }
+                    for i in 0..n {
+                        let (source, target) = (source + i * stride, target + i * stride);
+                        page[target..target + bytes].copy_from_slice(&from[source..source + bytes]);
+                    }
+                }
+                (token, slot) = (token + n, slot + n);
             }
         }
     }
@@ -84,7 +112,7 @@ impl Side {
         let n = out.len() / (queries.len() / d);
         let mut room = std::mem::take(&mut scratch.scattered);
         let page = room.page(self.codec().page_bytes(d));
-        self.collect(pieces, page);
+        self.collect(kernels, pieces, page);
         let rows = Rows { page, range: 0..n, head_dim: d, upcoming: &[] };
         self.dtype().key_codec().scores(kernels, queries, &rows, scratch, out);
         scratch.scattered = room;
@@ -111,7 +139,7 @@ impl Side {
         let n = weights.len() / (acc.len() / d);
         let mut room = std::mem::take(&mut scratch.scattered);
         let page = room.page(self.codec().page_bytes(d));
-        self.collect(pieces, page);
+        self.collect(kernels, pieces, page);
         let rows = Rows { page, range: 0..n, head_dim: d, upcoming: &[] };
         self.dtype().value_codec().accumulate(kernels, weights, &rows, scratch, acc);
         scratch.scattered = room;
@@ -148,13 +176,14 @@ impl Room {
 }
 
 impl KvHead {
-    /// Whether the rows of `tokens` can be read by [`KvHead::scores_scattered`] and [`KvHead::accumulate_scattered`].
-    pub fn can_scatter(&self, tokens: &Range<usize>) -> bool {
-        self.sides().into_iter().all(|side| side.stands_alone(tokens))
+    /// The tokens whose rows [`KvHead::scores_scattered`] and [`KvHead::accumulate_scattered`] can read.
+    pub fn scattered(&self) -> Range<usize> {
+        let [keys, values] = self.sides().map(Side::standing_alone);
+        keys.start.max(values.start)..keys.end.min(values.end)
     }
 
-    /// As [`KvHead::scores`], of tokens that lie apart: at most [`PAGE_TOKENS`] together, each piece one that
-    /// [`KvHead::can_scatter`]. `out` is `[group][tokens]`, pieces one after another.
+    /// As [`KvHead::scores`], of tokens that lie apart: at most [`PAGE_TOKENS`] together, each piece
+    /// within [`KvHead::scattered`]. `out` is `[group][tokens]`, pieces one after another.
     pub fn scores_scattered(
         &self,
         queries: &[f32],

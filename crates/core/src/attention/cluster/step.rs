@@ -8,7 +8,7 @@ use longbit_kernels::{Kernels, QueryBits, QueryCodes, Rows, Scales};
 use super::Shape;
 use super::index::{CodeRows, Index};
 use crate::attention::partial::{self, stride};
-use crate::attention::{GroupQuery, HeadMethod, MethodShape, Params, Reader, Selection, TokenSet, top_p};
+use crate::attention::{Chooser, GroupQuery, HeadMethod, MethodShape, Params, Reader, Selection, TokenSet};
 use crate::kv::{KvDtype, KvHead};
 
 /// Clusters with less than this share of the mass, for every head of the group, count with the mean value of their segment.
@@ -40,6 +40,7 @@ pub(super) struct Cluster {
     scores: Vec<f32>,
     samples: Vec<f32>,
     chosen: Vec<u32>,
+    chooser: Chooser,
     /// Clusters that some head wants.
     union: TokenSet,
     /// Clusters that are read.
@@ -91,6 +92,7 @@ impl Cluster {
             scores: Vec::new(),
             samples: Vec::new(),
             chosen: Vec::new(),
+            chooser: Chooser::default(),
             union: TokenSet::default(),
             picked: Vec::new(),
             totals: Vec::new(),
@@ -179,7 +181,7 @@ impl Cluster {
                     let wanted = 1.0 - (1.0 - self.p) * total.all / total.clusters;
                     // Also false where there is no mass in clusters.
                     if wanted > 0.0 {
-                        top_p(scores, wanted, &mut self.chosen);
+                        self.chooser.top_p(kernels, scores, wanted, &mut self.chosen);
                         self.chosen.iter().for_each(|&c| self.union.insert(c as usize));
                     }
                 }
