@@ -7,6 +7,7 @@ use std::sync::Arc;
 use criterion::Criterion;
 use longbit::attention::method;
 use longbit::kv::kv_dtype;
+use longbit::workload::{BLOCK, HeadShape, Workload, WorkloadSpec};
 use longbit::{HeadFormat, Model, ModelConfig, Session, SessionOptions, Supplied, preset};
 use longbit_sys::{ReadProbe, Team, allowed_cpus};
 
@@ -121,4 +122,60 @@ pub fn attention_session(context: usize, kv: &str, threads: usize) -> (Session, 
         values: vec![0.01; numbers],
     };
     (session, supplied)
+}
+
+/// Steps of a workload that are made.
+const STEPS: usize = 4;
+
+/// A session whose decode step is attention and little else, as [`attention_session`], but of `layers` layers with the rows
+/// of the workload `mix`; and the queries and rows of its next steps.
+///
+/// # Panics
+/// When memory cannot be had.
+pub fn workload_session(context: usize, kv: &str, threads: usize, layers: usize) -> (Session, Vec<Supplied>) {
+    let name = "attention only".into();
+    let config = ModelConfig { name, vocab: 256, hidden: 256, intermediate: 256, layers, ..model_2b() };
+    let make = || -> longbit::Result<(Session, Vec<Supplied>)> {
+        let team = team(threads);
+        let model = Arc::new(Model::synthetic(config.clone(), HeadFormat::Bf16, 1, &team)?);
+        let options = SessionOptions { capacity: context + 256, kv: kv_dtype(kv)?, method: method("dense")? };
+        let mut session = Session::new(model, team, options)?;
+        let ModelConfig { heads, kv_heads, head_dim, rope_theta, .. } = config;
+        let shape = HeadShape { layers, heads, kv_heads, head_dim, rope_theta };
+        let spec = WorkloadSpec::parse("mix").unwrap_or_else(|e| panic!("{e}"));
+        let workload = Workload::new(&spec, &shape, context, STEPS, 1).unwrap_or_else(|e| panic!("{e}"));
+        let numbers = layers * kv_heads * head_dim;
+        let group = config.group();
+        let mut steps: Vec<Supplied> = (0..STEPS)
+            .map(|_| Supplied {
+                queries: vec![0.0; numbers * group],
+                keys: vec![0.0; numbers],
+                values: vec![0.0; numbers],
+            })
+            .collect();
+        let (mut k, mut v) = (vec![0.0; BLOCK * head_dim], vec![0.0; BLOCK * head_dim]);
+        for head in 0..layers * kv_heads {
+            let rope = session.rope();
+            let rows = workload.calibrate(head / kv_heads, head % kv_heads);
+            let mut cache = session.cache().head_mut(head / kv_heads, head % kv_heads);
+            for (block, start) in (0..context).step_by(BLOCK).enumerate() {
+                let tokens = start..context.min(start + BLOCK);
+                let (k, v) = (&mut k[..tokens.len() * head_dim], &mut v[..tokens.len() * head_dim]);
+                rows.block(block, rope.cos(tokens.clone()), rope.sin(tokens), k, v);
+                cache.append(k, v)?;
+            }
+            let own = head * head_dim..(head + 1) * head_dim;
+            let asked = own.start * group..own.end * group;
+            for (i, step) in steps.iter_mut().enumerate() {
+                let at = context + i..context + i + 1;
+                let (cos, sin) = (rope.cos(at.clone()), rope.sin(at));
+                let (keys, values) = (&mut step.keys[own.clone()], &mut step.values[own.clone()]);
+                rows.step(i, cos, sin, &mut step.queries[asked.clone()], keys, values);
+            }
+        }
+        session.cache_mut().set_len(context)?;
+        session.refresh();
+        Ok((session, steps))
+    };
+    make().unwrap_or_else(|e| panic!("{e}"))
 }
