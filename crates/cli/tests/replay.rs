@@ -155,7 +155,8 @@ fn the_example_measures_every_method_on_a_recorded_trace() {
     };
     let error = |kv: &str, method: &str| figure(kv, method, "rel_l2_p50");
     assert!(figure("f32", "dense", "rel_l2_max") < 1e-5);
-    assert!(error("f32", "dense") < error("bf16", "dense") && error("bf16", "dense") < 2e-3);
+    // The trace is in bfloat16, so that a bf16 cache holds it as it is.
+    assert!(error("bf16", "dense") < 1e-4);
     assert!(
         error("bf16", "dense") < error("int8", "dense") && error("int8", "dense") < error("int4", "dense")
     );
@@ -254,8 +255,8 @@ fn bad_files_cost_their_own_cells() {
     let good = std::fs::read(fixture()).expect("the fixture");
     let header = u64::from_le_bytes(good[..8].try_into().expect("eight bytes")) as usize;
     let mut nan = good.clone();
-    // The last number of the keys of layer 0 and head 0: bf16.
-    nan[8 + header + (TOKENS * 64 - 1) * 2..][..2].copy_from_slice(&0x7fc0u16.to_le_bytes());
+    // The last number of a key of layer 0 and head 0: bf16.
+    nan[8 + header + (101 * 64 - 1) * 2..][..2].copy_from_slice(&0x7fc0u16.to_le_bytes());
     std::fs::write(dir.path().join("nan.safetensors"), nan).expect("written");
     std::fs::write(dir.path().join("trace.safetensors"), &good).expect("written");
     let text = experiment(&[192], &["dense", "window:sinks=1,window=4"], "trace");
@@ -268,7 +269,7 @@ fn bad_files_cost_their_own_cells() {
     let rows = cells(&dir.path().join("out/main-nan"));
     assert!(rows.len() == 2 && rows.iter().all(|r| r["status"] == "error"), "{rows:?}");
     let error = &rows[0]["error"];
-    assert!(error.contains("tensor `k` holds NaN at [0, 0, 255, 63]"), "{error}");
+    assert!(error.contains("tensor `k` holds NaN at [0, 0, 100, 63]"), "{error}");
     let rows = cells(&dir.path().join("out/main-small"));
     assert!(rows.len() == 2 && rows.iter().all(|r| r["status"] == "ok"), "{rows:?}");
 

@@ -14,8 +14,8 @@ const SHAPE: TraceShape =
 /// Twelve queries of the prompt, and eight decode steps.
 const CONTEXT: usize = 292;
 
-/// Keys of four directions that queries look for, one a head of the group and a step; the last token of a direction is
-/// the likeliest.
+/// Keys of four directions, token by token; queries look for one of them at a step, and for the next at the next, and for
+/// its later tokens a little more than for its earlier ones.
 fn rows() -> TraceRows {
     let d = SHAPE.head_dim;
     let noise = |i: usize| (i.wrapping_mul(2_654_435_761) >> 7 & 0xffff) as f32 / 65_536.0 - 0.5;
@@ -146,9 +146,9 @@ fn a_trace_is_attended_as_it_was_recorded() {
     assert_eq!((ready.fill, ready.kv_bytes_stored), (Fill::Trace, 4 * 2 * 3 * 2 * 32 * CONTEXT as u64));
     let stat = |name: &str| ready.workload_stats[&format!("trace.{name}")];
     assert_eq!((stat("tokens"), stat("steps")), (300.0, 8.0));
-    // Heads of a group look for other directions, and so do steps: four of them are there.
+    // Heads of a group look for one direction of the four, the next step for another.
     assert!(stat("sink_mass") < 0.1 && stat("density_95") < 0.5 && stat("effective_tokens") < 150.0);
-    assert!(stat("group_overlap") < 0.2 && stat("step_overlap") < 0.2, "{:?}", ready.workload_stats);
+    assert!(stat("group_overlap") > 0.15 && stat("step_overlap") < 0.2, "{:?}", ready.workload_stats);
 }
 
 /// Thirteen steps of a repetition go through the eight of the trace, and begin again with the first at the context.
@@ -215,7 +215,9 @@ fn methods_that_evict_see_the_recorded_queries_of_the_prompt() {
     for cell in ["cell0", "cell1", "cell3"] {
         assert_eq!(samples(&events, cell).count(), 2);
     }
-    assert!(quality(&events, "cell1").density_read.unwrap() < 0.25);
+    // Twelve steps of 3 layers x 2 KV heads read what is left of the prompt, and up to eight tokens more.
+    assert!(samples(&events, "cell1").all(|s| s.traffic.rows <= 12 * 6 * (64 + 8)));
+    assert!(quality(&events, "cell1").rel_l2_p50.unwrap() > 0.01);
     // The plan says the same, before anything is filled.
     let estimate = |method: &str, context| estimate(&trace, method, context, 4);
     let refused = estimate("snapkv:capacity=64,window=13", CONTEXT).error.unwrap();

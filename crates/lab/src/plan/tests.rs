@@ -244,6 +244,34 @@ fn a_context_above_the_limit_is_a_skipped_row_with_the_work() {
 }
 
 #[test]
+fn a_trace_is_given_to_the_engine_where_it_can_open_it() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("t.bin"), [1, 2, 3]).unwrap();
+    let file = dir.path().join("x.toml");
+    let toml = format!(
+        "schema = 1\n[experiment]\nname = \"x\"\nquestion = \"q\"\n[model]\npreset = \"tiny\"\n[workload]\nname = \"file:t.bin\"\n[axes]\n{AXES}\n[measure]\nprobe = \"1MiB\""
+    );
+    std::fs::write(&file, toml).unwrap();
+    let engine = MockEngine::default();
+    let e = spec::load(&file, &mock::capabilities()).unwrap();
+    let mut plan = outline(&e, &mock::capabilities(), &machine(), &PlanOptions::default()).unwrap();
+    predict(&mut plan, &engine, e.on_exceed, &[], &e.dir).unwrap();
+    let there = dir.path().join("t.bin").display().to_string();
+    let asked = engine.asked.borrow();
+    assert!(!asked.is_empty() && asked.iter().all(|a| a.fill == Fill::Trace));
+    assert!(asked.iter().all(|a| a.trace.as_ref().is_some_and(|t| t.path == there && t.sha256.len() == 64)));
+    assert!(
+        plan.cells.iter().all(|c| c.trace.as_ref().is_some_and(|t| t.path == "t.bin") && c.text.is_none())
+    );
+    let text = serde_json::to_string_pretty(&plan).unwrap();
+    assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    // Nothing is said of traces where there is none, so that older results stay what they are.
+    assert!(
+        !serde_json::to_string(&self::plan(AXES, "", &PlanOptions::default())).unwrap().contains("trace")
+    );
+}
+
+#[test]
 fn cells_beyond_the_trained_positions_are_counted_to_the_token() {
     let (mut plan, ..) = testing::Sweep { text: true, ..testing::Sweep::default() }.build();
     let n = plan.cells.len();
