@@ -194,3 +194,25 @@ fn formats_refuse_rows_that_they_cannot_store() {
         assert!(error.contains(says) && error.contains(&head_dim.to_string()), "{kv}: {error}");
     }
 }
+
+#[test]
+fn what_does_not_fit_the_cache_is_refused_and_changes_nothing() {
+    for (kv, how) in
+        [("bf16", "dense"), ("int4", "window:window=8"), ("kivi4", "quest"), ("f32", "streaming")]
+    {
+        let mut session = session(&model(), 2, 300, kv, how);
+        let full = tokens(301, 512);
+        let refused = |result: longbit::Result<()>| {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::CacheFull { capacity: 300, wanted: 301 }), "{kv}, {how}: {error}");
+        };
+        refused(session.prefill(&full).map(|_| ()));
+        assert_eq!(session.len(), 0);
+        let whole = bits(session.prefill(&full[..300]).unwrap());
+        refused(session.decode(5).map(|_| ()));
+        refused(session.prefill(&full[300..]).map(|_| ()));
+        assert_eq!(session.len(), 300);
+        session.rewind(0);
+        assert!(bits(session.prefill(&full[..300]).unwrap()) == whole, "{kv}, {how}");
+    }
+}

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use longbit_kernels::Kernels;
 use longbit_sys::Team;
 
+use super::params::Kind;
 use super::partial::stride;
 use super::testing::{dense, distance, generator, outputs};
 use super::{GroupQuery, HeadMethod, METHODS, MethodShape, Place, Selection, method};
+use crate::error::Error;
 use crate::kv::{CacheShape, KvCache, kv_dtype};
 use crate::model::RopeTable;
 
@@ -255,6 +257,68 @@ fn short_contexts_are_read_whole() {
                 let selection = lab.select(&mut *state, len as u32);
                 let (ours, dense) = (lab.outputs(&selection, len as u32), lab.dense(len as u32));
                 assert!(distance(&ours, &dense) < 1e-4, "{spec} of {dtype}, {len} tokens");
+            }
+        }
+    }
+}
+
+/// After a rewind to an empty cache, and from one that was told of before any row came, all is as if nothing had been.
+#[test]
+fn an_empty_cache_leaves_no_trace() {
+    for dtype in DTYPES {
+        for (spec, _) in cases(dtype) {
+            let (lab, fresh) = (Lab::new(dtype), Lab::new(dtype));
+            let (mut state, mut other) = (lab.state(spec), fresh.state(spec));
+            lab.grow(&mut *state, 0);
+            lab.rewind(&mut *state, 0);
+            lab.grow(&mut *state, 300);
+            lab.select(&mut *state, 1);
+            lab.rewind(&mut *state, 0);
+            for len in [1, 280, 600] {
+                lab.grow(&mut *state, len);
+                fresh.grow(&mut *other, len);
+                let (a, b) = (lab.select(&mut *state, 2), fresh.select(&mut *other, 2));
+                assert_eq!(a, b, "{spec} of {dtype}, {len} tokens");
+            }
+        }
+    }
+}
+
+/// Every parameter at both ends of its range, the others at their defaults: the method says what contradicts, or serves
+/// contexts of one token, of some and of several pages, and its prediction overflows nowhere.
+#[test]
+fn the_ends_of_every_range_serve_or_are_refused() {
+    for method in METHODS {
+        // Some need codes in planes, others rows that can move.
+        let serves = |dtype: &&str| {
+            super::method(method.name).unwrap().check(&MethodShape::of(&Lab::new(dtype).cache)).is_ok()
+        };
+        let dtype = ["bf16", "planes8"].into_iter().find(serves).unwrap();
+        for param in method.all_params() {
+            let ends = match param.kind {
+                Kind::Int { min, max } => vec![min.to_string(), max.to_string()],
+                Kind::Float { min, max } => vec![min.to_string(), max.to_string()],
+                Kind::Choice(words) => words.iter().map(|word| word.to_string()).collect(),
+                Kind::Layers => vec!["none".into(), "0".into()],
+            };
+            for end in ends {
+                let text = format!("{}:{}={end}", method.name, param.name);
+                let spec = super::method(&text).unwrap();
+                let lab = Lab::new(dtype);
+                let shape = MethodShape::of(&lab.cache);
+                if let Err(error) = spec.check(&shape) {
+                    assert!(matches!(error, Error::Parameter { .. }), "{text}: {error}");
+                    continue;
+                }
+                for context in [0, 1, 100, 1 << 20] {
+                    assert!(spec.predict(context, &shape).rows <= context, "{text} at {context}");
+                }
+                let mut state = spec.make(&Place { shape, layer: 0, kv_head: 0, rope: &lab.rope });
+                for len in [1, 2, 40, 600] {
+                    lab.grow(&mut *state, len);
+                    let outputs = lab.outputs(&lab.select(&mut *state, 3), 3);
+                    assert!(outputs.iter().all(|x| x.is_finite()), "{text}, {len} tokens");
+                }
             }
         }
     }

@@ -437,6 +437,37 @@ mod tests {
         assert_eq!(spec.predict(10_000, &shape).rows, (27 * 1000 + 3 * 10_000) / 30);
     }
 
+    /// Whatever lies beyond a bound, is no number, or is no word of the table, of any parameter of any method.
+    #[test]
+    fn every_parameter_refuses_what_it_does_not_list() {
+        for method in METHODS {
+            for param in method.all_params() {
+                let (bad, says): (Vec<String>, &str) = match param.kind {
+                    Kind::Int { min, max } => {
+                        let below = min.checked_sub(1).map_or("-1".into(), |below| below.to_string());
+                        let words = ["", " ", "1.5", "1e3", "0x10", "18446744073709551616"].map(String::from);
+                        (
+                            [below, (max + 1).to_string()].into_iter().chain(words).collect(),
+                            "a whole number from",
+                        )
+                    }
+                    Kind::Float { min, max } => {
+                        let words = ["", "x", "NaN", "inf", "-inf", "1e400", "0,5"].map(String::from);
+                        let beyond = [min - 1e-6, max * (1.0 + 1e-6) + 1e-6].map(|x| x.to_string());
+                        (beyond.into_iter().chain(words).collect(), "expected a number from")
+                    }
+                    Kind::Choice(words) => (vec!["".into(), format!("{}x", words[0])], words[0]),
+                    Kind::Layers => (vec!["".into(), "x".into(), "-1".into(), "0..3".into()], "not a layer"),
+                };
+                for bad in bad {
+                    let text = format!("{}:{}={bad}", method.name, param.name);
+                    let message = MethodSpec::parse(&text).unwrap_err().to_string();
+                    assert!(message.contains(says) && message.contains(param.name), "{text}: {message}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn refusals_say_what_exists() {
         for (text, says) in [

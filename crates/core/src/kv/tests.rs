@@ -130,6 +130,30 @@ fn what_cannot_be_stored_is_refused_with_its_place() {
     }
 }
 
+/// Rows of any length, however odd, are stored and read back, or refused with the length and what would do.
+#[test]
+fn every_row_length_is_stored_or_refused() {
+    for dtype in dtypes() {
+        for d in (1..=33).chain([36, 40, 48, 63, 64, 96, 100, 511, 512, 513, 520, 1024]) {
+            if let Err(error) = dtype.check(d) {
+                let error = error.to_string();
+                let helps = error.contains("+plain") || error.contains("use bf16");
+                assert!(helps && error.contains(&format!("{d}")), "{dtype}: {error}");
+                continue;
+            }
+            let cache = cache(dtype, d, 256);
+            let rows = rows(40, d, 5);
+            let mut kv = cache.head_mut(0, 0);
+            kv.append(&rows, &rows).unwrap();
+            let mut out = vec![f32::NAN; rows.len()];
+            kv.decode_keys(0..40, &mut out);
+            assert!(out.iter().all(|x| x.is_finite()), "{dtype}, rows of {d}");
+            kv.decode_values(0..40, &mut out);
+            assert!(out.iter().all(|x| x.is_finite()), "{dtype}, rows of {d}");
+        }
+    }
+}
+
 /// Scores and weighted sums of the stored rows are those of the decoded rows.
 #[test]
 fn attention_reads_what_decoding_gives() {
