@@ -3,8 +3,8 @@
 //! A method answers [`HeadMethod::select`] for one (layer, KV head) and the query group that shares it: spans of tokens
 //! to attend exactly, plus, if it estimates the rest, a tail partial a query head. Everything else is shared:
 //! `attend` turns spans into [`partial`]s in any KV dtype and merges them on a tree that does not depend on
-//! the number of threads. A new method is one file and one line in [`METHODS`]. What tokens of a prompt see is another
-//! question, with a contract and a table of its own: [`prefill`].
+//! the number of threads. A new method is one file and one entry in [`METHODS`]; `docs/ARCHITECTURE.md` has the steps. What
+//! tokens of a prompt see is another question, with a contract and a table of its own: [`prefill`].
 //!
 //! **Time and bytes.** A step ought to take what its bytes take. Methods whose step does more arithmetic than memory
 //! waits for say how much in their documentation; what they share:
@@ -149,7 +149,9 @@ pub struct Prompt<'a> {
 
 /// The state of a method for one (layer, KV head).
 pub trait HeadMethod: Send {
-    /// Rows `from..kv.len()` were appended; an index grows here, and must equal one rebuilt from the whole cache.
+    /// Rows `from..kv.len()` were appended; an index grows here, and must equal one rebuilt from the whole cache. So
+    /// it takes rows only when they are settled ([`Codec::settled`](crate::kv::Codec::settled)): before, some formats keep
+    /// them exactly.
     fn appended(&mut self, kv: &KvHead, from: usize) {
         let _ = (kv, from);
     }
