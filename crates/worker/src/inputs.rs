@@ -265,7 +265,11 @@ impl Inputs {
     ) -> Result<Quality, WorkerError> {
         match self {
             Inputs::Generated(filled) => {
-                let prefill = prefill::measure(session, &filled.heads)?;
+                // A trace has no queries of its prompt.
+                let prefill = match &filled.origin {
+                    Origin::Workload { heads, .. } => prefill::measure(session, heads)?,
+                    Origin::Trace(..) => None,
+                };
                 Ok(Quality { prefill, ..quality::measure(session, filled, steps)? })
             }
             Inputs::Text(text) => text.compare(session, progress),
