@@ -214,6 +214,6 @@ fn perplexity_prefills_with_the_pattern_and_scores_by_steps() {
         let max = logits.iter().copied().fold(f32::MIN, f32::max);
         let sum: f64 = logits.iter().map(|z| f64::from(z - max).exp()).sum();
         let exact = sum.ln() - f64::from(logits[text[170 + i] as usize] - max);
-        assert!((nats - exact).abs() < 1e-6, "token {i}: {nats} {exact}");
+        assert!((nats - exact).abs() < 1e-4, "token {i}: {nats} {exact}");
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! A [`Pattern`] answers for one (layer, KV head) and [`TILE`] neighbouring tokens with spans of positions; what lies after a
 //! token is never seen, and a token always sees itself. The query heads of a group share what they see: a pattern that
-//! looks at queries adds up the weights of all of them. Exact attention over the spans is that of [`super::attend`], cut at
+//! looks at queries adds up the weights of all of them. Exact attention over the spans is that of `attend`, cut at
 //! the same places, so a pattern that sees everything gives the bits of dense attention.
 //!
 //! A dynamic pattern decides once for a block of tokens, at multiples of [`Pattern::block`] from the first position, and from
@@ -195,7 +195,10 @@ fn push(out: &mut Vec<Range<usize>>, span: Range<usize>) {
 /// What tokens of a tile see.
 #[derive(Default)]
 pub(crate) struct Seen {
+    /// Positions.
     spans: Vec<Range<usize>>,
+    /// Rows; spans between which all rows were evicted are one.
+    rows: Vec<Range<usize>>,
 }
 
 impl Seen {
@@ -217,13 +220,15 @@ impl Seen {
         }
         let ordered = self.spans.windows(2).all(|pair| pair[0].end <= pair[1].start);
         debug_assert!(ordered, "{:?}", self.spans);
-        self.spans.iter_mut().for_each(|span| *span = kv.row_of(span.start)..kv.row_of(span.end));
+        self.rows.clear();
+        let rows = self.spans.iter().map(|span| kv.row_of(span.start)..kv.row_of(span.end));
+        rows.for_each(|rows| push(&mut self.rows, rows));
     }
 
     /// Spans of rows that any of the tokens sees, the last of which is at `last`.
     pub(crate) fn rows(&self, last: usize, kv: &KvHead) -> impl Iterator<Item = Range<usize>> {
         let end = kv.row_of(last + 1);
-        self.spans.iter().map(move |span| span.start..span.end.min(end)).filter(|span| !span.is_empty())
+        self.rows.iter().map(move |span| span.start..span.end.min(end)).filter(|span| !span.is_empty())
     }
 
     /// Appends the rows that `token` sees to `out`.

@@ -209,6 +209,7 @@ fn vertical_slash_finds_a_planted_diagonal() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init, reason = "spans, of which there may be one")]
 fn block_sparse_finds_planted_blocks() {
     let n = 1000;
     // Half of the tokens of block 3 suit, and a few of block 9, which its mean hides less than the noise of the others.
