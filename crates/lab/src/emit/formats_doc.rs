@@ -175,7 +175,7 @@ const CELL: [[&str; 2]; 11] = [
     ["method, method_params", "attention method with all its parameters"],
     ["workload, seed", "where queries, keys and values come from"],
     ["text", "path (as the experiment file writes it) and sha256 of the text that is decoded; or null"],
-    ["trace", "the same of the trace that is replayed; absent without one"],
+    ["trace", "the same of the trace that is replayed; or null"],
     [
         "predicted",
         "rss_bytes (of the cell alone), worker_rss_bytes (with the cells of its worker), kv_bytes_stored, weight_bytes_per_token, kv_bytes_per_token, prefill_macs, seconds",

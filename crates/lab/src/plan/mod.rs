@@ -263,7 +263,7 @@ pub struct PlannedCell {
     #[serde(default)]
     pub text: Option<TextFile>,
     /// The trace that is replayed, its path as the experiment file writes it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub trace: Option<TraceFile>,
     /// Seed of the workload.
     pub seed: u64,
