@@ -74,8 +74,8 @@ fn with_mass(weights: &[f32], wanted: f64, out: &mut Vec<u32>) -> bool {
     }
     choose(weights, edge - 1, out, |candidates| {
         let mut sum = above;
-        let enough = candidates.iter().position(|&(w, _)| {
-            sum += f64::from(w);
+        let enough = candidates.iter().position(|&rank| {
+            sum += f64::from(weights[rank as u32 as usize]);
             sum >= wanted
         });
         candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
@@ -83,20 +83,20 @@ fn with_mass(weights: &[f32], wanted: f64, out: &mut Vec<u32>) -> bool {
     true
 }
 
-/// All above bin `edge`, and of those within it what `cut` leaves of them, largest first.
-fn choose(scores: &[f32], edge: usize, out: &mut Vec<u32>, cut: impl FnOnce(&mut Vec<(f32, u32)>)) {
+/// All above bin `edge`, and of those within it what `cut` leaves of their ranks, largest first.
+fn choose(scores: &[f32], edge: usize, out: &mut Vec<u32>, cut: impl FnOnce(&mut Vec<u64>)) {
     let mut candidates = Vec::new();
     for (i, &x) in scores.iter().enumerate() {
         match bin(x).cmp(&edge) {
             std::cmp::Ordering::Greater => out.push(i as u32),
-            std::cmp::Ordering::Equal => candidates.push((x, i as u32)),
+            std::cmp::Ordering::Equal => candidates.push(rank(scores, i)),
             std::cmp::Ordering::Less => {}
         }
     }
-    candidates.sort_unstable_by_key(|&(x, i)| (std::cmp::Reverse(key(x)), i));
+    candidates.sort_unstable();
     cut(&mut candidates);
     let from = out.len();
-    out.extend(candidates.iter().map(|&(_, i)| i));
+    out.extend(candidates.iter().map(|&rank| rank as u32));
     out[from..].sort_unstable();
     // Two runs that are in order, which a stable sort merges.
     out.sort();
