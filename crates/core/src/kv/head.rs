@@ -5,7 +5,7 @@ use std::ops::Range;
 use longbit_kernels::Kernels;
 
 use super::pool::{KvMemory, Memory, Move};
-use super::side::Side;
+use super::side::{Side, kept};
 use super::watch::Watch;
 use super::{KvDtype, KvScratch};
 use crate::error::{Error, Result};
@@ -218,6 +218,7 @@ impl KvHead {
                 side.append(self.kernels, rows);
             }
         }
+        self.room = kept(std::mem::take(&mut self.room), self.head_dim);
         self.len = wanted;
         Ok(())
     }

@@ -49,6 +49,14 @@ pub(super) struct Side {
     less: Vec<f32>,
 }
 
+/// Rows of room that stay from one append to the next: a prompt would leave as much in every head as its chunks are long.
+const KEPT_ROWS: usize = 4;
+
+/// Room for rows of `d` numbers, given back if it is more than a step needs.
+pub(super) fn kept(room: Vec<f32>, d: usize) -> Vec<f32> {
+    if room.capacity() > KEPT_ROWS * d { Vec::new() } else { room }
+}
+
 impl Side {
     pub(super) fn new(dtype: SideDtype, head_dim: usize, memory: Memory) -> Self {
         let sums = if dtype.centre() { vec![0.0; head_dim] } else { Vec::new() };
@@ -153,7 +161,7 @@ impl Side {
             self.exact_row(kernels, self.ring_row(token), out);
         }
         self.encode(kernels, &room);
-        self.room = room;
+        self.room = kept(room, d);
     }
 
     /// Encodes `rows` of the tokens that follow the settled ones.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use longbit_kernels::Kernels;
 
 use super::super::PAGE_TOKENS;
-use super::Side;
+use super::{Side, kept};
 
 impl Side {
     /// The mean of a page of a centred side, bfloat16.
@@ -28,6 +28,7 @@ impl Side {
             self.less.extend(row.iter().zip(mean).map(|(&x, &m)| x - widen(m)));
         }
         codec.encode(kernels, &self.less, d, bytes, row);
+        self.less = kept(std::mem::take(&mut self.less), d);
     }
 
     /// Gives a page of a centred side its mean, unless it has it from before a rewind: that of the rows of the page before it,
@@ -94,7 +95,7 @@ impl Side {
             }
         }
         self.sums = sums;
-        self.room2 = room;
+        self.room2 = kept(room, d);
         self.summed = Some(tokens.end);
     }
 }
