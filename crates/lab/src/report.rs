@@ -4,7 +4,9 @@ use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
 use crate::analyse::{Results, sentence::sentence};
-use crate::emit::{Format, choice, csv, json, markdown, plot, table, terminal_table, write_all, write_file};
+use crate::emit::{
+    Format, choice, csv, formats, json, markdown, plot, table, terminal_table, write_all, write_file,
+};
 use crate::record::Record;
 use crate::{Exit, LabError, Result};
 
@@ -24,7 +26,8 @@ pub struct ReportOptions {
 }
 
 /// The parts that a page can take.
-pub const PARTS: [&str; 7] = ["table", "reads", "choice", "figures", "machine", "sentence", "reproduce"];
+pub const PARTS: [&str; 8] =
+    ["table", "formats", "reads", "choice", "figures", "machine", "sentence", "reproduce"];
 
 struct Loaded {
     results: Results,
@@ -144,6 +147,7 @@ fn part(name: &str, page: &Path, loaded: &[Loaded]) -> Result<String, String> {
         ));
     };
     Ok(match kind.trim() {
+        "formats" => formats::formats(&l.records).markdown(),
         "reads" => table::reads(&l.records).markdown(),
         "table" => {
             let gaps = table::gaps(&l.records).markdown();
@@ -302,7 +306,7 @@ mod tests {
             ReportOptions { results: vec![results], splice: Some(page.clone()), ..Default::default() };
         let mut out = Vec::new();
         assert_eq!(report(&options, &mut out).unwrap(), Exit::Incomplete);
-        assert!(String::from_utf8(out).unwrap().contains("7 parts"));
+        assert!(String::from_utf8(out).unwrap().contains("8 parts"));
         let text = std::fs::read_to_string(&page).unwrap();
         for words in [
             "](results/context-long/plots/speed.svg)",

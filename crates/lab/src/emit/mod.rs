@@ -8,6 +8,7 @@ use crate::{LabError, Result};
 
 pub mod choice;
 pub mod csv;
+pub mod formats;
 pub mod formats_doc;
 pub mod markdown;
 pub mod percentiles;
