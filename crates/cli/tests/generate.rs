@@ -279,7 +279,7 @@ fn perplexity_prints_a_line_for_each_format_and_method() {
         "tokenized once",
         "every --stride M",
         "beginning-of-text token",
-        "prefilled densely in the KV dtype",
+        "prefilled in the KV dtype, densely unless the method says otherwise",
         "decoded one by one with the method",
         "between N-M and N-1 tokens before it",
         "score the same tokens",

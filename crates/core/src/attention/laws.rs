@@ -304,13 +304,15 @@ fn the_ends_of_every_range_serve_or_are_refused() {
             };
             for end in ends {
                 let text = format!("{}:{}={end}", method.name, param.name);
-                let spec = super::method(&text).unwrap();
                 let lab = Lab::new(dtype);
                 let shape = MethodShape::of(&lab.cache);
-                if let Err(error) = spec.check(&shape) {
-                    assert!(matches!(error, Error::Parameter { .. }), "{text}: {error}");
-                    continue;
-                }
+                let spec = match super::method(&text).and_then(|spec| spec.check(&shape).map(|()| spec)) {
+                    Ok(spec) => spec,
+                    Err(error) => {
+                        assert!(matches!(error, Error::Parameter { .. }), "{text}: {error}");
+                        continue;
+                    }
+                };
                 for context in [0, 1, 100, 1 << 20] {
                     assert!(spec.predict(context, &shape).rows <= context, "{text} at {context}");
                 }

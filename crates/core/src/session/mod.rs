@@ -9,6 +9,8 @@ mod capture;
 mod evict_tests;
 mod fork;
 mod forward;
+#[cfg(test)]
+mod method_tests;
 mod prefix;
 mod profile;
 mod prompt;

@@ -26,7 +26,7 @@ fn observed(session: &Session) -> u64 {
 }
 
 /// A session with `tokens` tokens in the cache, and the method at work on them.
-fn session(model: &Arc<Model>, threads: usize, dtype: &str, tokens: usize) -> Session {
+pub(super) fn session(model: &Arc<Model>, threads: usize, dtype: &str, tokens: usize) -> Session {
     let team = Arc::new(Team::oversubscribed(threads).unwrap());
     let options =
         SessionOptions { capacity: 1024, kv: kv_dtype(dtype).unwrap(), ..SessionOptions::default() };
