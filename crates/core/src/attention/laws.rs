@@ -10,7 +10,7 @@ use super::partial::stride;
 use super::testing::{dense, distance, generator, outputs};
 use super::{GroupQuery, HeadMethod, METHODS, MethodShape, Place, Selection, method};
 use crate::error::Error;
-use crate::kv::{CacheShape, KvCache, kv_dtype};
+use crate::kv::{CacheShape, KV_FORMATS, KvCache, kv_dtype};
 use crate::model::RopeTable;
 
 /// Of each method a specification that chooses among 700 tokens, and one that reads all of them; none where it never
@@ -177,14 +177,16 @@ fn every_method_has_a_case() {
     }
 }
 
+/// In every number format that a method can serve, and in two together.
 #[test]
 fn reading_everything_is_dense() {
-    for dtype in DTYPES {
+    for dtype in KV_FORMATS.iter().map(|format| format.name).chain(["int4+plain", "k=q8_0,v=lm4"]) {
         for (_, all) in cases(dtype) {
             let Some(all) = all else { continue };
             let lab = Lab::new(dtype);
             let mut state = lab.state(all);
-            for len in [1, 2, 300, 700] {
+            let lengths = if DTYPES.contains(&dtype) { &[1, 2, 300, 700][..] } else { &[300, 700] };
+            for &len in lengths {
                 lab.grow(&mut *state, len);
                 let (step, selection) = (len as u32, lab.select(&mut *state, len as u32));
                 let apart = distance(&lab.outputs(&selection, step), &lab.dense(step));
