@@ -25,10 +25,13 @@ fn last_tokens(context: usize) -> std::ops::Range<usize> {
     start.max(context.saturating_sub(PROMPT_QUERIES))..context
 }
 
-/// As many layers as [`PAIRS`] allow, one at the least: the middles of as many equal parts of the stack.
+/// As many layers as [`PAIRS`] allow, one at the least: one of each of as many equal parts of the stack, and not always at the
+/// same place of it, for patterns may spare every second layer or every fourth.
 fn some_layers(layers: usize, pairs_of_a_layer: usize) -> Vec<usize> {
     let count = (PAIRS / pairs_of_a_layer.max(1)).clamp(1, layers.max(1));
-    (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
+    let part = |i: usize| i * layers / count;
+    // Multiples of the golden ratio fall everywhere alike.
+    (0..count).map(|i| part(i) + (i + 1) * 618 % 1000 * (part(i + 1) - part(i)) / 1000).collect()
 }
 
 /// The comparison; none for a method whose prompts are dense, and for one that has evicted rows. The session must stand at the
@@ -95,8 +98,9 @@ mod tests {
             [0..64, 0..128, 0..200, 8064..8192, 8064..8200]
         );
         assert_eq!(some_layers(30, 1000), (0..30).collect::<Vec<_>>());
-        assert_eq!(some_layers(30, 200_000_000), [7, 22]);
-        assert_eq!(some_layers(30, usize::MAX), [15]);
+        assert_eq!(some_layers(30, 200_000_000), [9, 18]);
+        assert_eq!(some_layers(30, 100_000_000), [3, 7, 17, 20, 24]);
+        assert_eq!(some_layers(30, usize::MAX), [18]);
         assert_eq!(some_layers(4, 0), [0, 1, 2, 3]);
     }
 }
