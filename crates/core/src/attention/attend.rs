@@ -165,26 +165,16 @@ pub(crate) fn score_chunk(
             partial[0] = partial[0].max(kernels.max(logits));
         }
     }
-    // Exponentials read nothing, so memory would wait for them.
-    let mut later = upcoming.first().and_then(|part| part.get(REQUESTED..)).unwrap_or_default();
     let mut rest = weights;
     for read in reads(kv, pieces) {
         let (logits, others) = rest.split_at_mut(group * read.len());
         rest = others;
         let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact_mut(read.len()));
         for (partial, logits) in heads {
-            let (some, others) = later.split_at(later.len().min(MEANWHILE * logits.len()));
-            kernels.request(some);
-            later = others;
             partial[1] += kernels.exp_sum(logits, partial[0]);
         }
     }
 }
-
-/// Bytes of what is read next that scoring has requested by its end.
-const REQUESTED: usize = 8192;
-/// Bytes that arrive in the time of an exponential.
-const MEANWHILE: usize = 12;
 
 /// The pieces of memory of a run, the largest first; there are no more than these.
 pub(crate) fn parts_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> [&'a [u8]; 4] {
