@@ -136,7 +136,7 @@ impl Read<'_> {
 }
 
 /// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
-/// `partials`. `weights` becomes `[read][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of memory that are read
+/// `partials`, not the accumulators. `weights` becomes `[read][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of memory that are read
 /// next; `scratch` has been prepared for `queries`.
 ///
 /// # Panics
@@ -152,7 +152,10 @@ pub(crate) fn score_chunk(
 ) {
     let (d, kernels) = (kv.head_dim(), kv.kernels());
     let group = queries.len() / d;
-    super::partial::clear(partials, d);
+    // The accumulators are left to `gather_chunk`.
+    for partial in partials.chunks_exact_mut(stride(d)) {
+        (partial[0], partial[1]) = (f32::NEG_INFINITY, 0.0);
+    }
     let mut ahead = reads(kv, pieces).skip(1);
     let mut rest = &mut *weights;
     for read in reads(kv, pieces) {

@@ -32,6 +32,8 @@ pub fn merge(kernels: &Kernels, into: &mut [f32], others: &[f32], head_dim: usiz
         factors.clear();
         let mut max = a[0];
         for b in parts() {
+            // Other threads left them in other caches; the accumulators are read when all exponentials are known.
+            kernels.request(bytemuck::cast_slice(b));
             let next = max.max(b[0]);
             factors.extend([max - next, b[0] - next]);
             max = next;

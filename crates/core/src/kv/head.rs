@@ -268,6 +268,13 @@ impl KvHead {
         })
     }
 
+    /// Requests what leads to the rows of `tokens` from memory: a long context has more pages than the caches keep track of.
+    pub(crate) fn request(&self, tokens: &Range<usize>) {
+        for side in [&self.keys, &self.values] {
+            side.request(self.kernels, tokens);
+        }
+    }
+
     /// The stored bytes of the keys of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn key_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
         self.keys.parts(run)

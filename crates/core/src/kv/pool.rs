@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use longbit_kernels::Kernels;
 use longbit_sys::{Arena, Segment};
 
 use super::PAGE_TOKENS;
@@ -200,6 +201,13 @@ impl Memory {
 
     pub(super) fn page(&self, page: usize) -> &[u8] {
         &self.pages[page].segment
+    }
+
+    /// Requests what leads to the bytes of `pages`, as many as there are.
+    pub(super) fn request(&self, kernels: &Kernels, pages: Range<usize>) {
+        for page in self.pages.iter().take(pages.end).skip(pages.start) {
+            kernels.request_value::<Page>(page);
+        }
     }
 
     /// A page that [`Memory::make_room`] has made writable.

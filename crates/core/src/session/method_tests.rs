@@ -54,3 +54,19 @@ fn threads_do_not_change_a_bit_of_any_method() {
         assert!(seen.keys().any(|(_, s)| *s == spec), "no format for {spec}");
     }
 }
+
+/// So many tasks that some go to whoever comes first.
+#[test]
+fn tasks_on_demand_change_no_bit() {
+    let team = Arc::new(Team::new(1, false).unwrap());
+    let model = Arc::new(Model::synthetic(preset("tiny").unwrap(), HeadFormat::Bf16, 3, &team).unwrap());
+    let dense = method("dense").unwrap();
+    let mut expected = None;
+    for threads in [1, 2] {
+        let mut session = session(&model, threads, "int8", 4200);
+        for _ in 0..3 {
+            let bits = logits(&mut session, &dense);
+            assert!(bits == *expected.get_or_insert_with(|| bits.clone()), "{threads} threads");
+        }
+    }
+}

@@ -158,6 +158,8 @@ struct Ticket(AtomicUsize);
 pub(super) enum Phase {
     /// Query, key and value projections of a layer.
     Qkv(usize),
+    /// Attention of a layer.
+    Attention(usize),
     /// Output projection of a layer.
     Output(usize),
     /// Gate and up projections of a layer.
@@ -171,16 +173,17 @@ pub(super) enum Phase {
 impl Phase {
     /// Phases of a pass through `layers`.
     fn count(layers: usize) -> usize {
-        1 + 4 * layers
+        1 + 5 * layers
     }
 
     fn place(self) -> usize {
         match self {
             Phase::Head => 0,
-            Phase::Qkv(l) => 1 + 4 * l,
-            Phase::Output(l) => 2 + 4 * l,
-            Phase::GateUp(l) => 3 + 4 * l,
-            Phase::Down(l) => 4 + 4 * l,
+            Phase::Qkv(l) => 1 + 5 * l,
+            Phase::Output(l) => 2 + 5 * l,
+            Phase::GateUp(l) => 3 + 5 * l,
+            Phase::Down(l) => 4 + 5 * l,
+            Phase::Attention(l) => 5 + 5 * l,
         }
     }
 }

@@ -28,8 +28,11 @@ fn observed(session: &Session) -> u64 {
 /// A session with `tokens` tokens in the cache, and the method at work on them.
 pub(super) fn session(model: &Arc<Model>, threads: usize, dtype: &str, tokens: usize) -> Session {
     let team = Arc::new(Team::oversubscribed(threads).unwrap());
-    let options =
-        SessionOptions { capacity: 1024, kv: kv_dtype(dtype).unwrap(), ..SessionOptions::default() };
+    let options = SessionOptions {
+        capacity: 1024.max(tokens + 64),
+        kv: kv_dtype(dtype).unwrap(),
+        ..SessionOptions::default()
+    };
     let mut session = Session::new(model.clone(), team, options).unwrap();
     let prompt: Vec<u32> = (0..tokens as u64).map(|i| (crate::rng::mix(5, i) % 100) as u32).collect();
     session.prefill(&prompt).unwrap();

@@ -15,6 +15,16 @@ impl Kernels {
             request(line.as_ptr());
         }
     }
+
+    /// Requests what `value` is stored in, as [`Kernels::request`] does.
+    pub fn request_value<T>(&self, value: &T) {
+        let start = std::ptr::from_ref(value).cast::<u8>();
+        for at in (0..size_of::<T>()).step_by(LINE) {
+            request(start.wrapping_add(at));
+        }
+        // The value may begin within a line.
+        request(start.wrapping_add(size_of::<T>().saturating_sub(1)));
+    }
 }
 
 /// Requests a line into the second-level cache.

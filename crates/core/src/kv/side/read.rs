@@ -31,6 +31,11 @@ impl Side {
         end
     }
 
+    /// Requests what leads to the rows of `tokens`.
+    pub(in crate::kv) fn request(&self, kernels: &Kernels, tokens: &Range<usize>) {
+        self.memory.request(kernels, tokens.start / PAGE_TOKENS..tokens.end.div_ceil(PAGE_TOKENS));
+    }
+
     fn place(&self, run: &Range<usize>) -> Place<'_> {
         debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
         let exact = |row: usize| Place {

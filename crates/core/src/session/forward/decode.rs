@@ -5,7 +5,7 @@ use std::ops::Range;
 use longbit_sys::Worker;
 
 use super::super::profile::Op;
-use super::super::scratch::Private;
+use super::super::scratch::{Phase, Private};
 use super::Pass;
 use crate::attention::{
     CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, reads, score_chunk,
@@ -14,6 +14,13 @@ use crate::attention::{
 /// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
 /// memory waits. It changes no bits.
 const TOGETHER: usize = 4;
+
+/// Tasks that go to whoever comes first: an eighth of those that several threads have to share, if that is one a thread, for
+/// the threads share the bandwidth of memory less evenly than the work. It changes no bits.
+fn on_demand(tasks: usize, worker: &Worker<'_>) -> usize {
+    let some = tasks / 8;
+    if worker.count() > 1 && some >= worker.count() { some } else { 0 }
+}
 
 /// The tasks of a thread: as many tokens for each as whole tasks allow.
 fn share_by_tokens(
@@ -45,6 +52,8 @@ struct Work<'a> {
     pieces: &'a [Range<usize>],
     /// Which tasks are the thread's.
     mine: Range<usize>,
+    /// Tasks that are nobody's until somebody takes them.
+    rest: Range<usize>,
     /// Slot of the first task in the buffer of partials.
     base: usize,
 }
@@ -103,15 +112,22 @@ impl Pass<'_> {
         let alone = self.heads_are_single_tasks();
         let owned = worker.range(heads);
         self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
-        let mine = if alone { 0..tasks.len() } else { share_by_tokens(&tasks, &pieces, worker) };
+        // What another thread's head decides is known only after a barrier.
+        let floors = self.floors(if alone { owned.clone() } else { 0..heads });
+        let rest = if alone || floors.is_some() { 0 } else { on_demand(tasks.len(), worker) };
+        let rest = tasks.len() - rest..tasks.len();
+        let mine =
+            if alone { 0..tasks.len() } else { share_by_tokens(&tasks[..rest.start], &pieces, worker) };
         // The partials of a thread that is alone with its heads begin at the first of them, one each.
         let base = if alone { owned.start } else { 0 };
-        let work = Work { tasks: &tasks, pieces: &pieces, mine, base };
-        // What another thread's head decides is known only after a barrier.
-        let bytes = match self.floors(if alone { owned.clone() } else { 0..heads }) {
+        let work = Work { tasks: &tasks, pieces: &pieces, mine, rest, base };
+        let bytes = match floors {
             Some(below) => self.attend_above(worker, p, l, &work, &below),
             None => {
-                let bytes = self.attend(p, l, &work);
+                let mut bytes = self.attend(p, l, &work, work.mine.clone());
+                while let Some(task) = work.rest.clone().nth(self.take_one(&work, l)) {
+                    bytes += self.attend(p, l, &work, task..task + 1);
+                }
                 self.scratch.count(bytes as u64, 0, 0);
                 bytes
             }
@@ -147,11 +163,16 @@ impl Pass<'_> {
         p.clock.lap(Op::Merge, || 0);
     }
 
-    /// Partials of the thread's tasks: of [`TOGETHER`] tasks of a head first the keys, then the values. Returns the bytes
-    /// that were read.
-    fn attend(&self, p: &mut Private, l: usize, work: &Work<'_>) -> usize {
+    /// The place in [`Work::rest`] of a task that nobody has taken yet; behind its end when there is none.
+    fn take_one(&self, work: &Work<'_>, l: usize) -> usize {
+        if work.rest.is_empty() { 0 } else { self.scratch.ticket(Phase::Attention(l)) }
+    }
+
+    /// Partials of the tasks `mine`: of [`TOGETHER`] tasks of a head first the keys, then the values. Returns the bytes that
+    /// were read.
+    fn attend(&self, p: &mut Private, l: usize, work: &Work<'_>, mine: Range<usize>) -> usize {
         let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
-        let Work { tasks, pieces, mine, base } = work;
+        let Work { tasks, pieces, base, .. } = work;
         p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
         let (mut slot, mut bytes) = (mine.start, 0);
         while slot < mine.end {
@@ -166,6 +187,11 @@ impl Pass<'_> {
                 let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
                 task.and_then(|task| reads(&kv, &pieces[task.1.clone()]).next())
             };
+            // The pages of these tasks and of those that follow; the first time they are not there in time.
+            let together = tasks[slot..mine.end.min(last + TOGETHER)].iter().filter(|task| task.0 == kv_head);
+            for task in together.skip(if slot == mine.start { 0 } else { last - slot }) {
+                pieces[task.1.clone()].iter().for_each(|piece| kv.request(piece));
+            }
             kv.prepare(queries, &mut p.kv);
             for i in slot..last {
                 let next = if i + 1 < last { first(i + 1) } else { None };
