@@ -60,6 +60,11 @@ impl Barrier {
         }
     }
 
+    /// Threads that meet here.
+    pub(crate) fn count(&self) -> usize {
+        self.count as usize
+    }
+
     /// Waits until all threads have arrived. What they wrote before is visible to all of them after.
     ///
     /// # Panics

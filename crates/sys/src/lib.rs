@@ -17,6 +17,7 @@ mod arena;
 mod bandwidth;
 mod barrier;
 mod cgroup;
+mod crew;
 mod error;
 mod facts;
 mod limits;

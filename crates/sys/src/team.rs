@@ -1,10 +1,11 @@
 //! The thread team: the same function on every worker, static shares, one fork a token.
 //!
-//! rayon owns the threads; the caller takes part as worker 0. Inside [`Team::run`] the workers meet only at the
-//! [`Worker::barrier`], so a decode step of hundreds of phases enters the pool once.
+//! The team owns its threads (`crew`); the caller takes part as worker 0. Inside [`Team::run`] the workers meet only at the
+//! [`Worker::barrier`], so a decode step of hundreds of phases calls them together once.
 
 use crate::affinity::{self, CallerPin, Pinning};
 use crate::barrier::{Barrier, Poisoned};
+use crate::crew::Crew;
 use crate::error::SysError;
 use std::any::Any;
 use std::cell::Cell;
@@ -40,7 +41,7 @@ pub const MAX_THREADS: usize = 4096;
 pub struct Team {
     threads: usize,
     /// `threads - 1` threads; none for a team of one.
-    pool: Option<rayon::ThreadPool>,
+    crew: Option<Crew>,
     barrier: Barrier,
     /// One run at a time: the barrier belongs to it.
     turn: Mutex<()>,
@@ -98,36 +99,36 @@ impl Team {
         if threads == 0 {
             return Err(SysError::NoThreads);
         }
-        let pool = if threads == 1 { None } else { Some(Self::pool(threads)?) };
-        let (pinning, caller) = match pin.then(|| Self::pin(threads, pool.as_ref())) {
-            None => (Pinning::Off, None),
-            Some(Ok((cpus, caller))) => (Pinning::Cpus(cpus), Some(caller)),
-            Some(Err(note)) => (Pinning::Unavailable(note), None),
+        let cpus = match pin {
+            true => Self::cpus(threads).map(Some),
+            false => Ok(None),
         };
+        let places = cpus.clone().unwrap_or_default();
+        let prepare = move |index: usize| match &places {
+            Some(cpus) => affinity::pin_thread(cpus[index]),
+            None => Ok(()),
+        };
+        let (crew, prepared) = match threads {
+            1 => (None, Ok(())),
+            _ => Crew::new(threads, spins, prepare).map(|(crew, prepared)| (Some(crew), prepared))?,
+        };
+        let pinned = prepared.and(cpus).and_then(|cpus| match cpus {
+            Some(cpus) => CallerPin::new(cpus[0]).map(|caller| (Pinning::Cpus(cpus), Some(caller))),
+            None => Ok((Pinning::Off, None)),
+        });
+        let (pinning, caller) = pinned.unwrap_or_else(|note| (Pinning::Unavailable(note), None));
         let barrier = Barrier::new(threads, spins);
-        Ok(Self { threads, pool, barrier, turn: Mutex::new(()), pinning, _caller: caller })
+        Ok(Self { threads, crew, barrier, turn: Mutex::new(()), pinning, _caller: caller })
     }
 
-    fn pool(threads: usize) -> Result<rayon::ThreadPool, SysError> {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads - 1)
-            .thread_name(|index| format!("longbit-{}", index + 1))
-            .build()
-            .map_err(|e| SysError::Pool { threads, reason: e.to_string() })
-    }
-
-    fn pin(threads: usize, pool: Option<&rayon::ThreadPool>) -> Result<(Vec<usize>, CallerPin), String> {
+    /// A CPU for each worker.
+    fn cpus(threads: usize) -> Result<Vec<usize>, String> {
         let mut cpus = affinity::allowed()?;
         if cpus.len() < threads {
             return Err(format!("{threads} threads cannot have one of {} CPUs each", cpus.len()));
         }
         cpus.truncate(threads);
-        if let Some(pool) = pool {
-            let pinned = pool.broadcast(|context| affinity::pin_thread(cpus[context.index() + 1]));
-            pinned.into_iter().collect::<Result<(), String>>()?;
-        }
-        let caller = CallerPin::new(cpus[0])?;
-        Ok((cpus, caller))
+        Ok(cpus)
     }
 
     /// Number of workers.
@@ -152,7 +153,7 @@ impl Team {
         F: Fn(&Worker<'_>) + Sync,
     {
         assert!(!INSIDE.get(), "Team::run was called from inside Team::run");
-        let Some(pool) = &self.pool else {
+        let Some(crew) = &self.crew else {
             let _inside = Inside::enter();
             return f(&Worker { index: 0, count: 1, barrier: &self.barrier });
         };
@@ -173,10 +174,7 @@ impl Team {
                 }
             }
         };
-        pool.in_place_scope(|scope| {
-            scope.spawn_broadcast(|_, context| work(context.index() + 1));
-            work(0);
-        });
+        crew.run(&work);
         drop(turn);
         if let Some(payload) = first.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(payload);
