@@ -426,7 +426,7 @@ impl Session {
         let clock = self.profiled.is_some().then(std::time::Instant::now);
         // What a pass that panicked had counted does not belong to this one.
         scratch.take_traffic();
-        scratch.reset_tickets();
+        scratch.reset_queues();
         self.single = tokens.len() == 1;
         self.team.run(|worker| pass.run(worker));
         if let Some(error) = scratch.take_failure() {

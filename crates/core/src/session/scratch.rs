@@ -39,6 +39,15 @@ impl ActBuffer {
     }
 }
 
+/// The first `len` numbers of a buffer that grows and never shrinks: what it holds is anyone's guess, and nobody pays for
+/// clearing it once more.
+pub(super) fn room<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}
+
 /// What one thread keeps to itself.
 #[derive(Default)]
 pub(super) struct Private {
@@ -97,6 +106,7 @@ pub(super) struct Private {
 /// See the module.
 pub(super) struct Scratch {
     tokens: usize,
+    layers: usize,
     /// Query, key and value rows.
     pub(super) qkv: Stage,
     /// Output projection.
@@ -133,11 +143,13 @@ pub(super) struct Scratch {
     pub(super) normed: Shared<f32>,
     /// Logits `[stripe][tokens][rows of the stripe]`; of one token `[vocab]`.
     pub(super) logits: Shared<f32>,
-    /// Rows of each stripe of `logits`: the shares of the threads, then the rest; see [`Stage`].
+    /// Rows of each stripe of `logits`; see [`Stage`].
     pub(super) vocab: Vec<Range<usize>>,
     /// One a thread.
     pub(super) private: Vec<Mutex<Private>>,
-    /// One a phase of a pass.
+    /// What is taken of the small stripes of each thread, `[phase % QUEUES][thread]`.
+    queues: Vec<Queue>,
+    /// How many tasks of the attention of each layer were taken that are nobody's.
     tickets: Vec<Ticket>,
     /// What the last captured step did; nothing before the first.
     pub(super) capture: OnceLock<Capture>,
@@ -148,18 +160,40 @@ pub(super) struct Scratch {
     skipped: AtomicU64,
 }
 
-/// Hands out the numbers from 0, each once a pass; on lines of its own (two, for the adjacent-line prefetcher).
+/// Phases that have queues of their own. While one is under way the queues of the next are emptied, and those of the one
+/// before may still be looked at by threads that have not come to the barrier: three.
+const QUEUES: usize = 3;
+
+/// Numbers that are taken once each, from both ends; on lines of its own (two, for the adjacent-line prefetcher).
+#[derive(Default)]
+#[repr(align(128))]
+struct Queue(AtomicU64);
+
+impl Queue {
+    /// How many were taken from the end, in the upper half; from the front, in the lower.
+    const BACK: u64 = 1 << 32;
+
+    /// Takes one of `0..count`: the first that is left, or the last.
+    fn take(&self, count: usize, last: bool) -> Option<usize> {
+        let step = if last { Self::BACK } else { 1 };
+        let left = |taken: u64| ((taken % Self::BACK + taken / Self::BACK) as usize) < count;
+        let taken =
+            self.0.fetch_update(Relaxed, Relaxed, |taken| left(taken).then_some(taken + step)).ok()?;
+        Some(if last { count - 1 - (taken / Self::BACK) as usize } else { (taken % Self::BACK) as usize })
+    }
+}
+
+/// Hands out the numbers from 0, each once a pass; on lines of its own, as a [`Queue`].
 #[derive(Default)]
 #[repr(align(128))]
 struct Ticket(AtomicUsize);
 
-/// A phase of a pass whose rest of work goes to whoever comes first.
+/// A phase of a pass in which threads take work from one another. Every pass goes through all of them, in the order of
+/// [`Phase::place`], with a barrier between two.
 #[derive(Clone, Copy)]
 pub(super) enum Phase {
     /// Query, key and value projections of a layer.
     Qkv(usize),
-    /// Attention of a layer.
-    Attention(usize),
     /// Output projection of a layer.
     Output(usize),
     /// Gate and up projections of a layer.
@@ -171,28 +205,23 @@ pub(super) enum Phase {
 }
 
 impl Phase {
-    /// Phases of a pass through `layers`.
-    fn count(layers: usize) -> usize {
-        1 + 5 * layers
-    }
-
-    fn place(self) -> usize {
+    /// Place in a pass through `layers`.
+    fn place(self, layers: usize) -> usize {
         match self {
-            Phase::Head => 0,
-            Phase::Qkv(l) => 1 + 5 * l,
-            Phase::Output(l) => 2 + 5 * l,
-            Phase::GateUp(l) => 3 + 5 * l,
-            Phase::Down(l) => 4 + 5 * l,
-            Phase::Attention(l) => 5 + 5 * l,
+            Phase::Qkv(l) => 4 * l,
+            Phase::Output(l) => 4 * l + 1,
+            Phase::GateUp(l) => 4 * l + 2,
+            Phase::Down(l) => 4 * l + 3,
+            Phase::Head => 4 * layers,
         }
     }
 }
 
 /// Rows of the vocabulary in stripes of whole tiles, for the head formats that have them.
 fn vocabulary_stripes(vocab: usize, threads: usize, tokens: usize) -> Vec<Range<usize>> {
-    /// Tiles of the rest in percent of all.
+    /// Tiles in small stripes, in percent of all.
     const REST: usize = 12;
-    /// Tiles of a stripe of the rest.
+    /// Tiles of a small stripe.
     const BLOCK: usize = 32;
     let tiles = vocab.div_ceil(TILE_ROWS);
     let stripes = if tokens == 1 { stripes(tiles, threads, REST, BLOCK) } else { shares(tiles, threads) };
@@ -245,7 +274,9 @@ impl Scratch {
             logits: Shared::striped(bounds[bounds.len() - 1], &bounds, 0.0).named("logits"),
             vocab,
             private: (0..threads).map(|_| Mutex::default()).collect(),
-            tickets: (0..Phase::count(config.layers)).map(|_| Ticket::default()).collect(),
+            layers: config.layers,
+            queues: (0..QUEUES * threads).map(|_| Queue::default()).collect(),
+            tickets: (0..config.layers).map(|_| Ticket::default()).collect(),
             capture: OnceLock::new(),
             failure: Mutex::default(),
             kv_bytes: AtomicU64::new(0),
@@ -291,25 +322,42 @@ impl Scratch {
     }
 
     /// A pass begins.
-    pub(super) fn reset_tickets(&self) {
+    pub(super) fn reset_queues(&self) {
+        self.queues.iter().for_each(|queue| queue.0.store(0, Relaxed));
         self.tickets.iter().for_each(|ticket| ticket.0.store(0, Relaxed));
     }
 
-    /// The next number of a phase that no thread has had yet. What is done with it is ordered by barriers alone.
-    pub(super) fn ticket(&self, phase: Phase) -> usize {
-        self.tickets[phase.place()].0.fetch_add(1, Relaxed)
+    /// The next number of the attention of layer `l` that no thread has had yet. What is done with it is ordered by barriers
+    /// alone.
+    pub(super) fn ticket(&self, l: usize) -> usize {
+        self.tickets[l].0.fetch_add(1, Relaxed)
     }
 
-    /// The stripes out of `count` that the worker takes: its own, and of the rest what no other has taken yet.
+    /// The stripes out of `count` that the worker takes: its own in their order, then of others what they have not come to
+    /// yet, from their ends. What is done with a stripe is ordered by barriers alone.
     pub(super) fn stripes<'a>(
         &'a self,
         phase: Phase,
         worker: &Worker<'_>,
         count: usize,
     ) -> impl Iterator<Item = usize> + 'a {
-        let threads = worker.count();
-        let rest = move || (count > threads).then(|| threads + self.ticket(phase)).filter(|&i| i < count);
-        std::iter::once(worker.index()).chain(std::iter::from_fn(rest))
+        let (threads, me) = (worker.count(), worker.index());
+        let each = count / threads;
+        let place = phase.place(self.layers);
+        let queue = move |place: usize, w: usize| &self.queues[place % QUEUES * threads + w];
+        queue(place + 1, me).0.store(0, Relaxed);
+        let mut victim = 0;
+        let small = move || {
+            while victim < threads && each > 1 {
+                let w = (me + victim) % threads;
+                if let Some(i) = queue(place, w).take(each - 1, victim > 0) {
+                    return Some(w * each + 1 + i);
+                }
+                victim += 1;
+            }
+            None
+        };
+        std::iter::once(me * each).chain(std::iter::from_fn(small))
     }
 
     /// What the step read; starts counting anew.
@@ -325,5 +373,54 @@ impl Scratch {
     /// The laps of each thread, `[thread][operation]`; starts anew.
     pub(super) fn take_laps(&self) -> Vec<Vec<OpTotal>> {
         self.private.iter().map(|p| p.lock().unwrap_or_else(|e| e.into_inner()).clock.take()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_gives_each_number_once_from_both_ends() {
+        let queue = Queue::default();
+        let taken: Vec<_> = [false, true, true, false, false].map(|last| queue.take(4, last)).into();
+        assert_eq!(taken, [Some(0), Some(3), Some(2), Some(1), None]);
+        assert_eq!((queue.take(4, true), Queue::default().take(0, true)), (None, None));
+    }
+
+    #[test]
+    fn the_threads_take_every_stripe_of_every_phase_once() {
+        let config = crate::model::preset("tiny").unwrap();
+        for threads in [1, 2, 3] {
+            let scratch = Scratch::new(&config, threads, 1, 64);
+            let team = longbit_sys::Team::oversubscribed(threads).unwrap();
+            for each in [1, 2, 9] {
+                let phases: Vec<Phase> = (0..config.layers)
+                    .flat_map(|l| [Phase::Qkv(l), Phase::Output(l), Phase::GateUp(l), Phase::Down(l)])
+                    .chain([Phase::Head])
+                    .collect();
+                let taken: Vec<_> = phases.iter().map(|_| Mutex::new(Vec::new())).collect();
+                scratch.reset_queues();
+                team.run(|worker| {
+                    for (i, &phase) in phases.iter().enumerate() {
+                        let stripes = scratch.stripes(phase, worker, threads * each);
+                        for (nth, stripe) in stripes.enumerate() {
+                            assert!(nth > 0 || stripe == worker.index() * each);
+                            // The first thread is slow: the others take from it.
+                            if worker.index() == 0 {
+                                std::thread::yield_now();
+                            }
+                            taken[i].lock().unwrap().push(stripe);
+                        }
+                        worker.barrier();
+                    }
+                });
+                for taken in taken {
+                    let mut taken = taken.into_inner().unwrap();
+                    taken.sort_unstable();
+                    assert_eq!(taken, (0..threads * each).collect::<Vec<_>>());
+                }
+            }
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! The output of one or more ternary projections that share an input, split over the threads by rows.
 //!
-//! Rows of all parts are numbered one after another and cut into *stripes* of consecutive row tiles; a stripe of the shared
-//! buffer holds, for each part that it touches, `[tokens][rows]`. Stripe `w` is the share of thread `w`. In a decode step
-//! the shares leave a rest, cut into small stripes that go to whoever comes first, so that threads which are not equally
-//! fast (another guest on the same core, an interrupt) end together. Who computes a row changes none of its bits.
+//! Rows of all parts are numbered one after another and cut into *stripes* of consecutive row tiles, as many for each
+//! thread; a stripe of the shared buffer holds, for each part that it touches, `[tokens][rows]`. In a decode step the share
+//! of a thread is one large stripe and behind it some small ones. The thread goes through them in the order of memory; one
+//! that is done takes small ones from the end of another's share, so that threads which are not equally fast (another guest
+//! on the same core, an interrupt) end together. Who computes a row changes none of its bits.
 
 use std::ops::Range;
 
@@ -20,10 +21,10 @@ pub(super) struct Acts<'a> {
     pub(super) quantized: &'a [Quantized],
 }
 
-/// Tiles of the rest in percent of all.
-const REST: usize = 25;
-/// Bytes of a stripe of the rest, about, at two bits a weight.
-const STRIPE_BYTES: usize = 48 << 10;
+/// Tiles in small stripes, in percent of all.
+const REST: usize = 20;
+/// Bytes of a small stripe, about, at two bits a weight.
+const STRIPE_BYTES: usize = 32 << 10;
 
 /// Rows of one part in one stripe.
 struct Piece {
@@ -41,15 +42,17 @@ pub(super) fn shares(tiles: usize, threads: usize) -> Vec<Range<usize>> {
     (0..threads).map(|w| share(tiles, w, threads)).collect()
 }
 
-/// One stripe of tiles a thread, then those of the rest: `rest` percent of all in stripes of `block` tiles, or of a
-/// sixteenth of all where that is less.
+/// The stripes of the threads, as many for each: one large one, then `rest` percent of its share in stripes of `block` tiles,
+/// or of a sixteenth of all where that is less.
 pub(super) fn stripes(tiles: usize, threads: usize, rest: usize, block: usize) -> Vec<Range<usize>> {
     let block = block.min(tiles / 16).max(1);
-    let blocks = if threads > 1 { tiles * rest / 100 / block } else { 0 };
-    let first = tiles - blocks * block;
-    let mut stripes = shares(first, threads);
-    stripes.extend((0..blocks).map(|i| first + i * block..first + (i + 1) * block));
-    stripes
+    let blocks = if threads > 1 { tiles / threads * rest / 100 / block } else { 0 };
+    let cut = |share: Range<usize>| {
+        let first = share.end - blocks * block;
+        let small = (0..blocks).map(move |i| first + i * block..first + (i + 1) * block);
+        std::iter::once(share.start..first).chain(small)
+    };
+    shares(tiles, threads).into_iter().flat_map(cut).collect()
 }
 
 /// See the module.
@@ -59,6 +62,8 @@ pub(super) struct Stage {
     starts: Vec<usize>,
     pieces: Vec<Vec<Piece>>,
     rows: usize,
+    /// Largest number of tokens.
+    tokens: usize,
 }
 
 impl Stage {
@@ -89,7 +94,7 @@ impl Stage {
         }
         let len = starts[starts.len() - 1];
         let shared = Shared::striped(len, &starts, 0.0).named(name);
-        Stage { shared, starts, pieces, rows: parts.iter().map(|p| p.rows).sum() }
+        Stage { shared, starts, pieces, rows: parts.iter().map(|p| p.rows).sum(), tokens }
     }
 
     /// Rows of all parts.
@@ -150,6 +155,9 @@ impl Stage {
     /// Copies rows `range` (numbered over all parts) of token `token` out of `tokens` to `out`.
     pub(super) fn gather(&self, token: usize, tokens: usize, range: Range<usize>, out: &mut [f32]) {
         let shared = self.shared.read();
+        if self.tokens == 1 {
+            return out.copy_from_slice(&shared[range]);
+        }
         for (w, pieces) in self.pieces.iter().enumerate() {
             for piece in pieces {
                 let start = range.start.max(piece.row);
@@ -163,6 +171,23 @@ impl Stage {
             }
         }
     }
+
+    /// Gives all rows of token `token` out of `tokens` to `then`; where they lie apart, they are brought together in `room`, as
+    /// long as they are.
+    pub(super) fn with_rows(
+        &self,
+        token: usize,
+        tokens: usize,
+        room: &mut [f32],
+        then: &mut dyn FnMut(&[f32]),
+    ) {
+        if self.tokens == 1 {
+            // The stripes of a single token follow one another as its rows do.
+            return then(&self.shared.read()[..self.rows]);
+        }
+        self.gather(token, tokens, 0..self.rows, room);
+        then(room);
+    }
 }
 
 #[cfg(test)]
@@ -174,8 +199,10 @@ mod tests {
         for (tiles, threads, rest, block, count) in [
             (1728, 2, 25, 19, 24),
             (100, 1, 25, 4, 1),
-            (40, 3, 25, 99, 8),
+            (40, 3, 25, 99, 6),
+            (41, 3, 50, 2, 12),
             (3, 2, 25, 8, 2),
+            (1, 3, 100, 8, 3),
             (0, 4, 12, 32, 4),
         ] {
             let stripes = stripes(tiles, threads, rest, block);

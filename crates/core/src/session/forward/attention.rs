@@ -1,7 +1,7 @@
 //! Rows of the new tokens of a pass go into the cache, and the method decides; what heads put out comes together. Prompts
 //! attend in [`super::prefill`], decode steps in [`super::decode`].
 
-use super::super::scratch::{BLOCK_TOKENS, Private};
+use super::super::scratch::{BLOCK_TOKENS, Private, room};
 use super::Pass;
 use crate::attention::{GroupQuery, Occasion, Prompt};
 
@@ -14,12 +14,11 @@ impl Pass<'_> {
         let kernels = self.kernels();
         let scale = 1.0 / (d as f32).sqrt();
         let width = group * d;
-        p.row.resize(n * d, 0.0);
-        p.row2.resize(n * d, 0.0);
+        let (row, row2) = (room(&mut p.row, n * d), room(&mut p.row2, n * d));
         let mut queries = self.scratch.queries.write(kv_head);
         for j in 0..n {
-            let keys = &mut p.row[j * d..(j + 1) * d];
-            let values = &mut p.row2[j * d..(j + 1) * d];
+            let keys = &mut row[j * d..(j + 1) * d];
+            let values = &mut row2[j * d..(j + 1) * d];
             let query = &mut queries[j * width..(j + 1) * width];
             if let Some(supplied) = self.supplied {
                 let at = (l * config.kv_heads + kv_head) * d;
@@ -90,16 +89,21 @@ impl Pass<'_> {
         }
     }
 
-    /// The attention output of one token, heads one after another.
-    pub(super) fn gather_heads(&self, token: usize, row: &mut [f32]) {
+    /// Gives the attention output of one token, heads one after another, to `then`; where they lie apart, they are brought
+    /// together in `room`, as long as they are.
+    pub(super) fn with_heads(&self, token: usize, room: &mut [f32], then: &mut dyn FnMut(&[f32])) {
         let (s, config) = (self.scratch, &self.model.config);
         let width = config.group() * config.head_dim;
         let block_len = BLOCK_TOKENS.min(s.tokens()) * width;
         let attn = s.attn.read();
-        for (kv_head, out) in row.chunks_exact_mut(width).enumerate() {
+        if s.tokens() == 1 {
+            return then(&attn);
+        }
+        for (kv_head, out) in room.chunks_exact_mut(width).enumerate() {
             let block = kv_head * s.blocks + token / BLOCK_TOKENS;
             let at = block * block_len + token % BLOCK_TOKENS * width;
             out.copy_from_slice(&attn[at..at + width]);
         }
+        then(room);
     }
 }

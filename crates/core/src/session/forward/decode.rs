@@ -5,7 +5,7 @@ use std::ops::Range;
 use longbit_sys::Worker;
 
 use super::super::profile::Op;
-use super::super::scratch::{Phase, Private};
+use super::super::scratch::Private;
 use super::Pass;
 use crate::attention::{
     CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, reads, score_chunk,
@@ -165,7 +165,7 @@ impl Pass<'_> {
 
     /// The place in [`Work::rest`] of a task that nobody has taken yet; behind its end when there is none.
     fn take_one(&self, work: &Work<'_>, l: usize) -> usize {
-        if work.rest.is_empty() { 0 } else { self.scratch.ticket(Phase::Attention(l)) }
+        if work.rest.is_empty() { 0 } else { self.scratch.ticket(l) }
     }
 
     /// Partials of the tasks `mine`: of [`TOGETHER`] tasks of a head first the keys, then the values. Returns the bytes that

@@ -4,14 +4,14 @@ use longbit_kernels::Quantized;
 use longbit_sys::Worker;
 
 use super::super::profile::Op;
-use super::super::scratch::{Phase, Private};
+use super::super::scratch::{Phase, Private, room};
 use super::super::stage::stripes;
 use super::Pass;
 use crate::model::{Activation, Layer, SparseFfn};
 
-/// Columns of the rest in percent of those that are added; see [`super::super::stage`].
+/// Columns in small stripes, in percent of those that are added; see [`super::super::stage`].
 const COLUMN_REST: usize = 25;
-/// Columns of a stripe of the rest: enough that the start of a product does not count.
+/// Columns of a small stripe: enough that the start of a product does not count.
 const COLUMN_BLOCK: usize = 96;
 
 impl Pass<'_> {
@@ -27,27 +27,31 @@ impl Pass<'_> {
         let (s, kernels, tokens) = (self.scratch, self.kernels(), self.tokens.len());
         let (mut gate, mut up) = (std::mem::take(&mut p.gate), std::mem::take(&mut p.up));
         self.with_residual_acts(worker, p, &layer.post_norm, |acts, clock| {
-            for stripe in s.stripes(Phase::GateUp(l), worker, s.ffn.stripes()) {
+            for (nth, stripe) in s.stripes(Phase::GateUp(l), worker, s.ffn.stripes()).enumerate() {
                 let numbers = s.ffn.stripe_rows(stripe) * tokens;
-                gate.resize(numbers, 0.0);
-                up.resize(numbers, 0.0);
-                s.ffn.project(kernels, stripe, &[&layer.gate], acts, &mut gate);
-                s.ffn.project(kernels, stripe, &[&layer.up], acts, &mut up);
+                let (gate, up) = (room(&mut gate, numbers), room(&mut up, numbers));
+                s.ffn.project(kernels, stripe, &[&layer.gate], acts, gate);
+                s.ffn.project(kernels, stripe, &[&layer.up], acts, up);
                 clock.lap(Op::GateUp, || {
                     s.ffn.bytes(stripe, &[&layer.gate]) + s.ffn.bytes(stripe, &[&layer.up])
                 });
                 s.ffn.write(stripe, tokens, |out| match self.model.config.activation {
-                    Activation::Relu2 => kernels.relu2_mul(&gate, &up, out),
-                    Activation::Silu => kernels.silu_mul(&gate, &up, out),
+                    Activation::Relu2 => kernels.relu2_mul(gate, up, out),
+                    Activation::Silu => kernels.silu_mul(gate, up, out),
                 });
                 clock.lap(Op::Activation, || 0);
+                if nth == 0 {
+                    self.request_after(worker, Phase::GateUp(l));
+                }
             }
         });
         (p.gate, p.up) = (gate, up);
         self.barrier(worker, p);
         let norm = layer.ffn_sub_norm.as_deref();
-        let gather = |token: usize, row: &mut [f32]| s.ffn.gather(token, tokens, 0..s.ffn.rows(), row);
-        self.with_acts(worker, p, norm, &s.ffn_acts, layer.down.shape.cols, gather, |acts, clock| {
+        let rows = |token: usize, room: &mut [f32], then: &mut dyn FnMut(&[f32])| {
+            s.ffn.with_rows(token, tokens, room, then);
+        };
+        self.with_acts(worker, p, norm, &s.ffn_acts, layer.down.shape.cols, rows, |acts, clock| {
             let read = self.stripes(worker, Phase::Down(l), &s.down, &[&layer.down], acts);
             clock.lap(Op::Down, || read);
         });
@@ -65,49 +69,54 @@ impl Pass<'_> {
         sparse: &SparseFfn,
     ) {
         let (s, w, kernels) = (self.scratch, worker.index(), self.kernels());
-        let (mut gate, mut up) = (std::mem::take(&mut p.gate), std::mem::take(&mut p.up));
+        let (mut gates, mut ups) = (std::mem::take(&mut p.gate), std::mem::take(&mut p.up));
         let mut listed = std::mem::take(&mut p.listed);
-        up.resize(sparse.rows.rows, 0.0);
+        let up = room(&mut ups, sparse.rows.rows);
         self.with_residual_acts(worker, p, &layer.post_norm, |acts, clock| {
             let Quantized { scale, sum } = acts.quantized[0];
             let codes = &acts.codes[..sparse.rows.padded_cols()];
             let (gate_scale, up_scale) = (layer.gate.scale / scale, layer.up.scale / scale);
-            for stripe in s.stripes(Phase::GateUp(l), worker, s.ffn.stripes()) {
+            for (nth, stripe) in s.stripes(Phase::GateUp(l), worker, s.ffn.stripes()).enumerate() {
                 let mine = s.ffn.rows_of(stripe);
-                gate.resize(mine.len(), 0.0);
+                let gate = room(&mut gates, mine.len());
                 let mut read = match &sparse.gate {
                     None => {
-                        s.ffn.project(kernels, stripe, &[&layer.gate], acts, &mut gate);
+                        s.ffn.project(kernels, stripe, &[&layer.gate], acts, gate);
                         s.ffn.bytes(stripe, &[&layer.gate])
                     }
                     Some((data, live)) => {
                         let of = |row: usize| live.partition_point(|&channel| (channel as usize) < row);
                         let live = &live[of(mine.start)..of(mine.end)];
                         up[mine.clone()].fill(0.0);
-                        kernels.ternary_rows(sparse.rows, data, live, codes, sum, gate_scale, &mut up);
+                        kernels.ternary_rows(sparse.rows, data, live, codes, sum, gate_scale, up);
                         gate.copy_from_slice(&up[mine.clone()]);
                         live.len() * sparse.rows.row_bytes()
                     }
                 };
                 // A gate that is no number counts as one that is open: it must reach the result.
-                list_where(&gate, |gate: f32| gate > 0.0 || gate.is_nan(), &mut listed);
+                list_where(gate, |gate: f32| gate > 0.0 || gate.is_nan(), &mut listed);
                 listed.iter_mut().for_each(|row| *row += mine.start as u32);
                 up[mine.clone()].fill(0.0);
-                kernels.ternary_rows(sparse.rows, &sparse.up, &listed, codes, sum, up_scale, &mut up);
+                kernels.ternary_rows(sparse.rows, &sparse.up, &listed, codes, sum, up_scale, up);
                 read += listed.len() * sparse.rows.row_bytes();
                 let whole = s.ffn.bytes(stripe, &[&layer.gate]) + s.ffn.bytes(stripe, &[&layer.up]);
                 s.count_skipped(whole, read.min(whole));
                 clock.lap(Op::GateUp, || read);
-                s.ffn.write(stripe, 1, |out| kernels.relu2_mul(&gate, &up[mine], out));
+                s.ffn.write(stripe, 1, |out| kernels.relu2_mul(gate, &up[mine], out));
                 clock.lap(Op::Activation, || 0);
+                if nth == 0 {
+                    self.request_after(worker, Phase::GateUp(l));
+                }
             }
         });
-        (p.gate, p.up) = (gate, up);
+        (p.gate, p.up) = (gates, ups);
         self.barrier(worker, p);
 
         let norm = layer.ffn_sub_norm.as_deref();
         let mut scale = 0.0;
-        let source = |token: usize, row: &mut [f32]| s.ffn.gather(token, 1, 0..s.ffn.rows(), row);
+        let source = |token: usize, room: &mut [f32], then: &mut dyn FnMut(&[f32])| {
+            s.ffn.with_rows(token, 1, room, then);
+        };
         let cols = sparse.columns.cols;
         self.with_acts(worker, p, norm, &s.ffn_acts, cols, source, |acts, clock| {
             let codes = &acts.codes[..cols];
@@ -117,10 +126,13 @@ impl Pass<'_> {
             let mut sums = s.down_sums.write(w);
             sums.fill(0);
             let mut read = 0;
-            for part in s.stripes(Phase::Down(l), worker, parts.len()) {
+            for (nth, part) in s.stripes(Phase::Down(l), worker, parts.len()).enumerate() {
                 let some = &listed[parts[part].clone()];
                 kernels.ternary_columns(sparse.columns, &sparse.down, some, codes, &mut sums);
                 read += some.len() * sparse.columns.column_bytes();
+                if nth == 0 {
+                    self.request_after(worker, Phase::Down(l));
+                }
             }
             scale = layer.down.scale / acts.quantized[0].scale;
             let whole = if w == 0 { layer.down.tile_bytes() * layer.down.shape.tiles() } else { 0 };
@@ -130,13 +142,13 @@ impl Pass<'_> {
         p.listed = listed;
         self.barrier(worker, p);
         let hidden = sparse.columns.rows;
-        p.row.resize(hidden, 0.0);
+        let row = room(&mut p.row, hidden);
         let sums = s.down_sums.read();
         let parts = sums.chunks_exact(sparse.columns.padded_rows());
-        for (r, out) in p.row[..hidden].iter_mut().enumerate() {
+        for (r, out) in row.iter_mut().enumerate() {
             *out = parts.clone().map(|part| part[r]).sum::<i32>() as f32 * scale;
         }
-        kernels.add_assign(&mut p.residual, &p.row[..hidden]);
+        kernels.add_assign(&mut p.residual, row);
         p.clock.lap(Op::Residual, || 0);
     }
 }

@@ -7,7 +7,7 @@ use longbit_sys::Worker;
 use longbit_kernels::TILE_ROWS;
 
 use super::super::profile::Op;
-use super::super::scratch::{Phase, Private};
+use super::super::scratch::{Phase, Private, room};
 use super::{Pass, Want};
 use crate::model::two_stage::{Certificate, keep};
 use crate::model::{Head, TwoStage};
@@ -30,8 +30,7 @@ impl Pass<'_> {
         let normalise =
             |row: &[f32], out: &mut [f32]| kernels.rmsnorm(row, &model.final_norm, model.config.rms_eps, out);
         if self.tokens.len() == 1 {
-            p.row.resize(hidden, 0.0);
-            normalise(&p.residual, &mut p.row[..hidden]);
+            normalise(&p.residual, room(&mut p.row, hidden));
             let row = std::mem::take(&mut p.row);
             self.head_rows(worker, p, &row[..hidden]);
             p.row = row;

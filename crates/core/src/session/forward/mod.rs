@@ -2,9 +2,10 @@
 //!
 //! Threads own tokens (norms, residual), rows (projections), KV heads (rotation, append, selection) and attention
 //! tasks, each by a fixed range, and meet at a barrier where one kind of ownership hands over to the next. With a single
-//! token every thread keeps the residual stream itself, for repeating a norm costs less than another barrier, and some rows
-//! of each projection belong to whoever comes first (`stage`).
+//! token every thread keeps the residual stream itself, for repeating a norm costs less than another barrier, and takes rows
+//! of a projection that others have not come to (`stage`).
 
+mod ahead;
 mod attention;
 mod decode;
 mod ffn;
@@ -18,7 +19,7 @@ use longbit_sys::{Shared, Worker};
 
 use super::Supplied;
 use super::profile::{Clock, Op};
-use super::scratch::{ActBuffer, Phase, Private, Scratch};
+use super::scratch::{ActBuffer, Phase, Private, Scratch, room};
 use super::stage::{Acts, Stage};
 use crate::attention::Attention;
 use crate::kv::KvCache;
@@ -127,8 +128,9 @@ impl Pass<'_> {
         }
         self.barrier(worker, p);
         let norm = layer.attn_sub_norm.as_deref();
-        let gather = |token: usize, row: &mut [f32]| self.gather_heads(token, row);
-        self.with_acts(worker, p, norm, &s.attn_acts, layer.o.shape.cols, gather, |acts, clock| {
+        let heads =
+            |token: usize, room: &mut [f32], then: &mut dyn FnMut(&[f32])| self.with_heads(token, room, then);
+        self.with_acts(worker, p, norm, &s.attn_acts, layer.o.shape.cols, heads, |acts, clock| {
             let read = self.stripes(worker, Phase::Output(l), &s.o, &[&layer.o], acts);
             clock.lap(Op::Output, || read);
         });
@@ -147,8 +149,8 @@ impl Pass<'_> {
         let residual = std::mem::take(&mut p.residual);
         let first = self.owned(worker).start;
         let hidden = norm.len();
-        let source = |token: usize, row: &mut [f32]| {
-            row.copy_from_slice(&residual[(token - first) * hidden..(token - first + 1) * hidden]);
+        let source = |token: usize, _: &mut [f32], then: &mut dyn FnMut(&[f32])| {
+            then(&residual[(token - first) * hidden..(token - first + 1) * hidden]);
         };
         self.with_acts(worker, p, Some(norm), &self.scratch.hidden_acts, hidden, source, then);
         p.residual = residual;
@@ -164,11 +166,14 @@ impl Pass<'_> {
         acts: &Acts<'_>,
     ) -> usize {
         let mut read = 0;
-        for stripe in self.scratch.stripes(phase, worker, stage.stripes()) {
+        for (nth, stripe) in self.scratch.stripes(phase, worker, stage.stripes()).enumerate() {
             stage.write(stripe, self.tokens.len(), |out| {
                 stage.project(self.kernels(), stripe, linears, acts, out);
             });
             read += stage.bytes(stripe, linears);
+            if nth == 0 {
+                self.request_after(worker, phase);
+            }
         }
         read
     }
@@ -179,7 +184,8 @@ impl Pass<'_> {
         p.clock.lap(Op::Wait, || 0);
     }
 
-    /// Normalises and quantises one row of `cols` numbers a token, taken from `source`, and gives all of them to `then`.
+    /// Normalises and quantises one row of `cols` numbers a token, which `source` gives to the function that it is called with
+    /// (it may bring them together in the room that it gets), and gives all of them to `then`.
     /// A single token is quantised by every thread for itself; several are shared out and met at a barrier.
     #[allow(clippy::too_many_arguments, reason = "the one place where norms meet quantisation")]
     fn with_acts(
@@ -189,29 +195,30 @@ impl Pass<'_> {
         norm: Option<&[f32]>,
         buffer: &ActBuffer,
         cols: usize,
-        source: impl Fn(usize, &mut [f32]),
+        source: impl Fn(usize, &mut [f32], &mut dyn FnMut(&[f32])),
         then: impl FnOnce(&Acts<'_>, &mut Clock),
     ) {
         let kernels = self.kernels();
         let eps = self.model.config.rms_eps;
-        p.row.resize(cols, 0.0);
-        p.row2.resize(cols, 0.0);
-        let (row, normed) = (&mut p.row, &mut p.row2);
+        let (gathered, normed) = (room(&mut p.row, cols), room(&mut p.row2, cols));
         let mut quantize = |token: usize, codes: &mut [i8]| -> Quantized {
-            source(token, row);
-            match norm {
-                Some(weight) => {
-                    kernels.rmsnorm(row, weight, eps, normed);
-                    kernels.quantize_activations(normed, codes)
-                }
-                None => kernels.quantize_activations(row, codes),
-            }
+            let mut quantized = Quantized { scale: 1.0, sum: 0 };
+            source(token, gathered, &mut |row| {
+                quantized = match norm {
+                    Some(weight) => {
+                        kernels.rmsnorm(row, weight, eps, normed);
+                        kernels.quantize_activations(normed, codes)
+                    }
+                    None => kernels.quantize_activations(row, codes),
+                };
+            });
+            quantized
         };
         if self.tokens.len() == 1 {
-            p.codes.resize(TernaryLinear::room(cols), 0);
-            let quantized = [quantize(0, &mut p.codes)];
+            let codes = room(&mut p.codes, TernaryLinear::room(cols));
+            let quantized = [quantize(0, codes)];
             p.clock.lap(Op::Norm, || 0);
-            then(&Acts { codes: &p.codes, quantized: &quantized }, &mut p.clock);
+            then(&Acts { codes, quantized: &quantized }, &mut p.clock);
         } else {
             for token in self.owned(worker) {
                 let quantized = quantize(token, &mut buffer.codes.write(token));
@@ -227,10 +234,11 @@ impl Pass<'_> {
 
     fn add_to_residual(&self, worker: &Worker<'_>, p: &mut Private, stage: &Stage) {
         let hidden = stage.rows();
-        p.row.resize(hidden, 0.0);
+        let gathered = room(&mut p.row, hidden);
         for (i, token) in self.owned(worker).enumerate() {
-            stage.gather(token, self.tokens.len(), 0..hidden, &mut p.row[..hidden]);
-            self.kernels().add_assign(&mut p.residual[i * hidden..(i + 1) * hidden], &p.row[..hidden]);
+            let residual = &mut p.residual[i * hidden..(i + 1) * hidden];
+            let mut add = |row: &[f32]| self.kernels().add_assign(residual, row);
+            stage.with_rows(token, self.tokens.len(), gathered, &mut add);
         }
         p.clock.lap(Op::Residual, || 0);
     }
