@@ -136,8 +136,8 @@ impl Read<'_> {
 }
 
 /// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
-/// `partials`, not the accumulators. `weights` becomes `[read][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of memory that are read
-/// next; `scratch` has been prepared for `queries`.
+/// `partials`, not the accumulators. `weights` becomes `[read][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of
+/// memory that are read next; `scratch` has been prepared for `queries`.
 ///
 /// # Panics
 /// When `weights` is shorter than the group times the tokens.
