@@ -1,6 +1,7 @@
 //! What a configuration will weigh and read, from shapes alone.
 
-use crate::attention::{CHUNK_TOKENS, EVICTION_SLACK, MethodShape, MethodSpec, partial};
+use crate::attention::tasks::most_tasks;
+use crate::attention::{EVICTION_SLACK, MethodShape, MethodSpec, partial};
 use crate::error::{Error, Result};
 use crate::kv::{CacheShape, KvDtype, PAGE_TOKENS};
 use crate::model::{Activation, Compaction, HeadFormat, ModelBytes, ModelConfig, Packing};
@@ -159,8 +160,8 @@ pub fn footprint(
     let capacity = context.saturating_add(headroom).div_ceil(PAGE_TOKENS).saturating_mul(PAGE_TOKENS);
     let shape = CacheShape::new(config, capacity);
     let rope = (capacity as u64).saturating_mul(config.head_dim as u64 * 4);
-    // Partials of decode tasks: two consecutive ones hold more than a chunk together.
-    let tasks = 2 * capacity.div_ceil(CHUNK_TOKENS) as u64 + 2;
+    // Partials of decode tasks.
+    let tasks = most_tasks(capacity) as u64;
     let partials = tasks.saturating_mul((config.heads * partial::stride(config.head_dim) * 4) as u64);
     // Logits and their copy, and rows private to each thread.
     let rows = (threads * (4 * config.intermediate + 8 * config.hidden) * 4) as u64 + 8 * config.vocab as u64;

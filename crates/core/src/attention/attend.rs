@@ -1,41 +1,21 @@
 //! The shared kernel: exact attention of a query group over a chunk of tokens, in any KV dtype.
 //!
-//! Spans are cut at multiples of [`CHUNK_TOKENS`]. A chunk is the unit of work, one softmax, and gives one partial;
-//! partials merge in token order. Neither depends on the number of threads or on how a prompt was cut, so neither do the bits.
+//! A chunk is what [`super::tasks`] cuts: the unit of work, one softmax, and gives one partial.
 
 use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
 use super::partial::stride;
-use crate::kv::{KvHead, KvScratch, PAGE_TOKENS};
-
-/// Tokens of a unit of work: large enough that its partial costs nothing beside its rows, small enough that five KV
-/// heads at 2k tokens keep many threads busy.
-pub(crate) const CHUNK_TOKENS: usize = 512;
-
-/// Cuts `spans` at multiples of [`CHUNK_TOKENS`].
-pub(crate) fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize>> + '_ {
-    spans.iter().flat_map(|span| {
-        let (mut start, end) = (span.start, span.end);
-        std::iter::from_fn(move || {
-            (start < end).then(|| {
-                let stop = end.min((start / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
-                let chunk = start..stop;
-                start = stop;
-                chunk
-            })
-        })
-    })
-}
+use crate::kv::{KvHead, KvRun, KvScratch, PAGE_TOKENS};
 
 /// Tokens that are read in one call.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub(crate) enum Read<'a> {
-    /// One of [`KvHead::runs`].
-    Run(Range<usize>),
+    /// Tokens one after another, and the first of them.
+    Run(KvRun<'a>, usize),
     /// Short pieces that lie apart, and how many tokens they are together.
-    Scattered(&'a [Range<usize>], usize),
+    Scattered(&'a KvHead, &'a [Range<usize>], usize),
 }
 
 /// Longest piece that is brought together with others rather than read where it lies: from here on the calls for it cost
@@ -50,7 +30,7 @@ pub(crate) fn reads<'a>(kv: &'a KvHead, pieces: &'a [Range<usize>]) -> impl Iter
         loop {
             if let Some(first) = kv.runs(run.clone()).next() {
                 run.start = first.end;
-                return Some(Read::Run(first));
+                return Some(Read::Run(kv.run(&first), first.start));
             }
             let mut tokens = 0;
             let together = rest.iter().take_while(|piece| {
@@ -69,82 +49,85 @@ pub(crate) fn reads<'a>(kv: &'a KvHead, pieces: &'a [Range<usize>]) -> impl Iter
             };
             rest = others;
             if !some.is_empty() {
-                return Some(Read::Scattered(some, some.iter().map(Range::len).sum()));
+                return Some(Read::Scattered(kv, some, some.iter().map(Range::len).sum()));
             }
         }
     })
 }
 
-impl Read<'_> {
+impl<'a> Read<'a> {
     /// Tokens.
     pub(crate) fn len(&self) -> usize {
         match self {
-            Read::Run(run) => run.len(),
-            Read::Scattered(_, tokens) => *tokens,
+            Read::Run(run, _) => run.len(),
+            Read::Scattered(_, _, tokens) => *tokens,
         }
     }
 
     /// Logits `[group][tokens]` of `queries`, for which `scratch` has been prepared.
-    pub(crate) fn score(
-        &self,
-        kv: &KvHead,
-        queries: &[f32],
-        upcoming: &[u8],
-        scratch: &mut KvScratch,
-        out: &mut [f32],
-    ) {
+    pub(crate) fn score(&self, queries: &[f32], upcoming: &[u8], scratch: &mut KvScratch, out: &mut [f32]) {
         match self {
-            Read::Run(run) => kv.scores(queries, run, upcoming, scratch, out),
-            Read::Scattered(pieces, _) => kv.scores_scattered(queries, pieces, scratch, out),
+            Read::Run(run, _) => run.scores(queries, upcoming, scratch, out),
+            Read::Scattered(kv, pieces, _) => kv.scores_scattered(queries, pieces, scratch, out),
         }
     }
 
-    /// Adds the values, weighted by `weights` `[group][tokens]`, to `sums`.
+    /// Adds the values, weighted by `weights` `[group][tokens]`, to `sums`; `masses` are the sums of the weights, if they are
+    /// known.
     pub(crate) fn accumulate(
         &self,
-        kv: &KvHead,
         weights: &[f32],
+        masses: Option<&[f32]>,
         upcoming: &[u8],
         scratch: &mut KvScratch,
         sums: &mut [f32],
     ) {
         match self {
-            Read::Run(run) => kv.accumulate(weights, run, upcoming, scratch, sums),
-            Read::Scattered(pieces, _) => kv.accumulate_scattered(weights, pieces, scratch, sums),
+            Read::Run(run, _) => run.accumulate(weights, masses, upcoming, scratch, sums),
+            Read::Scattered(kv, pieces, _) => kv.accumulate_scattered(weights, pieces, scratch, sums),
         }
     }
 
     /// Bytes of keys and of values.
-    pub(crate) fn bytes(&self, kv: &KvHead) -> [usize; 2] {
+    pub(crate) fn bytes(&self) -> [usize; 2] {
         match self {
-            Read::Run(run) => {
-                let keys = kv.key_parts(run).map(<[u8]>::len).sum();
-                [keys, kv.value_parts(run).map(<[u8]>::len).sum()]
+            Read::Run(run, _) => {
+                [run.key_parts().map(<[u8]>::len).sum(), run.value_parts().map(<[u8]>::len).sum()]
             }
-            Read::Scattered(pieces, _) => kv.scattered_bytes(pieces),
+            Read::Scattered(kv, pieces, _) => kv.scattered_bytes(pieces),
         }
     }
 
     /// The pieces of memory of a run; scattered rows are not requested ahead.
-    pub(crate) fn parts<'k>(&self, kv: &'k KvHead, values: bool) -> [&'k [u8]; 4] {
+    pub(crate) fn parts(&self, values: bool) -> [&'a [u8]; 4] {
         match self {
-            Read::Run(run) if values => parts_of(kv.value_parts(run)),
-            Read::Run(run) => parts_of(kv.key_parts(run)),
+            Read::Run(run, _) if values => parts_of(run.value_parts()),
+            Read::Run(run, _) => parts_of(run.key_parts()),
             Read::Scattered(..) => [&[]; 4],
         }
     }
 }
 
-/// Scores the tokens of `pieces`, at most a chunk together, and writes largest logit and sum of weights of each head to
-/// `partials`, not the accumulators. `weights` becomes `[read][group][tokens]` for [`gather_chunk`]. `upcoming` are pieces of
-/// memory that are read next; `scratch` has been prepared for `queries`.
+/// Numbers that [`score_chunk`] leaves for the reads of a chunk: weights, and their sums.
+pub(crate) fn weights_len(reads: &[Read<'_>], group: usize) -> usize {
+    reads.iter().map(|read| group * (read.len() + 1)).sum()
+}
+
+/// Bytes of what comes next that kernels have requested when they end.
+const REQUESTED: usize = 8192;
+/// Bytes to request before the exponentials of a page of a head.
+const WHILE_EXP: usize = 1024;
+
+/// Scores the tokens of `all`, the reads of a chunk, and writes largest logit and sum of weights of each head to `partials`,
+/// not the accumulators. For [`gather_chunk`] `weights` becomes `[read]`, each with the weights `[group][tokens]` and their
+/// sums `[group]`. `upcoming` are pieces of memory that are read next; `scratch` has been prepared for `queries`.
 ///
 /// # Panics
-/// When `weights` is shorter than the group times the tokens.
+/// When `weights` is shorter than [`weights_len`].
 pub(crate) fn score_chunk(
     queries: &[f32],
     kv: &KvHead,
-    pieces: &[Range<usize>],
+    all: &[Read<'_>],
     upcoming: &[&[u8]],
     scratch: &mut KvScratch,
     weights: &mut [f32],
@@ -156,25 +139,31 @@ pub(crate) fn score_chunk(
     for partial in partials.chunks_exact_mut(stride(d)) {
         (partial[0], partial[1]) = (f32::NEG_INFINITY, 0.0);
     }
-    let mut ahead = reads(kv, pieces).skip(1);
     let mut rest = &mut *weights;
-    for read in reads(kv, pieces) {
+    for (i, read) in all.iter().enumerate() {
         let (logits, others) = rest.split_at_mut(group * read.len());
-        rest = others;
-        let next = ahead.next().map(|next| next.parts(kv, false));
+        rest = &mut others[group..];
+        let next = all.get(i + 1).map(|next| next.parts(false));
         let upcoming = request(kernels, next.as_ref().map_or(upcoming, |next| next));
-        read.score(kv, queries, upcoming, scratch, logits);
+        read.score(queries, upcoming, scratch, logits);
         for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(read.len())) {
             partial[0] = partial[0].max(kernels.max(logits));
         }
     }
+    let mut ahead = upcoming.first().and_then(|first| first.get(REQUESTED..)).unwrap_or_default();
     let mut rest = weights;
-    for read in reads(kv, pieces) {
+    for read in all {
         let (logits, others) = rest.split_at_mut(group * read.len());
+        let (masses, others) = others.split_at_mut(group);
         rest = others;
         let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact_mut(read.len()));
-        for (partial, logits) in heads {
-            partial[1] += kernels.exp_sum(logits, partial[0]);
+        for ((partial, logits), mass) in heads.zip(masses) {
+            // Exponentials read nothing: memory goes on with what comes next.
+            let some = ahead.len().min(WHILE_EXP);
+            kernels.request(&ahead[..some]);
+            ahead = &ahead[some..];
+            *mass = kernels.exp_sum(logits, partial[0]);
+            partial[1] += *mass;
         }
     }
 }
@@ -196,11 +185,11 @@ pub(super) fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] 
     first
 }
 
-/// Adds the values of `pieces`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as
-/// needed and keeps nothing. `upcoming` are pieces of memory that are read next.
+/// Adds the values of `all`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as needed
+/// and keeps nothing. `upcoming` are pieces of memory that are read next.
 pub(crate) fn gather_chunk(
     kv: &KvHead,
-    pieces: &[Range<usize>],
+    all: &[Read<'_>],
     upcoming: &[&[u8]],
     weights: &[f32],
     scratch: &mut KvScratch,
@@ -211,14 +200,14 @@ pub(crate) fn gather_chunk(
     let group = partials.len() / stride(d);
     sums.clear();
     sums.resize(group * d, 0.0);
-    let mut ahead = reads(kv, pieces).skip(1);
     let mut rest = weights;
-    for read in reads(kv, pieces) {
+    for (i, read) in all.iter().enumerate() {
         let (weights, others) = rest.split_at(group * read.len());
+        let (masses, others) = others.split_at(group);
         rest = others;
-        let next = ahead.next().map(|next| next.parts(kv, true));
+        let next = all.get(i + 1).map(|next| next.parts(true));
         let upcoming = request(kv.kernels(), next.as_ref().map_or(upcoming, |next| next));
-        read.accumulate(kv, weights, upcoming, scratch, sums);
+        read.accumulate(weights, Some(masses), upcoming, scratch, sums);
     }
     for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {
         partial[2..].copy_from_slice(acc);
@@ -232,7 +221,7 @@ const NEAR: usize = 4;
 /// head, in terms of the weights that [`score_chunk`] left. Returns the bytes of values read.
 pub(crate) fn gather_above(
     kv: &KvHead,
-    pieces: &[Range<usize>],
+    all: &[Read<'_>],
     floors: &[f32],
     weights: &[f32],
     scratch: &mut KvScratch,
@@ -245,17 +234,17 @@ pub(crate) fn gather_above(
     sums.resize(group * d, 0.0);
     let (mut kept, mut tokens, mut some, mut bytes) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let mut rest = weights;
-    for read in reads(kv, pieces) {
+    for read in all {
         let (weights, others) = rest.split_at(group * read.len());
-        rest = others;
-        let Read::Run(run) = &read else {
-            read.accumulate(kv, weights, &[], scratch, sums);
-            bytes += read.bytes(kv)[1];
+        rest = &others[group..];
+        let Read::Run(run, first) = read else {
+            read.accumulate(weights, None, &[], scratch, sums);
+            bytes += read.bytes()[1];
             continue;
         };
         kernels.runs_above(weights, floors, NEAR, &mut kept);
         tokens.clear();
-        tokens.extend(kept.iter().map(|kept| run.start + kept.start..run.start + kept.end));
+        tokens.extend(kept.iter().map(|kept| first + kept.start..first + kept.end));
         let mut at = 0;
         for read in reads(kv, &tokens) {
             let (from, mut taken) = (at, 0);
@@ -267,8 +256,8 @@ pub(crate) fn gather_above(
             for weights in weights.chunks_exact(run.len()) {
                 kept[from..at].iter().for_each(|slots| some.extend_from_slice(&weights[slots.clone()]));
             }
-            read.accumulate(kv, &some, &[], scratch, sums);
-            bytes += read.bytes(kv)[1];
+            read.accumulate(&some, None, &[], scratch, sums);
+            bytes += read.bytes()[1];
         }
     }
     for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {
@@ -311,8 +300,8 @@ mod tests {
                 let tokens = &listed[seen..seen + n];
                 let mut scores = vec![0.0; 3 * n];
                 kv.take_observed();
-                read.score(&kv, &queries, &[], &mut scratch, &mut scores);
-                assert_eq!(kv.take_observed(), read.bytes(&kv)[0] as u64, "{}", format.name);
+                read.score(&queries, &[], &mut scratch, &mut scores);
+                assert_eq!(kv.take_observed(), read.bytes()[0] as u64, "{}", format.name);
                 for (i, &token) in tokens.iter().enumerate() {
                     let mut alone = [0.0; 3];
                     kv.scores(&queries, &(token..token + 1), &[], &mut scratch, &mut alone);
@@ -325,8 +314,8 @@ mod tests {
                 }
                 kv.take_observed();
                 let weights: Vec<f32> = (0..3 * n).map(|i| 1.0 / (1 + (seen + i) % 7) as f32).collect();
-                read.accumulate(&kv, &weights, &[], &mut scratch, &mut sums);
-                assert_eq!(kv.take_observed(), read.bytes(&kv)[1] as u64, "{}", format.name);
+                read.accumulate(&weights, None, &[], &mut scratch, &mut sums);
+                assert_eq!(kv.take_observed(), read.bytes()[1] as u64, "{}", format.name);
                 let mut row = vec![0.0; D];
                 for (i, &token) in tokens.iter().enumerate() {
                     kv.decode_values(token..token + 1, &mut row);
@@ -345,11 +334,5 @@ mod tests {
             let apart = sums.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
             assert!(apart < 1e-3 * norm, "{}: {}", format.name, apart / norm);
         }
-    }
-
-    #[test]
-    fn chunks_are_cut_at_fixed_places() {
-        let cut: Vec<_> = chunks(&[0..4, 300..1500]).collect();
-        assert_eq!(cut, [0..4, 300..512, 512..1024, 1024..1500]);
     }
 }

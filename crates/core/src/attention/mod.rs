@@ -55,15 +55,16 @@ mod snapkv;
 mod sparq;
 mod streaming;
 mod summary;
+pub(crate) mod tasks;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tova;
 mod twilight;
 mod value_sums;
 mod vattention;
 mod window;
 
-pub(crate) use attend::{CHUNK_TOKENS, chunks, gather_above, gather_chunk, reads, score_chunk};
+pub(crate) use attend::{Read, gather_above, gather_chunk, reads, score_chunk, weights_len};
 pub use choose::{Chooser, TokenSet, top_k, top_p};
 /// Rows of a head that are evicted before their memory goes.
 pub(crate) use evict::SLACK as EVICTION_SLACK;

@@ -29,15 +29,15 @@ impl Reader {
         kv.prepare(query.rows, &mut self.scratch);
         let (mut at, mut ahead) = (0, reads(kv, spans).skip(1));
         for read in reads(kv, spans) {
-            let next = ahead.next().map(|next| next.parts(kv, false));
+            let next = ahead.next().map(|next| next.parts(false));
             self.run.resize(group * read.len(), 0.0);
             let upcoming = next.map_or(&[][..], |next| request(kv.kernels(), &next));
-            read.score(kv, query.rows, upcoming, &mut self.scratch, &mut self.run);
+            read.score(query.rows, upcoming, &mut self.scratch, &mut self.run);
             for (all, some) in out.chunks_exact_mut(tokens).zip(self.run.chunks_exact(read.len())) {
                 all[at..at + read.len()].copy_from_slice(some);
             }
             at += read.len();
-            self.bytes += read.bytes(kv)[0] as u64;
+            self.bytes += read.bytes()[0] as u64;
         }
     }
 
@@ -104,15 +104,15 @@ impl Reader {
         let tokens: usize = spans.iter().map(Range::len).sum();
         let (mut at, mut ahead) = (0, reads(kv, spans).skip(1));
         for read in reads(kv, spans) {
-            let next = ahead.next().map(|next| next.parts(kv, true));
+            let next = ahead.next().map(|next| next.parts(true));
             self.run.clear();
             for weights in weights.chunks_exact(tokens) {
                 self.run.extend_from_slice(&weights[at..at + read.len()]);
             }
             let upcoming = next.map_or(&[][..], |next| request(kv.kernels(), &next));
-            read.accumulate(kv, &self.run, upcoming, &mut self.scratch, &mut self.sums);
+            read.accumulate(&self.run, None, upcoming, &mut self.scratch, &mut self.sums);
             at += read.len();
-            self.bytes += read.bytes(kv)[1] as u64;
+            self.bytes += read.bytes()[1] as u64;
         }
     }
 

@@ -20,7 +20,7 @@ pub(super) fn generator(seed: u32) -> impl FnMut() -> f32 {
 }
 
 /// The first `n` numbers of a [`generator`].
-pub(super) fn noise(n: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn noise(n: usize, seed: u32) -> Vec<f32> {
     let mut next = generator(seed);
     (0..n).map(|_| next()).collect()
 }

@@ -277,12 +277,12 @@ impl KvHead {
 
     /// The stored bytes of the keys of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn key_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        self.keys.parts(run)
+        self.keys.parts(&self.keys.place(run))
     }
 
     /// The stored bytes of the values of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn value_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        self.values.parts(run)
+        self.values.parts(&self.values.place(run))
     }
 
     /// Rows that a method attends itself, while they are watched.
@@ -364,9 +364,7 @@ impl KvHead {
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
-        #[cfg(test)]
-        self.observe(self.key_parts(run));
-        self.keys.scores(self.kernels, queries, run, upcoming, scratch, out);
+        self.run(run).scores(queries, upcoming, scratch, out);
     }
 
     /// Whether the keys have an upper part that can be read alone.
@@ -413,8 +411,6 @@ impl KvHead {
         scratch: &mut KvScratch,
         acc: &mut [f32],
     ) {
-        #[cfg(test)]
-        self.observe(self.value_parts(run));
-        self.values.accumulate(self.kernels, weights, run, upcoming, scratch, acc);
+        self.run(run).accumulate(weights, None, upcoming, scratch, acc);
     }
 }

@@ -29,6 +29,7 @@ mod planes8;
 mod pool;
 mod prefix;
 mod q_0;
+mod run;
 mod scattered;
 mod side;
 mod unit;
@@ -39,6 +40,7 @@ pub use dtype::{KvDtype, KvFormat, SideDtype, kv_dtype};
 pub use head::KvHead;
 pub use pool::{KvMemory, PagePool, PoolUsage};
 pub use prefix::{PrefixMemory, PrefixTree};
+pub use run::KvRun;
 
 use std::ops::Range;
 

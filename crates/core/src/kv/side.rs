@@ -13,6 +13,7 @@ mod exact;
 mod read;
 
 pub(super) use exact::{EXACT, exact_row_bytes};
+pub(super) use read::Place;
 
 use std::sync::Arc;
 

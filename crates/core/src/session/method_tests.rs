@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use longbit_sys::Team;
 
-use super::Session;
 use super::traffic_tests::session;
+use super::{Session, SessionOptions};
 use crate::attention::laws::CASES;
+use crate::attention::tasks::COARSE_FROM;
+use crate::attention::testing::noise;
 use crate::attention::{MethodShape, MethodSpec, method};
+use crate::kv::kv_dtype;
 use crate::model::{HeadFormat, Model, preset};
 
 /// Logits of a few steps with `spec`, after which the session is what it was.
@@ -68,5 +71,31 @@ fn tasks_on_demand_change_no_bit() {
             let bits = logits(&mut session, &dense);
             assert!(bits == *expected.get_or_insert_with(|| bits.clone()), "{threads} threads");
         }
+    }
+}
+
+/// Where tasks become coarse, steps and a prompt give the same bits for any number of threads.
+#[test]
+fn coarse_tasks_change_no_bit() {
+    let team = Arc::new(Team::new(1, false).unwrap());
+    let model = Arc::new(Model::synthetic(preset("tiny").unwrap(), HeadFormat::Bf16, 3, &team).unwrap());
+    let mut expected = None;
+    for threads in [1, 2, 3] {
+        let team = Arc::new(Team::oversubscribed(threads).unwrap());
+        let start = COARSE_FROM - 2;
+        let options =
+            SessionOptions { capacity: start + 64, kv: kv_dtype("int8").unwrap(), ..Default::default() };
+        let mut session = Session::new(model.clone(), team, options).unwrap();
+        let shape = session.cache().shape();
+        for i in 0..shape.layers * shape.kv_heads {
+            let rows = |seed| noise(start * shape.head_dim, 2 * i as u32 + seed);
+            let mut head = session.cache_mut().head_mut(i / shape.kv_heads, i % shape.kv_heads);
+            head.append(&rows(0), &rows(1)).unwrap();
+        }
+        session.cache_mut().set_len(start).unwrap();
+        let steps: Vec<Vec<f32>> = (0..4).map(|token| session.decode(token).unwrap().to_vec()).collect();
+        session.rewind(start);
+        assert!(session.prefill(&[0, 1, 2, 3]).unwrap() == steps[3], "{threads} threads, a prompt");
+        assert!(steps == *expected.get_or_insert_with(|| steps.clone()), "{threads} threads");
     }
 }

@@ -12,7 +12,8 @@ use super::capture::Capture;
 use super::profile::{Clock, OpTotal};
 use super::stage::{Stage, shares, stripes};
 use crate::attention::prefill::{Decision, Scorer, Seen, TILE};
-use crate::attention::{CHUNK_TOKENS, Retained, Selection, partial};
+use crate::attention::tasks::most_tasks;
+use crate::attention::{Retained, Selection, partial};
 use crate::error::Error;
 use crate::kv::KvScratch;
 use crate::model::ModelConfig;
@@ -229,11 +230,6 @@ fn vocabulary_stripes(vocab: usize, threads: usize, tokens: usize) -> Vec<Range<
     stripes.into_iter().map(rows).collect()
 }
 
-/// Largest number of tasks that one KV head's selection makes: two consecutive tasks hold more than a chunk together.
-pub(super) fn max_tasks(capacity: usize) -> usize {
-    2 * capacity.div_ceil(CHUNK_TOKENS) + 2
-}
-
 impl Scratch {
     pub(super) fn new(config: &ModelConfig, threads: usize, tokens: usize, capacity: usize) -> Self {
         let [q, k, v, o, gate, _, down] = config.linears().map(|(_, rows, cols)| TernaryShape { rows, cols });
@@ -242,7 +238,7 @@ impl Scratch {
         let blocks = tokens.div_ceil(BLOCK_TOKENS);
         let block = BLOCK_TOKENS.min(tokens);
         let slot = config.group() * partial::stride(config.head_dim);
-        let slots = if tokens == 1 { heads * max_tasks(capacity) } else { 0 };
+        let slots = if tokens == 1 { heads * most_tasks(capacity) } else { 0 };
         // Prefill reads the matrices whole.
         let sums = if tokens == 1 { ColumnShape { rows: config.hidden, cols: 1 }.padded_rows() } else { 1 };
         let vocab = vocabulary_stripes(config.vocab, threads, tokens);

@@ -23,8 +23,7 @@ mod window;
 
 use std::ops::Range;
 
-use super::attend::chunks;
-use super::{CHUNK_TOKENS, Kind, ParamSpec, Params, Prompt};
+use super::{Kind, ParamSpec, Params, Prompt};
 use crate::kv::{KvHead, KvScratch};
 
 /// Tokens that share the spans of a pattern; tiles begin at multiples of it.
@@ -250,28 +249,6 @@ impl Seen {
                 false => [span.start..span.end.min(hidden.start), span.start.max(hidden.end)..span.end],
             };
             out.extend(parts.into_iter().filter(|part| part.start < part.end));
-        }
-    }
-}
-
-/// Cuts the rows that a token sees into pieces, appended to `pieces`, and those into softmaxes of at most [`CHUNK_TOKENS`]
-/// rows, appended to `tasks` with the name `token`: as decode steps do.
-pub(crate) fn cut(
-    token: usize,
-    rows: &[Range<usize>],
-    pieces: &mut Vec<Range<usize>>,
-    tasks: &mut Vec<(usize, Range<usize>)>,
-) {
-    let mut held = CHUNK_TOKENS;
-    for piece in chunks(rows) {
-        if held + piece.len() > CHUNK_TOKENS {
-            tasks.push((token, pieces.len()..pieces.len()));
-            held = 0;
-        }
-        held += piece.len();
-        pieces.push(piece);
-        if let Some((_, range)) = tasks.last_mut() {
-            range.end = pieces.len();
         }
     }
 }

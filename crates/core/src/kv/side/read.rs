@@ -9,7 +9,8 @@ use super::centre::widen;
 use super::{EXACT, Side};
 
 /// Where the rows of a run lie.
-struct Place<'a> {
+#[derive(Clone, Debug)]
+pub(in crate::kv) struct Place<'a> {
     exact: bool,
     rows: Rows<'a>,
     /// The mean that was taken off, bfloat16.
@@ -36,7 +37,8 @@ impl Side {
         self.memory.request(kernels, tokens.start / PAGE_TOKENS..tokens.end.div_ceil(PAGE_TOKENS));
     }
 
-    fn place(&self, run: &Range<usize>) -> Place<'_> {
+    /// Where the rows of `run` lie, which ends no later than [`Side::cut`] says.
+    pub(in crate::kv) fn place(&self, run: &Range<usize>) -> Place<'_> {
         debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
         let exact = |row: usize| Place {
             exact: true,
@@ -80,11 +82,10 @@ impl Side {
         }
     }
 
-    /// The bytes that reading `run` touches.
-    pub(in crate::kv) fn parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        let place = self.place(run);
+    /// The bytes that reading rows touches.
+    pub(in crate::kv) fn parts<'a>(&self, place: &Place<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
-        let parts = codec.parts(place.rows.page, place.rows.range, self.head_dim);
+        let parts = codec.parts(place.rows.page, place.rows.range.clone(), self.head_dim);
         parts.into_iter().chain(place.mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
     }
 
@@ -93,14 +94,13 @@ impl Side {
         &self,
         kernels: &Kernels,
         queries: &[f32],
-        run: &Range<usize>,
+        place: &Place<'_>,
         upcoming: &[u8],
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
-        let place = self.place(run);
         let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
-        codec.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, out);
+        codec.scores(kernels, queries, &Rows { upcoming, ..place.rows.clone() }, scratch, out);
         self.add_mean(kernels, queries, place.mean, scratch, out);
     }
 
@@ -148,32 +148,31 @@ impl Side {
         let upper = if place.exact { None } else { self.dtype.key_codec().upper() };
         let Some(upper) = upper else {
             steps.fill(0.0);
-            return self.scores(kernels, queries, run, upcoming, scratch, out);
+            return self.scores(kernels, queries, &place, upcoming, scratch, out);
         };
         upper.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, steps, out);
         self.add_mean(kernels, queries, place.mean, scratch, out);
     }
 
-    /// See [`crate::kv::KvHead::accumulate`].
+    /// See [`super::super::KvRun::accumulate`].
     pub(in crate::kv) fn accumulate(
         &self,
         kernels: &Kernels,
-        weights: &[f32],
-        run: &Range<usize>,
+        (weights, masses): (&[f32], Option<&[f32]>),
+        place: &Place<'_>,
         upcoming: &[u8],
         scratch: &mut KvScratch,
         acc: &mut [f32],
     ) {
-        let place = self.place(run);
         let codec: &dyn ValueCodec = if place.exact { &EXACT } else { self.dtype.value_codec() };
-        codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows }, scratch, acc);
-        if let Some(mean) = place.mean {
-            scratch.mean.resize(self.head_dim, 0.0);
-            kernels.bf16_to_f32(mean, &mut scratch.mean);
-            for (weights, acc) in weights.chunks_exact(run.len()).zip(acc.chunks_exact_mut(self.head_dim)) {
-                let sum = kernels.sum(weights);
-                kernels.scale_add(acc, 1.0, &scratch.mean, sum);
-            }
+        codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows.clone() }, scratch, acc);
+        let Some(mean) = place.mean else { return };
+        scratch.mean.resize(self.head_dim, 0.0);
+        kernels.bf16_to_f32(mean, &mut scratch.mean);
+        let each = weights.chunks_exact(place.rows.range.len());
+        for (h, (weights, acc)) in each.zip(acc.chunks_exact_mut(self.head_dim)).enumerate() {
+            let mass = masses.map_or_else(|| kernels.sum(weights), |masses| masses[h]);
+            kernels.scale_add(acc, 1.0, &scratch.mean, mass);
         }
     }
 }

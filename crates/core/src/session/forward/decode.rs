@@ -7,34 +7,25 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::Private;
 use super::Pass;
+use crate::attention::tasks::{CHUNK_TOKENS, COARSE_TOKENS, Grain, ORDER, Task, cut, tokens};
 use crate::attention::{
-    CHUNK_TOKENS, Selection, chunks, gather_above, gather_chunk, partial, reads, score_chunk,
+    Read, Selection, gather_above, gather_chunk, partial, reads, score_chunk, weights_len,
 };
 
-/// Tasks of a head whose keys are read before their values: each change from one to the other costs a moment in which
-/// memory waits. It changes no bits.
-const TOGETHER: usize = 4;
-
 /// Tasks that go to whoever comes first: an eighth of those that several threads have to share, if that is one a thread, for
-/// the threads share the bandwidth of memory less evenly than the work. It changes no bits.
+/// the threads share the bandwidth of memory less evenly than the work. They come last, where tasks are fine. It changes no
+/// bits.
 fn on_demand(tasks: usize, worker: &Worker<'_>) -> usize {
     let some = tasks / 8;
     if worker.count() > 1 && some >= worker.count() { some } else { 0 }
 }
 
 /// The tasks of a thread: as many tokens for each as whole tasks allow.
-fn share_by_tokens(
-    tasks: &[(usize, Range<usize>)],
-    pieces: &[Range<usize>],
-    worker: &Worker<'_>,
-) -> Range<usize> {
-    let tokens = |task: &(usize, Range<usize>)| -> usize {
-        pieces[task.1.clone()].iter().map(|piece| piece.len()).sum()
-    };
-    let total: usize = tasks.iter().map(tokens).sum();
+fn share_by_tokens(tasks: &[Task], pieces: &[Range<usize>], worker: &Worker<'_>) -> Range<usize> {
+    let total: usize = tasks.iter().map(|task| tokens(task, pieces)).sum();
     let (mut before, mut range) = (0, 0..0);
     for task in tasks {
-        let tokens = tokens(task);
+        let tokens = tokens(task, pieces);
         // A task belongs to the thread in whose share of all tokens its middle lies.
         let owner = (2 * before + tokens) * worker.count() / (2 * total).max(1);
         range.start += usize::from(owner < worker.index());
@@ -46,8 +37,10 @@ fn share_by_tokens(
 
 /// The tasks of a layer and a thread's part of them.
 struct Work<'a> {
-    /// KV head, and range of `pieces`; the tasks of a head follow one another.
-    tasks: &'a [(usize, Range<usize>)],
+    /// Of KV heads: first the coarse ones of all heads, then the fine ones, the tasks of a head in order each.
+    tasks: &'a [Task],
+    /// How many of them are coarse.
+    coarse: usize,
     /// Tokens.
     pieces: &'a [Range<usize>],
     /// Which tasks are the thread's.
@@ -63,40 +56,54 @@ impl Work<'_> {
         &self.pieces[self.tasks[task].1.clone()]
     }
 
-    /// Slots of the tasks of a head.
-    fn slots(&self, kv_head: usize) -> Range<usize> {
-        let first = self.tasks.partition_point(|task| task.0 < kv_head);
-        let last = self.tasks.partition_point(|task| task.0 <= kv_head);
-        self.base + first..self.base + last
+    /// Slots of the tasks of a head, in the order in which their partials are merged.
+    fn slots(&self, kv_head: usize) -> [Range<usize>; 2] {
+        ORDER.map(|grain| {
+            let (coarse, fine) = self.tasks.split_at(self.coarse);
+            let (tasks, base) = match grain {
+                Grain::Coarse => (coarse, self.base),
+                Grain::Fine => (fine, self.base + self.coarse),
+            };
+            let first = tasks.partition_point(|task| task.0 < kv_head);
+            base + first..base + tasks.partition_point(|task| task.0 <= kv_head)
+        })
+    }
+
+    /// The end of the tasks from `start` on whose keys are read before their values: those of a head that are no more
+    /// together than a coarse one, for each change from one to the other costs a moment in which memory waits. It changes no
+    /// bits.
+    fn together(&self, start: usize, end: usize) -> usize {
+        let Some(first) = self.tasks[..end].get(start) else { return end };
+        let mut held = 0;
+        let some = self.tasks[start..end].iter().take_while(|task| {
+            held += tokens(task, self.pieces);
+            task.0 == first.0 && held <= COARSE_TOKENS
+        });
+        start + some.count()
     }
 }
 
 impl Pass<'_> {
-    /// Lists the tasks of all KV heads: runs of pieces of at most [`CHUNK_TOKENS`] tokens together.
+    /// Lists the tasks of KV heads, and returns how many are coarse.
     fn list_tasks(
         &self,
         heads: Range<usize>,
         pieces: &mut Vec<Range<usize>>,
-        tasks: &mut Vec<(usize, Range<usize>)>,
-    ) {
+        tasks: &mut Vec<Task>,
+    ) -> usize {
         pieces.clear();
         tasks.clear();
-        for kv_head in heads {
-            let selection = &self.scratch.selections[kv_head];
-            let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
-            let mut held = CHUNK_TOKENS;
-            for piece in chunks(&selection.spans) {
-                if held + piece.len() > CHUNK_TOKENS {
-                    tasks.push((kv_head, pieces.len()..pieces.len()));
-                    held = 0;
-                }
-                held += piece.len();
-                pieces.push(piece);
-                if let Some((_, range)) = tasks.last_mut() {
-                    range.end = pieces.len();
-                }
+        let mut list = |grain| {
+            for kv_head in heads.clone() {
+                let selection = &self.scratch.selections[kv_head];
+                let selection: &Selection = &selection.read().unwrap_or_else(|e| e.into_inner());
+                cut(kv_head, &selection.spans, grain, pieces, tasks);
             }
-        }
+            tasks.len()
+        };
+        let coarse = list(Grain::Coarse);
+        list(Grain::Fine);
+        coarse
     }
 
     /// Whether every KV head is a single task, so that the thread which appended to it can also serve it: two barriers a
@@ -111,7 +118,7 @@ impl Pass<'_> {
         let heads = self.model.config.kv_heads;
         let alone = self.heads_are_single_tasks();
         let owned = worker.range(heads);
-        self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
+        let coarse = self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
         // What another thread's head decides is known only after a barrier.
         let floors = self.floors(if alone { owned.clone() } else { 0..heads });
         let rest = if alone || floors.is_some() { 0 } else { on_demand(tasks.len(), worker) };
@@ -120,7 +127,7 @@ impl Pass<'_> {
             if alone { 0..tasks.len() } else { share_by_tokens(&tasks[..rest.start], &pieces, worker) };
         // The partials of a thread that is alone with its heads begin at the first of them, one each.
         let base = if alone { owned.start } else { 0 };
-        let work = Work { tasks: &tasks, pieces: &pieces, mine, rest, base };
+        let work = Work { tasks: &tasks, coarse, pieces: &pieces, mine, rest, base };
         let bytes = match floors {
             Some(below) => self.attend_above(worker, p, l, &work, &below),
             None => {
@@ -140,9 +147,10 @@ impl Pass<'_> {
         p.partials.resize(slot_len, 0.0);
         for kv_head in owned {
             partial::clear(&mut p.partials, d);
-            let slots = work.slots(kv_head);
-            let partials = s.partials.read_range(slots.start * slot_len..slots.end * slot_len);
-            partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
+            for slots in work.slots(kv_head) {
+                let partials = s.partials.read_range(slots.start * slot_len..slots.end * slot_len);
+                partial::merge(kernels, &mut p.partials, &partials, d, &mut p.factors);
+            }
             let selection = s.selections[kv_head].read().unwrap_or_else(|e| e.into_inner());
             let capture = s.capture.get().filter(|_| self.capture);
             let stripe = l * self.model.config.kv_heads + kv_head;
@@ -168,62 +176,53 @@ impl Pass<'_> {
         if work.rest.is_empty() { 0 } else { self.scratch.ticket(l) }
     }
 
-    /// Partials of the tasks `mine`: of [`TOGETHER`] tasks of a head first the keys, then the values. Returns the bytes that
-    /// were read.
+    /// Partials of the tasks `mine`: of [`Work::together`] first the keys, then the values. Returns the bytes that were read.
     fn attend(&self, p: &mut Private, l: usize, work: &Work<'_>, mine: Range<usize>) -> usize {
         let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
         let Work { tasks, pieces, base, .. } = work;
-        p.weights.resize(TOGETHER * CHUNK_TOKENS * group, 0.0);
         let (mut slot, mut bytes) = (mine.start, 0);
         while slot < mine.end {
             let kv_head = tasks[slot].0;
-            let last = mine.end.min(slot + TOGETHER);
-            let last = last.min(slot + tasks[slot..].partition_point(|task| task.0 == kv_head));
+            let last = work.together(slot, mine.end);
             let queries = s.queries.read_stripe(kv_head);
             let queries = &queries[..group * d];
             let kv = self.cache.head(l, kv_head);
-            // What a thread reads first of a task of the same head.
-            let first = |slot: usize| {
-                let task = tasks[..mine.end].get(slot).filter(|task| task.0 == kv_head);
-                task.and_then(|task| reads(&kv, &pieces[task.1.clone()]).next())
-            };
             // The pages of these tasks and of those that follow; the first time they are not there in time.
-            let together = tasks[slot..mine.end.min(last + TOGETHER)].iter().filter(|task| task.0 == kv_head);
-            for task in together.skip(if slot == mine.start { 0 } else { last - slot }) {
+            let pages = if slot == mine.start { slot } else { last }..work.together(last, mine.end);
+            for task in tasks[pages].iter().filter(|task| task.0 == kv_head) {
                 pieces[task.1.clone()].iter().for_each(|piece| kv.request(piece));
             }
+            let all: Vec<Vec<Read<'_>>> =
+                (slot..last).map(|i| reads(&kv, work.pieces(i)).collect()).collect();
+            // What a thread reads first of a task, and what it reads after these tasks.
+            let first = |i: usize, values| match all.get(i).and_then(|all| all.first()) {
+                Some(read) => read.parts(values),
+                None => [&[][..]; 4],
+            };
+            let after = match tasks[..mine.end].get(last).filter(|task| task.0 == kv_head) {
+                Some(task) => reads(&kv, &pieces[task.1.clone()]).next().map(|read| read.parts(false)),
+                None => None,
+            };
+            let needed = all.iter().map(|all| weights_len(all, group)).sum();
+            if p.weights.len() < needed {
+                p.weights.resize(needed, 0.0);
+            }
             kv.prepare(queries, &mut p.kv);
-            for i in slot..last {
-                let next = if i + 1 < last { first(i + 1) } else { None };
-                let upcoming = match (next, first(slot)) {
-                    (Some(next), _) => next.parts(&kv, false),
-                    (None, Some(back)) => back.parts(&kv, true),
-                    (None, None) => [&[][..]; 4],
-                };
-                let weights = &mut p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                let mut partials = s.partials.write(base + i);
-                score_chunk(queries, &kv, work.pieces(i), &upcoming, &mut p.kv, weights, &mut partials);
+            let mut weights = &mut p.weights[..];
+            for (i, reads) in all.iter().enumerate() {
+                let upcoming = if i + 1 < all.len() { first(i + 1, false) } else { first(0, true) };
+                let mut partials = s.partials.write(base + slot + i);
+                score_chunk(queries, &kv, reads, &upcoming, &mut p.kv, weights, &mut partials);
+                weights = &mut weights[weights_len(reads, group)..];
             }
-            for i in slot..last {
-                let upcoming = match first(i + 1) {
-                    Some(next) if i + 1 < last => next.parts(&kv, true),
-                    Some(next) => next.parts(&kv, false),
-                    None => [&[][..]; 4],
-                };
-                let weights = &p.weights[(i - slot) * CHUNK_TOKENS * group..];
-                let mut partials = s.partials.write(base + i);
-                gather_chunk(
-                    &kv,
-                    work.pieces(i),
-                    &upcoming,
-                    weights,
-                    &mut p.kv,
-                    &mut p.attend,
-                    &mut partials,
-                );
+            let mut weights = &p.weights[..];
+            for (i, reads) in all.iter().enumerate() {
+                let upcoming = if i + 1 < all.len() { first(i + 1, true) } else { after.unwrap_or([&[]; 4]) };
+                let mut partials = s.partials.write(base + slot + i);
+                gather_chunk(&kv, reads, &upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
+                weights = &weights[weights_len(reads, group)..];
             }
-            let read = (slot..last).flat_map(|i| reads(&kv, work.pieces(i)));
-            bytes += read.map(|read| read.bytes(&kv).iter().sum::<usize>()).sum::<usize>();
+            bytes += all.iter().flatten().map(|read| read.bytes().iter().sum::<usize>()).sum::<usize>();
             slot = last;
         }
         bytes
@@ -250,23 +249,25 @@ impl Pass<'_> {
     ) -> usize {
         let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
         let Work { tasks, mine, base, .. } = work;
-        let room = CHUNK_TOKENS * group;
-        p.weights.resize(mine.len() * room, 0.0);
-        let mut bytes = 0;
+        // Where the weights of each task begin.
+        let (mut room, mut bytes) = (vec![0], 0);
         for i in mine.clone() {
             let kv_head = tasks[i].0;
             let kv = self.cache.head(l, kv_head);
             let queries = s.queries.read_stripe(kv_head);
             let queries = &queries[..group * d];
             kv.prepare(queries, &mut p.kv);
-            let weights = &mut p.weights[(i - mine.start) * room..];
+            let all: Vec<_> = reads(&kv, work.pieces(i)).collect();
+            let start = room[i - mine.start];
+            room.push(start + weights_len(&all, group));
+            p.weights.resize(room[i - mine.start + 1], 0.0);
             let mut partials = s.partials.write(base + i);
-            score_chunk(queries, &kv, work.pieces(i), &[], &mut p.kv, weights, &mut partials);
+            score_chunk(queries, &kv, &all, &[], &mut p.kv, &mut p.weights[start..], &mut partials);
             let mut largest = s.largest.write(base + i);
             for (largest, partial) in largest.iter_mut().zip(partials.chunks_exact(partial::stride(d))) {
                 *largest = partial[0];
             }
-            bytes += reads(&kv, work.pieces(i)).map(|read| read.bytes(&kv)[0]).sum::<usize>();
+            bytes += all.iter().map(|read| read.bytes()[0]).sum::<usize>();
         }
         s.count(bytes as u64, 0, 0);
         p.clock.lap(Op::Attention, || bytes);
@@ -277,19 +278,22 @@ impl Pass<'_> {
         for i in mine.clone() {
             let kv_head = tasks[i].0;
             let kv = self.cache.head(l, kv_head);
-            let slots = work.slots(kv_head);
-            let largest = s.largest.read_range(slots.start * group..slots.end * group);
-            let own = &largest[(base + i - slots.start) * group..][..group];
             floors.clear();
-            for (h, own) in own.iter().enumerate() {
-                let most = largest[h..].iter().step_by(group).fold(f32::NEG_INFINITY, |most, &x| most.max(x));
-                // In terms of the weights of this task, `exp(z - own)`.
-                floors.push(below[kv_head] * kv.kernels().exp(most - own));
+            floors.resize(group, f32::NEG_INFINITY);
+            for slots in work.slots(kv_head) {
+                let largest = s.largest.read_range(slots.start * group..slots.end * group);
+                for (h, &x) in largest.iter().enumerate() {
+                    floors[h % group] = floors[h % group].max(x);
+                }
             }
-            let weights = &p.weights[(i - mine.start) * room..];
+            for (floor, own) in floors.iter_mut().zip(s.largest.read_stripe(base + i).iter()) {
+                // In terms of the weights of this task, `exp(z - own)`.
+                *floor = below[kv_head] * kv.kernels().exp(*floor - own);
+            }
+            let weights = &p.weights[room[i - mine.start]..];
             let mut partials = s.partials.write(base + i);
-            let read =
-                gather_above(&kv, work.pieces(i), &floors, weights, &mut p.kv, &mut p.attend, &mut partials);
+            let all: Vec<_> = reads(&kv, work.pieces(i)).collect();
+            let read = gather_above(&kv, &all, &floors, weights, &mut p.kv, &mut p.attend, &mut partials);
             values += read;
             // The values of a head that leaves none unread were counted with its keys.
             counted += if below[kv_head] > 0.0 { read } else { 0 };

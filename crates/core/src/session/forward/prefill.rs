@@ -6,8 +6,9 @@ use longbit_sys::Worker;
 use super::super::profile::Op;
 use super::super::scratch::{BLOCK_TOKENS, Private};
 use super::Pass;
-use crate::attention::prefill::{Decision, Pattern, TILE, cut};
-use crate::attention::{CHUNK_TOKENS, Prompt, Selection, gather_chunk, partial, score_chunk};
+use crate::attention::prefill::{Decision, Pattern, TILE};
+use crate::attention::tasks::{ORDER, cut};
+use crate::attention::{Prompt, Selection, gather_chunk, partial, reads, score_chunk, weights_len};
 use crate::kv::KvHead;
 
 /// Neighbouring tokens of a prompt at one (layer, KV head).
@@ -40,14 +41,13 @@ impl Tile<'_> {
         let (kernels, width, slot) = (kv.kernels(), group * d, group * partial::stride(d));
         let tokens = rows.len() / width;
         p.partials.resize((tokens.max(BLOCK_TOKENS) + 1) * slot, 0.0);
-        p.weights.resize(CHUNK_TOKENS * group, 0.0);
         let (part, running) = p.partials.split_at_mut(slot);
         partial::clear(running, d);
-        let mut reads = TileReads::default();
+        let mut counted = TileReads::default();
         p.seen.of(pattern, first, tokens, decision, kv);
         for span in p.seen.rows(first + tokens - 1, kv) {
             let runs = kv.runs(span);
-            reads.bytes += runs
+            counted.bytes += runs
                 .flat_map(|run| {
                     [
                         kv.key_parts(&run).map(<[u8]>::len).sum::<usize>(),
@@ -61,9 +61,9 @@ impl Tile<'_> {
         for j in 0..tokens {
             p.spans.clear();
             p.seen.by(pattern, first + j, kv, &mut p.spans);
-            reads.seen += p.spans.iter().map(|span| span.len() as u64).sum::<u64>();
-            reads.causal += kv.row_of(first + j + 1) as u64;
-            cut(j, &p.spans, &mut p.pieces, &mut p.tasks);
+            counted.seen += p.spans.iter().map(|span| span.len() as u64).sum::<u64>();
+            counted.causal += kv.row_of(first + j + 1) as u64;
+            ORDER.into_iter().for_each(|grain| cut(j, &p.spans, grain, &mut p.pieces, &mut p.tasks));
         }
         // The same task of all tokens, then the next: they lie close together.
         let tasks = |j: usize| {
@@ -73,10 +73,13 @@ impl Tile<'_> {
         for i in 0..most {
             for (j, query) in rows.chunks_exact(width).enumerate() {
                 let Some((_, pieces)) = p.tasks[tasks(j)].get(i) else { continue };
-                let pieces = &p.pieces[pieces.clone()];
+                let all: Vec<_> = reads(kv, &p.pieces[pieces.clone()]).collect();
+                if p.weights.len() < weights_len(&all, group) {
+                    p.weights.resize(weights_len(&all, group), 0.0);
+                }
                 kv.prepare(query, &mut p.kv);
-                score_chunk(query, kv, pieces, &[], &mut p.kv, &mut p.weights, part);
-                gather_chunk(kv, pieces, &[], &p.weights, &mut p.kv, &mut p.attend, part);
+                score_chunk(query, kv, &all, &[], &mut p.kv, &mut p.weights, part);
+                gather_chunk(kv, &all, &[], &p.weights, &mut p.kv, &mut p.attend, part);
                 let running = &mut running[j * slot..(j + 1) * slot];
                 partial::merge(kernels, running, part, d, &mut p.factors);
             }
@@ -85,7 +88,7 @@ impl Tile<'_> {
             partial::finish(kernels, running, d, out);
         }
         kv.restore_outputs(out);
-        reads
+        counted
     }
 }
 

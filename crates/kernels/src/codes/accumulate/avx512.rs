@@ -6,6 +6,7 @@
 //! their two ports is not: masked shuffles in place of the interleaving were slower from the second-level cache.
 
 use super::super::ahead::request;
+use super::super::avx512::dot_add;
 use super::super::{CodeShape, Rows, Scales};
 use super::lanes::{BARE, FOUR, HEADS, Lanes, PLANES, THREE, TWO};
 use super::pass::accumulate;
@@ -549,23 +550,6 @@ impl Prepare for Rounding {
             }
         }
     }
-}
-
-/// Two products a lane and their sum, added. As an instruction of its own: the compiler would take it apart.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn dot_add(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-    // SAFETY: the instruction belongs to AVX-512 VNNI, and touches these registers only.
-    unsafe {
-        std::arch::asm!(
-            "vpdpwssd {acc}, {a}, {b}",
-            acc = inout(zmm_reg) acc,
-            a = in(zmm_reg) a,
-            b = in(zmm_reg) b,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    acc
 }
 
 /// Two products a lane, and an addition.

@@ -10,6 +10,9 @@ use std::mem::MaybeUninit;
 /// Rows of a stretch: with their weights they stay in a first-level cache from one pass to the next.
 pub(super) const STRETCH: usize = 128;
 
+/// Rows that are widened at a time.
+const WIDENED: usize = 64;
+
 /// Where the codes of a segment of a stretch lie.
 #[derive(Clone, Copy)]
 struct Source {
@@ -23,8 +26,20 @@ struct Source {
     later: *const u8,
 }
 
-/// Sums of `H` heads, `[plane][sum]`.
-type Sums<V, const H: usize> = [[[V; 4]; 2]; H];
+/// Sums of `H` heads: the only ones, or those of the upper plane and those of the lower.
+struct Sums<V, const H: usize> {
+    upper: [[V; 4]; H],
+    lower: [[V; 4]; H],
+}
+
+/// Where the sums of all passes over a segment go.
+#[derive(Clone, Copy)]
+struct Place {
+    /// `[head][SEGMENT]`, of as many heads as a pass has.
+    sums: *mut [i32; SEGMENT],
+    /// There are none yet.
+    first: bool,
+}
 
 /// How the weights of a pass lie.
 const ROWS: u8 = 0;
@@ -51,7 +66,7 @@ unsafe fn group<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, c
     let pairs = unsafe { V::pairs::<FORMAT, SINGLE>(rows, low, pass, table, V::TURNED && WEIGHTS == BLOCKS) };
     for h in 0..H {
         for p in 0..2 {
-            let plane = if V::PLANES { p } else { 0 };
+            let acc = if V::PLANES && p == 1 { &mut acc.lower[h] } else { &mut acc.upper[h] };
             for s in 0..V::SUMS[usize::from(SINGLE)] {
                 let (c, j) = V::place(pass, s);
                 // SAFETY: weights has those of this group for H heads.
@@ -65,25 +80,26 @@ unsafe fn group<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, c
                         _ => V::thirds(weights.add(Weights::of_blocks(g, h, p, H)), c, j),
                     }
                 };
-                acc[h][plane][s] = acc[h][plane][s].dot(pairs[p][s], w);
+                acc[s] = acc[s].dot(pairs[p][s], w);
             }
         }
     }
 }
 
-/// Adds a stretch to the sums of one pass, of `H` heads: `sums[h][SEGMENT]`.
+/// Adds a stretch to the sums of one pass, of `H` heads.
 ///
 /// # Safety
-/// `source` has `n` rows with a segment of `FORMAT` each, `weights` those of `H` heads; the instruction set is enabled.
+/// `source` has `n` rows with a segment of `FORMAT` each, `weights` and `sums` those of `H` heads; the instruction set is
+/// enabled.
 #[inline(always)]
 unsafe fn pass<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, const SINGLE: bool>(
     source: Source,
     table: V,
     weights: &Weights,
     (pass, share): (usize, usize),
-    sums: &mut [[i32; SEGMENT]; HEADS],
+    sums: Place,
 ) {
-    let mut acc: Sums<V, H> = [[[V::zero(); 4]; 2]; H];
+    let mut acc = Sums { upper: [[V::zero(); 4]; H], lower: [[V::zero(); 4]; H] };
     let (stride, n, words) = (source.stride, source.n, weights.words());
     for g in 0..n.div_ceil(4) {
         let t = 4 * g;
@@ -104,10 +120,14 @@ unsafe fn pass<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, co
     for h in 0..H {
         for s in 0..V::SUMS[usize::from(SINGLE)] {
             let (c, j) = V::place(pass, s);
-            let place = sums[h][(c * 4 + j) * V::LANES..][..V::LANES].as_mut_ptr().cast::<u8>();
-            let sum = if V::PLANES { acc[h][0][s].join(acc[h][1][s]) } else { acc[h][0][s] };
-            // SAFETY: the slice has a register of sums.
-            unsafe { V::load(place).add(sum).store(place) };
+            let (upper, lower) = (acc.upper[h][s], acc.lower[h][s]);
+            let sum = if V::PLANES { upper.join(lower) } else { upper };
+            // SAFETY: a segment of sums has a register there, written by the first stretch.
+            unsafe {
+                let place = sums.sums.add(h).cast::<i32>().add((c * 4 + j) * V::LANES).cast::<u8>();
+                let sum = if sums.first { sum } else { V::load(place).add(sum) };
+                sum.store(place);
+            }
         }
     }
 }
@@ -120,9 +140,9 @@ unsafe fn pass<V: Lanes, const FORMAT: u8, const H: usize, const WEIGHTS: u8, co
 unsafe fn passes<V: Lanes, const FORMAT: u8, const H: usize>(
     source: Source,
     table: V,
-    weights: &Weights,
+    (weights, blocks): (&Weights, bool),
     m: usize,
-    sums: &mut [[i32; SEGMENT]; HEADS],
+    sums: Place,
 ) {
     let chunks = m.div_ceil(4 * V::LANES);
     let single = FORMAT == EIGHT && chunks == 1;
@@ -132,7 +152,7 @@ unsafe fn passes<V: Lanes, const FORMAT: u8, const H: usize>(
     for i in 0..count {
         // SAFETY: passed on to the caller.
         unsafe {
-            match (weights.blocks, m == 96 && FORMAT == EIGHT, single) {
+            match (blocks, m == 96 && FORMAT == EIGHT, single) {
                 (false, _, false) => {
                     pass::<V, FORMAT, H, ROWS, false>(source, table, weights, (i, share), sums)
                 }
@@ -243,14 +263,19 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
         };
         // SAFETY: the instruction set is enabled.
         let (inverse, step) = unsafe { P::largest::<H>(&factors) };
-        let mut sums = [[0i32; SEGMENT]; HEADS];
+        let mut room = MaybeUninit::<[[i32; SEGMENT]; HEADS]>::uninit();
+        if m < SEGMENT {
+            // Not all of them are written.
+            room.write([[0; SEGMENT]; HEADS]);
+        }
+        let all = room.as_mut_ptr().cast::<[i32; SEGMENT]>();
         let mut bias = [[0i32; 4]; HEADS];
-        let mut prepared = Weights::new(matches!(scales, Scales::Block(_)));
+        let (mut prepared, by_block) = (Weights::new(), matches!(scales, Scales::Block(_)));
         let direct = m == SEGMENT || (shape.bits == CodeBits::Eight && m.is_multiple_of(4 * V::LANES));
-        let mut bytes = MaybeUninit::<[u8; STRETCH * SEGMENT + 64]>::uninit();
+        let mut bytes = MaybeUninit::<[u8; WIDENED * SEGMENT + 64]>::uninit();
         let mut start = 0;
         while start < n {
-            let count = STRETCH.min(n - start);
+            let count = if direct { STRETCH } else { WIDENED }.min(n - start);
             let later = if first == 0 { rows.later((start + count) * stride) } else { std::ptr::null() };
             // SAFETY: rows start to start + count are there, and first is the beginning of a segment.
             unsafe {
@@ -258,6 +283,7 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
                 let at = start * stride + first * shape.bits.width() / 8;
                 let low = if rows.low.is_empty() { std::ptr::null() } else { rows.low.as_ptr().add(at) };
                 let mut source = Source { row: rows.codes.as_ptr().add(at), low, stride, n: count, later };
+                let sums = Place { sums: all, first: start == 0 };
                 let mut format = if origin.is_some() { BARE } else { format_of(shape.bits) };
                 if !direct {
                     let (out, stride) = (bytes.as_mut_ptr().cast::<u8>(), m.next_multiple_of(64));
@@ -266,12 +292,12 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
                     format = EIGHT;
                 }
                 match format {
-                    BARE => passes::<V, BARE, H>(source, table, &prepared, m, &mut sums),
-                    FOUR => passes::<V, FOUR, H>(source, table, &prepared, m, &mut sums),
-                    THREE => passes::<V, THREE, H>(source, table, &prepared, m, &mut sums),
-                    TWO => passes::<V, TWO, H>(source, table, &prepared, m, &mut sums),
-                    PLANES => passes::<V, PLANES, H>(source, table, &prepared, m, &mut sums),
-                    _ => passes::<V, EIGHT, H>(source, table, &prepared, m, &mut sums),
+                    BARE => passes::<V, BARE, H>(source, table, (&prepared, by_block), m, sums),
+                    FOUR => passes::<V, FOUR, H>(source, table, (&prepared, by_block), m, sums),
+                    THREE => passes::<V, THREE, H>(source, table, (&prepared, by_block), m, sums),
+                    TWO => passes::<V, TWO, H>(source, table, (&prepared, by_block), m, sums),
+                    PLANES => passes::<V, PLANES, H>(source, table, (&prepared, by_block), m, sums),
+                    _ => passes::<V, EIGHT, H>(source, table, (&prepared, by_block), m, sums),
                 }
             }
             start += count;
@@ -279,9 +305,9 @@ unsafe fn heads<V: Lanes, P: Prepare, const H: usize>(
         for (h, acc) in acc.chunks_exact_mut(shape.dims).enumerate() {
             let some = &mut acc[first..shape.dims.min(first + m)];
             let taken = bias[h].map(|b| b.wrapping_mul(origin.map_or(V::BIAS, |origin| -origin)));
-            let turned = V::TURNED && prepared.blocks && m != 96;
-            // SAFETY: the instruction set is enabled.
-            unsafe { finish::<V>(&mut sums[h], turned, &step[h], &taken, m / 32, some) };
+            let turned = V::TURNED && by_block && m != 96;
+            // SAFETY: the passes have written the sums of this head, and the instruction set is enabled.
+            unsafe { finish::<V>(&mut *all.add(h), turned, &step[h], &taken, m / 32, some) };
         }
         first += m;
     }

@@ -52,27 +52,26 @@ const GROUP: usize = 16;
 
 /// The rounded weights of a stretch. With a scale a block: `[group of four rows][head, an even number][half][block of
 /// four][2]`; otherwise `[head][row of STRETCH]`. A half is two rows as words, or one plane of four rows as bytes.
+///
+/// Nothing else stands beside the words: a value that is known within one that is not made the compiler set them all.
 #[repr(C, align(64))]
-pub(super) struct Weights {
-    words: MaybeUninit<[i16; STRETCH / 4 * GROUP * HEADS]>,
-    pub(super) blocks: bool,
-}
+pub(super) struct Weights(MaybeUninit<[i16; STRETCH / 4 * GROUP * HEADS]>);
 
 impl Weights {
     #[inline(always)]
-    pub(super) fn new(blocks: bool) -> Weights {
-        Weights { words: MaybeUninit::uninit(), blocks }
+    pub(super) fn new() -> Weights {
+        Weights(MaybeUninit::uninit())
     }
 
     /// All words, of which those at [`Weights::of_blocks`] or [`Weights::of_row`] are set.
     #[inline(always)]
     pub(super) fn words(&self) -> *const i16 {
-        self.words.as_ptr().cast()
+        self.0.as_ptr().cast()
     }
 
     #[inline(always)]
     pub(super) fn words_mut(&mut self) -> *mut i16 {
-        self.words.as_mut_ptr().cast()
+        self.0.as_mut_ptr().cast()
     }
 
     /// Where half `p` of head `h` of `heads` and of group `g` lies: 8 words.

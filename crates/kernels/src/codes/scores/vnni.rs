@@ -1,12 +1,13 @@
-//! Scores with AVX-512 VNNI: a quarter of a segment meets four heads at once, and sixteen registers hold the queries.
+//! Scores with AVX-512 VNNI: the quarters of a half segment meet one head each, in four rotations, and registers hold the
+//! queries, so that no byte has to be repeated.
 //!
-//! For 128 numbers and four heads in two planes a token costs sixteen products, eight shuffles that repeat a quarter for
-//! every head, two operations to join the planes, and a quarter of the nine that turn four tokens into sums; in one plane
-//! eight products, and six operations that bring the heads of four rotations together. Bytes that are first stored and then
-//! broadcast by loads were slower, and so was a register for each head, whose sums are longer.
+//! For 128 numbers and four heads a token costs sixteen products of words with queries of 16 bits, eight of bytes with 8,
+//! six operations that bring the heads of four rotations together, and a quarter of the nine that turn four tokens into sums;
+//! words take four operations more. Two planes of bytes in place of words, with quarters repeated by shuffles, were a
+//! tenth slower, broadcasts by loads slower yet, and so was a register for each head, whose sums are longer.
 
 use super::super::ahead::{LINE, request};
-use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO, segment_bytes};
+use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO, dot_add, segment_bytes};
 use super::super::query::{HEADS, QUARTERS, QuerySegment};
 use super::super::{CodeBits, QueryBits, SEGMENT, Scales};
 use super::{QueryCodes, ScoreTable, Work};
@@ -109,11 +110,10 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
                         request(work.rows.low.as_ptr().wrapping_add(line));
                     }
                 }
-                let mut dots = [query.bias; TOKENS];
-                for j in 0..TOKENS {
-                    // SAFETY: four rows are left, of one segment.
-                    dots[j] = query.products::<BOTH>(unsafe { reader.segment_at::<BITS>(at + j * row) });
-                }
+                // SAFETY: four rows are left, of one segment.
+                let dot = |j| query.products::<BOTH>(unsafe { reader.segment_at::<BITS>(at + j * row) });
+                // Not a loop, which the compiler leaves one: sums would go through memory.
+                let dots = [dot(0), dot(1), dot(2), dot(3)];
                 // SAFETY: four rows of four blocks have their scales, and all heads the places of four rows.
                 unsafe {
                     let sum = if KIND == BLOCK {
@@ -268,34 +268,46 @@ unsafe fn four_scales(p: *const f32, n: usize) -> __m512 {
 /// A segment of four heads in registers.
 #[derive(Clone, Copy)]
 struct Query {
-    /// In two planes one quarter of four heads a register. In one plane `[rotation][half]`: quarter `k` of a half for head
-    /// `(k + rotation) % 4`, so that no byte has to be repeated.
-    hi: [__m512i; QUARTERS],
-    lo: [__m512i; QUARTERS],
+    /// `[rotation]`: quarter `k` of a half for head `(k + rotation) % 4`. Of 16 bits the even and the odd numbers of the first
+    /// half as words, then those of the second; of 8 bits the two halves.
+    numbers: [[__m512i; 4]; HEADS],
     /// What sums begin with, for the bytes are not the codes.
     bias: __m512i,
+}
+
+/// The quarters of `plane` from `first` on, each of another head.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn rotated(plane: &[[[i8; 16]; HEADS]; QUARTERS], first: usize, rotation: usize) -> __m512i {
+    let part = |k: usize| plane[first + k][(k + rotation) % HEADS].as_ptr();
+    let [a, b, c, d] = [part(0), part(1), part(2), part(3)];
+    // SAFETY: sixteen bytes each.
+    unsafe {
+        let ab = _mm256_loadu2_m128i(b.cast(), a.cast());
+        let cd = _mm256_loadu2_m128i(d.cast(), c.cast());
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd)
+    }
 }
 
 impl Query {
     /// `origin` is the code that bare indices begin with.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw")]
     fn load<const BOTH: bool>(segment: &QuerySegment, origin: Option<i32>) -> Query {
-        let [mut hi, mut lo] = [[_mm512_setzero_si512(); QUARTERS]; 2];
-        for q in 0..QUARTERS {
-            // SAFETY: four heads of sixteen bytes.
-            unsafe {
-                if BOTH {
-                    hi[q] = _mm512_load_si512(segment.hi[q].as_ptr().cast());
-                    lo[q] = _mm512_load_si512(segment.lo[q].as_ptr().cast());
-                } else {
-                    let (rotation, half) = (q / 2, q % 2);
-                    let part = |k: usize| segment.hi[4 * half + k][(k + rotation) % HEADS].as_ptr();
-                    let [a, b, c, d] = [part(0), part(1), part(2), part(3)];
-                    let ab = _mm256_loadu2_m128i(b.cast(), a.cast());
-                    let cd = _mm256_loadu2_m128i(d.cast(), c.cast());
-                    hi[q] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
+        let mut numbers = [[_mm512_setzero_si512(); 4]; HEADS];
+        for r in 0..HEADS {
+            for half in 0..2 {
+                let hi = rotated(&segment.hi, 4 * half, r);
+                if !BOTH {
+                    numbers[r][half] = hi;
+                    continue;
                 }
+                // 256 times the upper byte and the lower one, which has a sign.
+                let lo = rotated(&segment.lo, 4 * half, r);
+                let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(lo));
+                numbers[r][2 * half] = _mm512_add_epi16(_mm512_slli_epi16::<8>(hi), even);
+                let upper = _mm512_and_si512(hi, _mm512_set1_epi16(-256));
+                numbers[r][2 * half + 1] = _mm512_add_epi16(upper, _mm512_srai_epi16::<8>(lo));
             }
         }
         // SAFETY: sixteen sums.
@@ -305,43 +317,32 @@ impl Query {
             Some(origin) => _mm512_mullo_epi32(_mm512_srai_epi32::<7>(bias), _mm512_set1_epi32(-origin)),
             None => bias,
         };
-        Query { hi, lo, bias }
+        Query { numbers, bias }
     }
 
     /// The products `[head][block]` of a token.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn products<const BOTH: bool>(&self, bytes: [__m512i; 2]) -> __m512i {
-        if !BOTH {
-            let mut acc = [self.bias; HEADS];
-            for r in 0..HEADS {
-                let start = if r == 0 { self.bias } else { _mm512_setzero_si512() };
-                acc[r] = _mm512_dpbusd_epi32(start, bytes[0], self.hi[2 * r]);
-                acc[r] = _mm512_dpbusd_epi32(acc[r], bytes[1], self.hi[2 * r + 1]);
+        let mut acc = [self.bias, _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()];
+        if BOTH {
+            let words = |x| [_mm512_and_si512(x, _mm512_set1_epi16(255)), _mm512_srli_epi16::<8>(x)];
+            let ([a, b], [c, d]) = (words(bytes[0]), words(bytes[1]));
+            for (i, words) in [a, b, c, d].into_iter().enumerate() {
+                for r in 0..HEADS {
+                    acc[r] = dot_add(acc[r], words, self.numbers[r][i]);
+                }
             }
-            let ahead = _mm512_add_epi32(acc[0], _mm512_shuffle_i32x4::<0x93>(acc[1], acc[1]));
-            let two = _mm512_shuffle_i32x4::<0x4e>(acc[2], acc[2]);
-            return _mm512_add_epi32(
-                ahead,
-                _mm512_add_epi32(two, _mm512_shuffle_i32x4::<0x39>(acc[3], acc[3])),
-            );
-        }
-        let (mut upper, mut lower) = (_mm512_setzero_si512(), self.bias);
-        for half in 0..2 {
-            let x = bytes[half];
-            let quarters = [
-                _mm512_shuffle_i32x4::<0x00>(x, x),
-                _mm512_shuffle_i32x4::<0x55>(x, x),
-                _mm512_shuffle_i32x4::<0xaa>(x, x),
-                _mm512_shuffle_i32x4::<0xff>(x, x),
-            ];
-            for i in 0..4 {
-                let (q, bytes) = (4 * half + i, quarters[i]);
-                upper = _mm512_dpbusd_epi32(upper, bytes, self.hi[q]);
-                lower = _mm512_dpbusd_epi32(lower, bytes, self.lo[q]);
+        } else {
+            for (i, bytes) in bytes.into_iter().enumerate() {
+                for r in 0..HEADS {
+                    acc[r] = _mm512_dpbusd_epi32(acc[r], bytes, self.numbers[r][i]);
+                }
             }
         }
-        _mm512_add_epi32(lower, _mm512_slli_epi32::<8>(upper))
+        let ahead = _mm512_add_epi32(acc[0], _mm512_shuffle_i32x4::<0x93>(acc[1], acc[1]));
+        let two = _mm512_shuffle_i32x4::<0x4e>(acc[2], acc[2]);
+        _mm512_add_epi32(ahead, _mm512_add_epi32(two, _mm512_shuffle_i32x4::<0x39>(acc[3], acc[3])))
     }
 }
 
