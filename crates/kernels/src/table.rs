@@ -41,7 +41,7 @@ macro_rules! for_each_float_op {
             dot(a: &[f32], b: &[f32]) -> f32 = reduce::dot;
             sum(x: &[f32]) -> f32 = reduce::sum;
             max(x: &[f32]) -> f32 = reduce::max;
-            exp_sum(x: &mut [f32], shift: f32) -> f32 = exp::exp_sum;
+            exp_sum(x: &mut [f32], offset: f32, shift: f32) -> f32 = exp::exp_sum;
             silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = exp::silu_mul;
             rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> () = norm::rmsnorm;
             rope(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) -> () = elementwise::rope;

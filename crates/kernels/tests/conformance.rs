@@ -108,10 +108,14 @@ conform! {
     exp_sum over LENGTHS = |k, n, random| {
         for (x, shift) in [(random.floats(n), 2.5), (random.wild(n), 1.0), (random.wild(n), f32::NEG_INFINITY)] {
             let x: Vec<f32> = x.iter().map(|x| x * 20.0).collect();
-            let (mut got, mut want) = (x.clone(), x);
+            let (mut got, mut want) = (x.clone(), x.clone());
             let sums = (k.exp_sum(&mut got, shift), oracle::exp_sum(&mut want, shift));
             same(k, &format!("exp_sum values n={n}"), &got, &want);
             same(k, &format!("exp_sum n={n}"), &[sums.0], &[sums.1]);
+            let (mut got, mut want) = (x.clone(), x.iter().map(|x| x + 2.5).collect::<Vec<f32>>());
+            let sums = (k.exp_sum_offset(&mut got, 2.5, shift), oracle::exp_sum(&mut want, shift));
+            same(k, &format!("exp_sum_offset values n={n}"), &got, &want);
+            same(k, &format!("exp_sum_offset n={n}"), &[sums.0], &[sums.1]);
         }
     }
 

@@ -72,6 +72,24 @@ impl<'a> Read<'a> {
         }
     }
 
+    /// As [`Read::score`], less `offsets` `[group]`.
+    fn score_apart(
+        &self,
+        queries: &[f32],
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        offsets: &mut [f32],
+        out: &mut [f32],
+    ) {
+        match self {
+            Read::Run(run, _) => run.scores_apart(queries, upcoming, scratch, offsets, out),
+            Read::Scattered(..) => {
+                self.score(queries, upcoming, scratch, out);
+                offsets.fill(0.0);
+            }
+        }
+    }
+
     /// Adds the values, weighted by `weights` `[group][tokens]`, to `sums`; `masses` are the sums of the weights, if they are
     /// known.
     pub(crate) fn accumulate(
@@ -142,12 +160,16 @@ pub(crate) fn score_chunk(
     let mut rest = &mut *weights;
     for (i, read) in all.iter().enumerate() {
         let (logits, others) = rest.split_at_mut(group * read.len());
-        rest = &mut others[group..];
+        // Until sums of weights stand here.
+        let (offsets, others) = others.split_at_mut(group);
+        rest = others;
         let next = all.get(i + 1).map(|next| next.parts(false));
         let upcoming = request(kernels, next.as_ref().map_or(upcoming, |next| next));
-        read.score(queries, upcoming, scratch, logits);
-        for (partial, logits) in partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(read.len())) {
-            partial[0] = partial[0].max(kernels.max(logits));
+        read.score_apart(queries, upcoming, scratch, offsets, logits);
+        let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(read.len()));
+        for ((partial, logits), offset) in heads.zip(offsets) {
+            // Rounding keeps the order, so this is the largest of the sums.
+            partial[0] = partial[0].max(kernels.max(logits) + *offset);
         }
     }
     let mut ahead = upcoming.first().and_then(|first| first.get(REQUESTED..)).unwrap_or_default();
@@ -162,7 +184,7 @@ pub(crate) fn score_chunk(
             let some = ahead.len().min(WHILE_EXP);
             kernels.request(&ahead[..some]);
             ahead = &ahead[some..];
-            *mass = kernels.exp_sum(logits, partial[0]);
+            *mass = kernels.exp_sum_offset(logits, *mass, partial[0]);
             partial[1] += *mass;
         }
     }

@@ -49,6 +49,22 @@ impl<'a> KvRun<'a> {
         keys.scores(self.head.kernels(), queries, &self.keys, upcoming, scratch, out);
     }
 
+    /// As [`KvRun::scores`], less `offsets` `[group]`, which are the same for all tokens: the mean of centred keys.
+    pub fn scores_apart(
+        &self,
+        queries: &[f32],
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        offsets: &mut [f32],
+        out: &mut [f32],
+    ) {
+        #[cfg(test)]
+        self.head.observe_bytes(self.key_parts().map(<[u8]>::len).sum());
+        let (keys, kernels) = (self.head.sides()[0], self.head.kernels());
+        keys.scores_less_mean(kernels, queries, &self.keys, upcoming, scratch, out);
+        keys.scores_of_mean(kernels, queries, &self.keys, scratch, offsets);
+    }
+
     /// Adds the values, weighted by `weights` `[group][tokens]`, to `acc` `[group][head_dim]`, rotated if they are. `masses` are
     /// the sums of the weights of each head as [`Kernels::sum`](longbit_kernels::Kernels::sum) has them, if they are known.
     /// `upcoming` as for [`KvRun::scores`].

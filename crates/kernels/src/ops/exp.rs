@@ -41,17 +41,17 @@ pub(crate) fn exp_lanes<V: F32x16>(x: V) -> V {
 }
 
 #[inline(always)]
-pub(crate) fn exp_sum<V: F32x16>(x: &mut [f32], shift: f32) -> f32 {
+pub(crate) fn exp_sum<V: F32x16>(x: &mut [f32], offset: f32, shift: f32) -> f32 {
     let (x, tail) = x.as_chunks_mut();
-    let shift = V::splat(shift);
+    let (offset, shift) = (V::splat(offset), V::splat(shift));
     let mut acc = V::splat(0.0);
     for x in x {
-        let y = exp_lanes(load::<V>(x).sub(shift));
+        let y = exp_lanes(load::<V>(x).add(offset).sub(shift));
         store(y, x);
         acc = acc.add(y);
     }
     if !tail.is_empty() {
-        store_tail(exp_lanes(load_tail::<V>(tail, 0.0).sub(shift)), tail);
+        store_tail(exp_lanes(load_tail::<V>(tail, 0.0).add(offset).sub(shift)), tail);
         acc = acc.add(load_tail(tail, 0.0));
     }
     acc.sum()
@@ -85,8 +85,13 @@ impl Kernels {
     /// Replaces each `x` by `exp(x - shift)` and returns the sum of the results in 16 lanes (plain additions, then the
     /// fixed tree). With the maximum as the shift this is the softmax before its division.
     pub fn exp_sum(&self, x: &mut [f32], shift: f32) -> f32 {
+        self.exp_sum_offset(x, 0.0, shift)
+    }
+
+    /// As [`Kernels::exp_sum`], of `x + offset`: the bits of adding it to every number before.
+    pub fn exp_sum_offset(&self, x: &mut [f32], offset: f32, shift: f32) -> f32 {
         // SAFETY: this table was handed out against proof of its instruction set.
-        unsafe { (self.float.exp_sum)(x, shift) }
+        unsafe { (self.float.exp_sum)(x, offset, shift) }
     }
 
     /// `out = (gate / (1 + exp(-gate))) * up`, all of the same length.

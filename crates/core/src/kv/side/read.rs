@@ -99,9 +99,39 @@ impl Side {
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
+        self.scores_less_mean(kernels, queries, place, upcoming, scratch, out);
+        self.add_mean(kernels, queries, place.mean, scratch, out);
+    }
+
+    /// As [`Side::scores`], without what the mean of the page was taken off for.
+    pub(in crate::kv) fn scores_less_mean(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        place: &Place<'_>,
+        upcoming: &[u8],
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
         let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
         codec.scores(kernels, queries, &Rows { upcoming, ..place.rows.clone() }, scratch, out);
-        self.add_mean(kernels, queries, place.mean, scratch, out);
+    }
+
+    /// What [`Side::scores_less_mean`] leaves out for each query.
+    pub(in crate::kv) fn scores_of_mean(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        place: &Place<'_>,
+        scratch: &mut KvScratch,
+        out: &mut [f32],
+    ) {
+        let Some(mean) = place.mean else { return out.fill(0.0) };
+        scratch.mean.resize(self.head_dim, 0.0);
+        kernels.bf16_to_f32(mean, &mut scratch.mean);
+        for (out, query) in out.iter_mut().zip(queries.chunks_exact(self.head_dim)) {
+            *out = kernels.dot(query, &scratch.mean);
+        }
     }
 
     /// Adds to scores `[group][n]` what the mean of the page was taken off for.
