@@ -90,8 +90,8 @@ impl<'a> Read<'a> {
         }
     }
 
-    /// Adds the values, weighted by `weights` `[group][tokens]`, to `sums`; `masses` are the sums of the weights, if they are
-    /// known.
+    /// Adds the values, weighted by `weights` `[group][tokens]`, to `sums`; `masses` are the sums of the weights, if they
+    /// are known.
     pub(crate) fn accumulate(
         &self,
         weights: &[f32],
@@ -131,7 +131,7 @@ pub(crate) fn weights_len(reads: &[Read<'_>], group: usize) -> usize {
     reads.iter().map(|read| group * (read.len() + 1)).sum()
 }
 
-/// Bytes of what comes next that kernels have requested when they end.
+/// Bytes of what comes next that kernels have requested when they end; some have less.
 const REQUESTED: usize = 8192;
 /// Bytes to request before the exponentials of a page of a head.
 const WHILE_EXP: usize = 1024;
@@ -207,8 +207,8 @@ pub(super) fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] 
     first
 }
 
-/// Adds the values of `all`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as needed
-/// and keeps nothing. `upcoming` are pieces of memory that are read next.
+/// Adds the values of `all`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as
+/// needed and keeps nothing. `upcoming` are pieces of memory that are read next.
 pub(crate) fn gather_chunk(
     kv: &KvHead,
     all: &[Read<'_>],

@@ -1,9 +1,10 @@
 //! How what a query attends is cut into tasks: units of work, each one softmax that gives one partial.
 //!
-//! Cuts depend on the tokens that are attended and on nothing else, neither the number of threads nor how a prompt was cut, so
-//! that the order of summation and with it the bits do not depend on those either. Where a query attends few tokens, tasks are
-//! fine, so that many threads get a share. Where it attends many, those behind the first are coarse: a partial is written,
-//! leaves the caches before it is merged, and comes back, which for a fine task of 8-bit rows is a twentieth of its bytes.
+//! Cuts depend on the tokens that are attended and on nothing else, neither the number of threads nor how a prompt was cut,
+//! so that the order of summation and with it the bits do not depend on those either. Where a query attends few tokens,
+//! tasks are fine, so that many threads get a share. Where it attends many, those behind the first are coarse: a partial is
+//! written, leaves the caches before it is merged, and comes back, which for a fine task of 8-bit rows is a twentieth of
+//! its bytes.
 
 use std::ops::Range;
 
@@ -32,9 +33,13 @@ pub(crate) enum Grain {
 /// In which the partials of a query are merged.
 pub(crate) const ORDER: [Grain; 2] = [Grain::Fine, Grain::Coarse];
 
+/// Whether a query attends so many tokens that some tasks are coarse.
+fn are_many(spans: &[Range<usize>]) -> bool {
+    spans.iter().map(Range::len).sum::<usize>() >= COARSE_FROM
+}
+
 /// Cuts `spans` at the places where chunks end.
-fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize>> + '_ {
-    let many = spans.iter().map(Range::len).sum::<usize>() >= COARSE_FROM;
+fn chunks(spans: &[Range<usize>], many: bool) -> impl Iterator<Item = Range<usize>> + '_ {
     spans.iter().flat_map(move |span| {
         let (mut start, end) = (span.start, span.end);
         std::iter::from_fn(move || {
@@ -49,8 +54,8 @@ fn chunks(spans: &[Range<usize>]) -> impl Iterator<Item = Range<usize>> + '_ {
     })
 }
 
-/// Cuts `spans`, ascending and disjoint, into pieces, appended to `pieces`, and those of `grain` into tasks, appended to `tasks`
-/// under the name `of`, in order. Short pieces are packed into fine tasks.
+/// Cuts `spans`, ascending and disjoint, into pieces, appended to `pieces`, and those of `grain` into tasks, appended to
+/// `tasks` under the name `of`, in order. Short pieces are packed into fine tasks.
 pub(crate) fn cut(
     of: usize,
     spans: &[Range<usize>],
@@ -58,8 +63,12 @@ pub(crate) fn cut(
     pieces: &mut Vec<Range<usize>>,
     tasks: &mut Vec<Task>,
 ) {
+    let many = are_many(spans);
+    if grain == Grain::Coarse && !many {
+        return;
+    }
     let mut held = CHUNK_TOKENS;
-    for piece in chunks(spans) {
+    for piece in chunks(spans, many) {
         if (piece.len() > CHUNK_TOKENS) != (grain == Grain::Coarse) {
             continue;
         }
@@ -104,7 +113,7 @@ mod tests {
 
     #[test]
     fn chunks_are_cut_at_fixed_places() {
-        let cut: Vec<_> = chunks(&[0..4, 300..1500]).collect();
+        let cut: Vec<_> = chunks(&[0..4, 300..1500], false).collect();
         assert_eq!(cut, [0..4, 300..512, 512..1024, 1024..1500]);
         assert_eq!(all(&[0..4, 300..1500]), [vec![0..4, 300..512], one(512..1024), one(1024..1500)]);
     }

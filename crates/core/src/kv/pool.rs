@@ -205,8 +205,8 @@ impl Memory {
 
     /// Requests what leads to the bytes of `pages`, as many as there are.
     pub(super) fn request(&self, kernels: &Kernels, pages: Range<usize>) {
-        // The addresses that the next request reads: eight of them are a line.
-        self.pages.get(pages.end + 8).into_iter().for_each(|next| kernels.request_value(next));
+        // The addresses behind those that the next request reads.
+        self.pages.get(pages.end + 7).into_iter().for_each(|next| kernels.request_value(next));
         for page in self.pages.iter().take(pages.end).skip(pages.start) {
             kernels.request_value::<Page>(page);
         }

@@ -65,8 +65,8 @@ impl<'a> KvRun<'a> {
         keys.scores_of_mean(kernels, queries, &self.keys, scratch, offsets);
     }
 
-    /// Adds the values, weighted by `weights` `[group][tokens]`, to `acc` `[group][head_dim]`, rotated if they are. `masses` are
-    /// the sums of the weights of each head as [`Kernels::sum`](longbit_kernels::Kernels::sum) has them, if they are known.
+    /// Adds the values, weighted by `weights` `[group][tokens]`, to `acc` `[group][head_dim]`, rotated if they are. `masses`
+    /// are the sums of the weights of each head as [`Kernels::sum`](longbit_kernels::Kernels::sum) has them, if they are known.
     /// `upcoming` as for [`KvRun::scores`].
     pub fn accumulate(
         &self,

@@ -79,10 +79,10 @@ fn tasks_on_demand_change_no_bit() {
 fn coarse_tasks_change_no_bit() {
     let team = Arc::new(Team::new(1, false).unwrap());
     let model = Arc::new(Model::synthetic(preset("tiny").unwrap(), HeadFormat::Bf16, 3, &team).unwrap());
-    let mut expected = None;
+    let start = COARSE_FROM - 2;
+    let mut seen = BTreeMap::new();
     for threads in [1, 2, 3] {
         let team = Arc::new(Team::oversubscribed(threads).unwrap());
-        let start = COARSE_FROM - 2;
         let options =
             SessionOptions { capacity: start + 64, kv: kv_dtype("int8").unwrap(), ..Default::default() };
         let mut session = Session::new(model.clone(), team, options).unwrap();
@@ -93,9 +93,16 @@ fn coarse_tasks_change_no_bit() {
             head.append(&rows(0), &rows(1)).unwrap();
         }
         session.cache_mut().set_len(start).unwrap();
-        let steps: Vec<Vec<f32>> = (0..4).map(|token| session.decode(token).unwrap().to_vec()).collect();
-        session.rewind(start);
-        assert!(session.prefill(&[0, 1, 2, 3]).unwrap() == steps[3], "{threads} threads, a prompt");
-        assert!(steps == *expected.get_or_insert_with(|| steps.clone()), "{threads} threads");
+        for spec in ["dense", "dense-skip:lost=0.01", "window:sinks=4,window=16381"] {
+            let attention = session.attention_of(method(spec).unwrap()).unwrap();
+            session.swap_attention(attention);
+            let steps: Vec<Vec<f32>> = (0..4).map(|token| session.decode(token).unwrap().to_vec()).collect();
+            session.rewind(start);
+            if spec == "dense" {
+                assert!(session.prefill(&[0, 1, 2, 3]).unwrap() == steps[3], "{threads} threads, a prompt");
+                session.rewind(start);
+            }
+            assert!(steps == *seen.entry(spec).or_insert_with(|| steps.clone()), "{spec}, {threads} threads");
+        }
     }
 }

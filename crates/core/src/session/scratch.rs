@@ -12,7 +12,7 @@ use super::capture::Capture;
 use super::profile::{Clock, OpTotal};
 use super::stage::{Stage, shares, stripes};
 use crate::attention::prefill::{Decision, Scorer, Seen, TILE};
-use crate::attention::tasks::most_tasks;
+use crate::attention::tasks::{Task, most_tasks};
 use crate::attention::{Retained, Selection, partial};
 use crate::error::Error;
 use crate::kv::KvScratch;
@@ -79,7 +79,7 @@ pub(super) struct Private {
     /// Tokens of all tasks of a step.
     pub(super) pieces: Vec<Range<usize>>,
     /// Tasks of a step: KV head and range of `pieces`. Those of a prompt's tokens: token and range.
-    pub(super) tasks: Vec<(usize, Range<usize>)>,
+    pub(super) tasks: Vec<Task>,
     /// What tokens of a prompt see.
     pub(super) seen: Seen,
     /// Rows that one of them sees.

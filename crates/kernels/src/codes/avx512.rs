@@ -1,4 +1,5 @@
-//! Stored rows as bytes, with AVX-512: the codes of a segment plus 128, the unsigned operand of byte products.
+//! Stored rows as bytes, with AVX-512: the codes of a segment plus 128, the unsigned operand of byte products; and the
+//! product of words that scores and sums share.
 
 use super::layout::{Segment, spread};
 use super::{CodeBits, CodeShape, Rows, SEGMENT};

@@ -100,7 +100,7 @@ impl Side {
         out: &mut [f32],
     ) {
         self.scores_less_mean(kernels, queries, place, upcoming, scratch, out);
-        self.add_mean(kernels, queries, place.mean, scratch, out);
+        self.add_mean(kernels, queries, place, scratch, out);
     }
 
     /// As [`Side::scores`], without what the mean of the page was taken off for.
@@ -139,18 +139,17 @@ impl Side {
         &self,
         kernels: &Kernels,
         queries: &[f32],
-        mean: Option<&[u16]>,
+        place: &Place<'_>,
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
-        let Some(mean) = mean else { return };
-        scratch.mean.resize(self.head_dim, 0.0);
-        kernels.bf16_to_f32(mean, &mut scratch.mean);
-        scratch.group.clear();
-        scratch
-            .group
-            .extend(queries.chunks_exact(self.head_dim).map(|query| kernels.dot(query, &scratch.mean)));
-        kernels.add_to_rows(out, &scratch.group);
+        if place.mean.is_some() {
+            let mut group = std::mem::take(&mut scratch.group);
+            group.resize(queries.len() / self.head_dim, 0.0);
+            self.scores_of_mean(kernels, queries, place, scratch, &mut group);
+            kernels.add_to_rows(out, &group);
+            scratch.group = group;
+        }
     }
 
     /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
@@ -180,8 +179,8 @@ impl Side {
             steps.fill(0.0);
             return self.scores(kernels, queries, &place, upcoming, scratch, out);
         };
-        upper.scores(kernels, queries, &Rows { upcoming, ..place.rows }, scratch, steps, out);
-        self.add_mean(kernels, queries, place.mean, scratch, out);
+        upper.scores(kernels, queries, &Rows { upcoming, ..place.rows.clone() }, scratch, steps, out);
+        self.add_mean(kernels, queries, &place, scratch, out);
     }
 
     /// See [`super::super::KvRun::accumulate`].

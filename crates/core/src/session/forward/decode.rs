@@ -12,11 +12,12 @@ use crate::attention::{
     Read, Selection, gather_above, gather_chunk, partial, reads, score_chunk, weights_len,
 };
 
-/// Tasks that go to whoever comes first: an eighth of those that several threads have to share, if that is one a thread, for
-/// the threads share the bandwidth of memory less evenly than the work. They come last, where tasks are fine. It changes no
+/// Tasks that go to whoever comes first: fine ones with an eighth of the tokens that several threads have to share, if that
+/// is one a thread, for the threads share the bandwidth of memory less evenly than the work. They come last. It changes no
 /// bits.
-fn on_demand(tasks: usize, worker: &Worker<'_>) -> usize {
-    let some = tasks / 8;
+fn on_demand(tasks: &[Task], coarse: usize, pieces: &[Range<usize>], worker: &Worker<'_>) -> usize {
+    let all: usize = tasks.iter().map(|task| tokens(task, pieces)).sum();
+    let some = (all / 8 / CHUNK_TOKENS).min(tasks.len() - coarse);
     if worker.count() > 1 && some >= worker.count() { some } else { 0 }
 }
 
@@ -121,7 +122,7 @@ impl Pass<'_> {
         let coarse = self.list_tasks(if alone { owned.clone() } else { 0..heads }, &mut pieces, &mut tasks);
         // What another thread's head decides is known only after a barrier.
         let floors = self.floors(if alone { owned.clone() } else { 0..heads });
-        let rest = if alone || floors.is_some() { 0 } else { on_demand(tasks.len(), worker) };
+        let rest = if alone || floors.is_some() { 0 } else { on_demand(&tasks, coarse, &pieces, worker) };
         let rest = tasks.len() - rest..tasks.len();
         let mine =
             if alone { 0..tasks.len() } else { share_by_tokens(&tasks[..rest.start], &pieces, worker) };
@@ -176,7 +177,8 @@ impl Pass<'_> {
         if work.rest.is_empty() { 0 } else { self.scratch.ticket(l) }
     }
 
-    /// Partials of the tasks `mine`: of [`Work::together`] first the keys, then the values. Returns the bytes that were read.
+    /// Partials of the tasks `mine`: of [`Work::together`] first the keys, then the values. Returns the bytes that were
+    /// read.
     fn attend(&self, p: &mut Private, l: usize, work: &Work<'_>, mine: Range<usize>) -> usize {
         let (s, d, group) = (self.scratch, self.model.config.head_dim, self.model.config.group());
         let Work { tasks, pieces, base, .. } = work;
@@ -209,18 +211,18 @@ impl Pass<'_> {
             }
             kv.prepare(queries, &mut p.kv);
             let mut weights = &mut p.weights[..];
-            for (i, reads) in all.iter().enumerate() {
+            for (i, task) in all.iter().enumerate() {
                 let upcoming = if i + 1 < all.len() { first(i + 1, false) } else { first(0, true) };
                 let mut partials = s.partials.write(base + slot + i);
-                score_chunk(queries, &kv, reads, &upcoming, &mut p.kv, weights, &mut partials);
-                weights = &mut weights[weights_len(reads, group)..];
+                score_chunk(queries, &kv, task, &upcoming, &mut p.kv, weights, &mut partials);
+                weights = &mut weights[weights_len(task, group)..];
             }
             let mut weights = &p.weights[..];
-            for (i, reads) in all.iter().enumerate() {
+            for (i, task) in all.iter().enumerate() {
                 let upcoming = if i + 1 < all.len() { first(i + 1, true) } else { after.unwrap_or([&[]; 4]) };
                 let mut partials = s.partials.write(base + slot + i);
-                gather_chunk(&kv, reads, &upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
-                weights = &weights[weights_len(reads, group)..];
+                gather_chunk(&kv, task, &upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
+                weights = &weights[weights_len(task, group)..];
             }
             bytes += all.iter().flatten().map(|read| read.bytes().iter().sum::<usize>()).sum::<usize>();
             slot = last;
@@ -260,7 +262,9 @@ impl Pass<'_> {
             let all: Vec<_> = reads(&kv, work.pieces(i)).collect();
             let start = room[i - mine.start];
             room.push(start + weights_len(&all, group));
-            p.weights.resize(room[i - mine.start + 1], 0.0);
+            if p.weights.len() < start + weights_len(&all, group) {
+                p.weights.resize(start + weights_len(&all, group), 0.0);
+            }
             let mut partials = s.partials.write(base + i);
             score_chunk(queries, &kv, &all, &[], &mut p.kv, &mut p.weights[start..], &mut partials);
             let mut largest = s.largest.write(base + i);

@@ -1,8 +1,9 @@
 //! Scores: queries of a group of heads against stored rows of codes.
 //!
-//! Rows are turned into bytes, a few tokens at a time, in a scratch of the first-level cache: the same bytes for every
-//! format. A quarter of sixteen of them then meets all four heads of a register at once; its four-byte lanes are one of
-//! each block, so that a lane of the sum is the product of a block, and little is left to be summed across lanes.
+//! Rows are turned into bytes, a few tokens at a time: the same bytes for every format. A quarter of sixteen of them then
+//! meets all four heads of a register at once (`vnni`: each quarter of a register another head, four times); its four-byte
+//! lanes are one of each block, so that a lane of the sum is the product of a block, and little is left to be summed across
+//! lanes.
 //!
 //! # Result
 //! With the exact integer product `dot` of a row (or of a block `b` of 32) and a query: `((dot as f32) * step) * scale`,

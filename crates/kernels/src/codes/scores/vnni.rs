@@ -2,9 +2,9 @@
 //! queries, so that no byte has to be repeated.
 //!
 //! For 128 numbers and four heads a token costs sixteen products of words with queries of 16 bits, eight of bytes with 8,
-//! six operations that bring the heads of four rotations together, and a quarter of the nine that turn four tokens into sums;
-//! words take four operations more. Two planes of bytes in place of words, with quarters repeated by shuffles, were a
-//! tenth slower, broadcasts by loads slower yet, and so was a register for each head, whose sums are longer.
+//! six operations that bring the heads of four rotations together, and a quarter of the nine that turn four tokens into
+//! sums; words take four operations more. Two planes of bytes in place of words, with quarters repeated by shuffles, were
+//! a tenth slower, broadcasts by loads slower yet, and so was a register for each head, whose sums are longer.
 
 use super::super::ahead::{LINE, request};
 use super::super::avx512::{BARE, EIGHT, FOUR, PLANES, Reader, THREE, TWO, dot_add, segment_bytes};
@@ -31,14 +31,14 @@ const BLOCK: u8 = 2;
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn scores(work: Work<'_>, out: &mut [f32]) {
     match work.query.bits {
-        QueryBits::Sixteen => with_planes::<true>(work, out),
-        QueryBits::Eight => with_planes::<false>(work, out),
+        QueryBits::Sixteen => with_bits::<true>(work, out),
+        QueryBits::Eight => with_bits::<false>(work, out),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn with_planes<const BOTH: bool>(work: Work<'_>, out: &mut [f32]) {
+fn with_bits<const BOTH: bool>(work: Work<'_>, out: &mut [f32]) {
     match work.scales {
         Scales::One => with_scales::<BOTH, ONE>(work, &[], out),
         Scales::Row(scales) => with_scales::<BOTH, ROW>(work, scales, out),
@@ -268,8 +268,8 @@ unsafe fn four_scales(p: *const f32, n: usize) -> __m512 {
 /// A segment of four heads in registers.
 #[derive(Clone, Copy)]
 struct Query {
-    /// `[rotation]`: quarter `k` of a half for head `(k + rotation) % 4`. Of 16 bits the even and the odd numbers of the first
-    /// half as words, then those of the second; of 8 bits the two halves.
+    /// `[rotation]`: quarter `k` of a half for head `(k + rotation) % 4`. Of 16 bits the even and the odd numbers of the
+    /// first half as words, then those of the second; of 8 bits the two halves.
     numbers: [[__m512i; 4]; HEADS],
     /// What sums begin with, for the bytes are not the codes.
     bias: __m512i,
