@@ -3,6 +3,10 @@
 //! Model weights and KV pages come from here. The map is zeroed by the operating system, its pages cost nothing until
 //! they are touched, and a refusal (the address-space limit of a worker process) is an error with a number in it.
 
+mod shared;
+
+pub use shared::SharedSegment;
+
 use crate::error::SysError;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;

@@ -26,7 +26,7 @@ mod shared;
 mod team;
 
 pub use affinity::{Pinning, allowed_cpus, available_threads};
-pub use arena::{Arena, HUGE_PAGE, Segment};
+pub use arena::{Arena, HUGE_PAGE, Segment, SharedSegment};
 pub use bandwidth::ReadProbe;
 pub use barrier::Barrier;
 pub use error::SysError;

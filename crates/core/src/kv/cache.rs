@@ -6,7 +6,7 @@
 //! arena for the pages that follow, page after page of all heads: it is likely to need few of them.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use longbit_kernels::Kernels;
 use longbit_sys::{Arena, Segment};
@@ -77,7 +77,7 @@ pub struct KvCache {
 }
 
 /// Encoded pages that a head begins with: of the keys and of the values.
-type Begun = [Vec<Arc<Page>>; 2];
+type Begun = [Vec<Page>; 2];
 
 impl KvCache {
     /// An empty cache.

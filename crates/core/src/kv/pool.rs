@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use longbit_kernels::Kernels;
-use longbit_sys::{Arena, Segment};
+use longbit_sys::{Arena, Segment, SharedSegment};
 
 use super::PAGE_TOKENS;
 use super::cache::SLACK;
@@ -59,11 +59,11 @@ impl PagePool {
         Tally { pool: self.clone(), bytes: bytes as u64, page: false }
     }
 
-    fn page(&self, segment: Segment) -> Arc<Page> {
+    fn page(&self, segment: Segment) -> Page {
         let bytes = segment.len() as u64;
         self.0.pages.fetch_add(1, Relaxed);
         self.0.page_bytes.fetch_add(bytes, Relaxed);
-        Arc::new(Page { segment, _tally: Tally { pool: self.clone(), bytes, page: true } })
+        SharedSegment::new(segment, Tally { pool: self.clone(), bytes, page: true })
     }
 }
 
@@ -87,30 +87,21 @@ impl Drop for Tally {
 }
 
 /// [`PAGE_TOKENS`] encoded rows of one side of one (layer, KV head), and their mean if the side is centred.
-pub(super) struct Page {
-    segment: Segment,
-    _tally: Tally,
-}
-
-impl Page {
-    pub(super) fn bytes(&self) -> u64 {
-        self.segment.len() as u64
-    }
-}
+pub(super) type Page = SharedSegment<Tally>;
 
 /// Lets go of `pages`, and gives the memory of those that nobody else holds back to the system.
-pub(super) fn give_back(pages: impl IntoIterator<Item = Arc<Page>>) {
+pub(super) fn give_back(pages: impl IntoIterator<Item = Page>) {
     Segment::release(unshared(pages).collect());
 }
 
-fn unshared(pages: impl IntoIterator<Item = Arc<Page>>) -> impl Iterator<Item = Segment> {
-    pages.into_iter().filter_map(Arc::into_inner).map(|page| page.segment)
+fn unshared(pages: impl IntoIterator<Item = Page>) -> impl Iterator<Item = Segment> {
+    pages.into_iter().filter_map(Page::into_inner).map(|(segment, _)| segment)
 }
 
 /// The bytes of a page that nobody else holds.
-fn own(page: &mut Arc<Page>) -> &mut [u8] {
-    match Arc::get_mut(page) {
-        Some(page) => &mut page.segment,
+fn own(page: &mut Page) -> &mut [u8] {
+    match page.get_mut() {
+        Some(bytes) => bytes,
         None => unreachable!("a page is written to while another sequence reads it"),
     }
 }
@@ -169,7 +160,7 @@ pub struct KvMemory {
 pub(super) struct Memory {
     pool: PagePool,
     /// Pages that hold tokens, each with its mean behind the rows; and what a rewind has left.
-    pages: Vec<Arc<Page>>,
+    pages: Vec<Page>,
     /// Pages to come, as they lie one after another.
     spare: VecDeque<Segment>,
     page_bytes: usize,
@@ -186,7 +177,7 @@ impl Memory {
         pool: &PagePool,
         capacity: usize,
         page_bytes: usize,
-        pages: Vec<Arc<Page>>,
+        pages: Vec<Page>,
         spare: VecDeque<Segment>,
         exact: Segment,
     ) -> Self {
@@ -200,16 +191,13 @@ impl Memory {
     }
 
     pub(super) fn page(&self, page: usize) -> &[u8] {
-        &self.pages[page].segment
+        &self.pages[page]
     }
 
     /// Requests what leads to the bytes of `pages`, as many as there are.
     pub(super) fn request(&self, kernels: &Kernels, pages: Range<usize>) {
-        // The addresses behind those that the next request reads.
-        self.pages.get(pages.end + 7).into_iter().for_each(|next| kernels.request_value(next));
-        for page in self.pages.iter().take(pages.end).skip(pages.start) {
-            kernels.request_value::<Page>(page);
-        }
+        let all = self.pages.len();
+        kernels.request_values(&self.pages[pages.start.min(all)..pages.end.min(all)]);
     }
 
     /// A page that [`Memory::make_room`] has made writable.
@@ -228,7 +216,7 @@ impl Memory {
         }
         let first = tokens.start / PAGE_TOKENS;
         for page in first..tokens.end.div_ceil(PAGE_TOKENS) {
-            if self.pages.get_mut(page).is_some_and(|page| Arc::get_mut(page).is_some()) {
+            if self.pages.get_mut(page).is_some_and(|page| !page.is_shared()) {
                 continue;
             }
             let mut fresh = match self.spare.pop_front() {
@@ -241,7 +229,7 @@ impl Memory {
                 continue;
             };
             if page == first && !tokens.start.is_multiple_of(PAGE_TOKENS) {
-                fresh.copy_from_slice(&shared.segment);
+                fresh.copy_from_slice(shared);
                 self.pool.0.copies.fetch_add(1, Relaxed);
             }
             give_back([std::mem::replace(shared, self.pool.page(fresh))]);
@@ -252,7 +240,7 @@ impl Memory {
     /// Lets go of shared pages behind the first `keep`; pages of its own stay, to be written again. Returns how many pages
     /// from the first on are as they were.
     pub(super) fn truncate(&mut self, keep: usize) -> usize {
-        let shared = |page: &Arc<Page>| Arc::strong_count(page) > 1;
+        let shared = Page::is_shared;
         let behind = self.pages.iter().skip(keep);
         let kept = behind.take_while(|page| !shared(page)).count() + keep.min(self.pages.len());
         let (shared, own): (Vec<_>, Vec<_>) = self.pages.drain(kept..).partition(shared);
@@ -270,7 +258,7 @@ impl Memory {
         let wanted: Vec<bool> = (0..count)
             .map(|page| {
                 let stays = moves.iter().filter(|run| run.page_to() == page).all(|run| run.from == run.to);
-                !stays && Arc::get_mut(&mut self.pages[page]).is_none()
+                !stays && self.pages[page].is_shared()
             })
             .collect();
         // One map for all of them: many small ones would use up those that a process may have. Spare pages are left to the
@@ -301,7 +289,7 @@ impl Memory {
             }
             // Rows move towards the front, so what a page held has moved on before others move in.
             let (before, behind) = self.pages.split_at_mut(run.page_from());
-            let whole = &behind[0].segment;
+            let whole = &behind[0];
             let pairs = parts(whole, to..to + run.len).into_iter().zip(parts(whole, from..from + run.len));
             let target = match (fresh, before.get_mut(run.page_to())) {
                 (Some(fresh), _) => Some(&mut **fresh),
@@ -331,9 +319,9 @@ impl Memory {
     /// # Errors
     /// When memory cannot be had.
     pub(super) fn make_own(&mut self, page: usize) -> Result<()> {
-        if Arc::get_mut(&mut self.pages[page]).is_none() {
+        if self.pages[page].is_shared() {
             let mut fresh = Segment::new(self.page_bytes)?;
-            fresh.copy_from_slice(&self.pages[page].segment);
+            fresh.copy_from_slice(&self.pages[page]);
             self.pool.0.copies.fetch_add(1, Relaxed);
             give_back([std::mem::replace(&mut self.pages[page], self.pool.page(fresh))]);
         }
@@ -341,23 +329,23 @@ impl Memory {
     }
 
     /// Page `page`, to be shared.
-    pub(super) fn share(&self, page: usize) -> Arc<Page> {
-        Arc::clone(&self.pages[page])
+    pub(super) fn share(&self, page: usize) -> Page {
+        self.pages[page].clone()
     }
 
     #[cfg(test)]
-    pub(super) fn pages(&self) -> &[Arc<Page>] {
+    pub(super) fn pages(&self) -> &[Page] {
         &self.pages
     }
 
     /// Adds what it holds to `sum`.
     pub(super) fn count(&self, sum: &mut KvMemory) {
         for page in &self.pages {
-            let shared = u64::from(Arc::strong_count(page) > 1);
+            let shared = u64::from(page.is_shared());
             sum.pages += 1;
             sum.shared_pages += shared;
-            sum.page_bytes += page.bytes();
-            sum.shared_bytes += shared * page.bytes();
+            sum.page_bytes += page.len() as u64;
+            sum.shared_bytes += shared * page.len() as u64;
         }
         sum.exact_bytes += self.exact.len() as u64;
     }

@@ -6,7 +6,6 @@
 //! Time is a count of calls, so that the same calls evict the same pages.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use longbit_kernels::Kernels;
 
@@ -196,8 +195,8 @@ impl PrefixTree {
                 sum.exact_bytes += unit.exact_bytes();
                 for page in unit.pages() {
                     sum.pages += 1;
-                    sum.shared_pages += u64::from(Arc::strong_count(page) > 1);
-                    sum.page_bytes += page.bytes();
+                    sum.shared_pages += u64::from(page.is_shared());
+                    sum.page_bytes += page.len() as u64;
                 }
             }
         }
@@ -317,7 +316,7 @@ impl PrefixTree {
     }
 
     /// Removes what no sequence can go on from at the end of `node`, `node` if nothing is left of it, and the same above it.
-    fn prune(&mut self, node: usize, pages: &mut Vec<Arc<Page>>) {
+    fn prune(&mut self, node: usize, pages: &mut Vec<Page>) {
         let mut at = node;
         while at != ROOT && self.nodes[at].children.is_empty() && !self.nodes[at].lease.held() {
             while let Some(unit) = self.nodes[at].units.pop_if(|unit| !unit.resumable()) {

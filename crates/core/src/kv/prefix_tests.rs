@@ -1,7 +1,6 @@
 //! Trees of prefixes, held against a list of all prefixes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use longbit_kernels::Kernels;
 use proptest::prelude::*;
@@ -226,7 +225,7 @@ impl Model {
 fn addresses(cache: &KvCache) -> Vec<usize> {
     let head = cache.head(0, 0);
     let pages = head.sides().into_iter().flat_map(|side| side.held_pages());
-    pages.map(|page| Arc::as_ptr(page) as usize).collect()
+    pages.map(|page| page.as_ptr() as usize).collect()
 }
 
 struct Live {
@@ -314,7 +313,7 @@ proptest! {
             for l in &live {
                 pages.extend(addresses(&l.cache));
             }
-            pages.extend(tree.units().flat_map(Unit::pages).map(|page| Arc::as_ptr(page) as usize));
+            pages.extend(tree.units().flat_map(Unit::pages).map(|page| page.as_ptr() as usize));
             prop_assert_eq!(tree.pool().usage().pages, pages.len() as u64);
         }
         for l in live {

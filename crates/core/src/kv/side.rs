@@ -15,8 +15,6 @@ mod read;
 pub(super) use exact::{EXACT, exact_row_bytes};
 pub(super) use read::Place;
 
-use std::sync::Arc;
-
 use longbit_kernels::Kernels;
 use longbit_sys::Segment;
 
@@ -92,7 +90,7 @@ impl Side {
     }
 
     #[cfg(test)]
-    pub(super) fn held_pages(&self) -> &[Arc<Page>] {
+    pub(super) fn held_pages(&self) -> &[Page] {
         self.memory.pages()
     }
 
@@ -272,12 +270,12 @@ impl Side {
     }
 
     /// The pages that a sequence shares that begins with the first `tokens` tokens, which are cached.
-    pub(super) fn shared(&self, tokens: usize) -> impl Iterator<Item = Arc<Page>> {
+    pub(super) fn shared(&self, tokens: usize) -> impl Iterator<Item = Page> {
         (0..tokens.div_ceil(PAGE_TOKENS)).map_while(|page| self.page(page))
     }
 
     /// A page, to be shared, if any of its rows is encoded.
-    pub(super) fn page(&self, page: usize) -> Option<Arc<Page>> {
+    pub(super) fn page(&self, page: usize) -> Option<Page> {
         (page * PAGE_TOKENS < self.settled).then(|| self.memory.share(page))
     }
 

@@ -36,7 +36,7 @@ pub(super) struct Unit {
     /// Tokens from the first of the sequence to the last of the unit.
     end: usize,
     /// `[heads][keys, values]`; none where nothing is settled yet.
-    pages: Vec<[Option<Arc<Page>>; 2]>,
+    pages: Vec<[Option<Page>; 2]>,
     /// How many rows of the pages are encoded, of the keys and of the values.
     filled: [usize; 2],
     /// Of the first unit: the first rows of the sequence.
@@ -74,7 +74,7 @@ impl Unit {
     }
 
     /// Takes the pages of `heads`, the same tokens, where more of their rows are encoded; returns those that it had.
-    pub(super) fn refresh<H: Deref<Target = KvHead>>(&mut self, heads: &[H]) -> Vec<Arc<Page>> {
+    pub(super) fn refresh<H: Deref<Target = KvHead>>(&mut self, heads: &[H]) -> Vec<Page> {
         let start = self.end - PAGE_TOKENS;
         let mut old = Vec::new();
         for side in [0, 1] {
@@ -122,7 +122,7 @@ impl Unit {
     }
 
     /// The page of a head and side, if any of its rows are encoded.
-    pub(super) fn page(&self, head: usize, side: usize) -> Option<Arc<Page>> {
+    pub(super) fn page(&self, head: usize, side: usize) -> Option<Page> {
         self.pages[head][side].clone()
     }
 
@@ -136,12 +136,12 @@ impl Unit {
         self.newest.as_ref().map_or(&[], |exact| &exact.bytes)
     }
 
-    pub(super) fn pages(&self) -> impl Iterator<Item = &Arc<Page>> {
+    pub(super) fn pages(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter().flatten().flatten()
     }
 
     /// Its pages, to be given back.
-    pub(super) fn into_pages(self) -> impl Iterator<Item = Arc<Page>> {
+    pub(super) fn into_pages(self) -> impl Iterator<Item = Page> {
         self.pages.into_iter().flatten().flatten()
     }
 
@@ -152,6 +152,6 @@ impl Unit {
 
     /// Bytes of all that it holds.
     pub(super) fn bytes(&self) -> u64 {
-        self.pages().map(|page| page.bytes()).sum::<u64>() + self.exact_bytes()
+        self.pages().map(|page| page.len() as u64).sum::<u64>() + self.exact_bytes()
     }
 }

@@ -16,14 +16,15 @@ impl Kernels {
         }
     }
 
-    /// Requests what `value` is stored in, as [`Kernels::request`] does.
-    pub fn request_value<T>(&self, value: &T) {
-        let start = std::ptr::from_ref(value).cast::<u8>();
-        for at in (0..size_of::<T>()).step_by(LINE) {
+    /// Requests what `values` are stored in, as [`Kernels::request`] does.
+    pub fn request_values<T>(&self, values: &[T]) {
+        let start = values.as_ptr().cast::<u8>();
+        let bytes = size_of_val(values);
+        for at in (0..bytes).step_by(LINE) {
             request(start.wrapping_add(at));
         }
-        // The value may begin within a line.
-        request(start.wrapping_add(size_of::<T>().saturating_sub(1)));
+        // The first may begin within a line.
+        request(start.wrapping_add(bytes.saturating_sub(1)));
     }
 }
 
