@@ -167,14 +167,15 @@ proptest! {
         Kernels::best().code_accumulate(shape, &weights, stored.rows(), Scales::Block(&scales), &mut acc);
         for (i, a) in acc.iter().enumerate() {
             let (h, i) = (i / shape.dims, i % shape.dims);
-            let (mut sum, mut largest) = (0.0, 0.0f64);
+            let (mut sum, mut weight, mut scale) = (0.0, 0.0f64, 0.0f64);
             for t in 0..n {
-                let u = f64::from(weights[h * n + t]) * f64::from(scales[t * 3 + i / 32]);
-                largest = largest.max(u.abs());
+                let [w, s] = [weights[h * n + t], scales[t * 3 + i / 32]].map(f64::from);
+                (weight, scale) = (weight.max(w.abs()), scale.max(s.abs()));
+                let u = w * s;
                 sum += u * f64::from(stored.codes[t * shape.dims + i]);
             }
             // The products and the result are floats: 2^-24 of each term, and of the sum.
-            let bound = n as f64 * 128.0 * largest * (1.0 / 65024.0 + 3.0 / f64::from(1 << 24));
+            let bound = n as f64 * 128.0 * (weight * scale) * (1.0 / 65024.0 + 3.0 / f64::from(1 << 24));
             prop_assert!((f64::from(*a) - sum).abs() <= bound, "{a} {sum} {bound}");
         }
     }

@@ -86,6 +86,10 @@ fn check_table(shape: CodeShape, table: &[i8; 16], codes: &[i8], queries: &[f32]
                 let mut out = vec![0.5; g * n];
                 k.code_scores(shape, &query, rows, *scales, &mut out);
                 assert!(bits(&out) == bits(wanted), "{name} {scales:?}\n{out:?}\n{wanted:?}");
+                let (mut again, mut largest) = (vec![0.5; g * n], vec![7.0; g]);
+                k.code_scores_and_largest(shape, &query, rows, *scales, (&mut again, &mut largest));
+                let most: Vec<f32> = (0..g).map(|h| oracle::max(&wanted[h * n..(h + 1) * n])).collect();
+                assert_eq!((bits(&again), bits(&largest)), (bits(wanted), bits(&most)), "{name} {scales:?}");
             }
         }
     }

@@ -72,20 +72,22 @@ impl<'a> Read<'a> {
         }
     }
 
-    /// As [`Read::score`], less `offsets` `[group]`.
+    /// As [`Read::score`], less `offsets` `[group]`, and the largest of each head without them.
     fn score_apart(
         &self,
         queries: &[f32],
         upcoming: &[u8],
         scratch: &mut KvScratch,
-        offsets: &mut [f32],
-        out: &mut [f32],
+        (out, largest, offsets): (&mut [f32], &mut [f32], &mut [f32]),
     ) {
         match self {
-            Read::Run(run, _) => run.scores_apart(queries, upcoming, scratch, offsets, out),
-            Read::Scattered(..) => {
+            Read::Run(run, _) => run.scores_apart(queries, upcoming, scratch, (out, largest, offsets)),
+            Read::Scattered(kv, ..) => {
                 self.score(queries, upcoming, scratch, out);
                 offsets.fill(0.0);
+                for (largest, scores) in largest.iter_mut().zip(out.chunks_exact(self.len())) {
+                    *largest = kv.kernels().max(scores);
+                }
             }
         }
     }
@@ -110,7 +112,7 @@ impl<'a> Read<'a> {
     pub(crate) fn bytes(&self) -> [usize; 2] {
         match self {
             Read::Run(run, _) => {
-                [run.key_parts().map(<[u8]>::len).sum(), run.value_parts().map(<[u8]>::len).sum()]
+                [run.key_parts(), run.value_parts()].map(|parts| parts.iter().map(|part| part.len()).sum())
             }
             Read::Scattered(kv, pieces, _) => kv.scattered_bytes(pieces),
         }
@@ -119,16 +121,26 @@ impl<'a> Read<'a> {
     /// The pieces of memory of a run; scattered rows are not requested ahead.
     pub(crate) fn parts(&self, values: bool) -> [&'a [u8]; 4] {
         match self {
-            Read::Run(run, _) if values => parts_of(run.value_parts()),
-            Read::Run(run, _) => parts_of(run.key_parts()),
+            Read::Run(run, _) if values => run.value_parts(),
+            Read::Run(run, _) => run.key_parts(),
             Read::Scattered(..) => [&[]; 4],
         }
     }
 }
 
-/// Numbers that [`score_chunk`] leaves for the reads of a chunk: weights, and their sums.
+/// Numbers that [`score_chunk`] writes for the reads of a chunk: logits, what is added to those of each head, and the largest
+/// without it.
 pub(crate) fn weights_len(reads: &[Read<'_>], group: usize) -> usize {
-    reads.iter().map(|read| group * (read.len() + 1)).sum()
+    reads.iter().map(|read| group * (read.len() + 2)).sum()
+}
+
+/// What [`score_chunk`] has for the first read of `rest`: logits `[group][tokens]`, then offsets, then the largest.
+fn split<'a>(rest: &mut &'a mut [f32], group: usize, tokens: usize) -> [&'a mut [f32]; 3] {
+    let (logits, others) = std::mem::take(rest).split_at_mut(group * tokens);
+    let (offsets, others) = others.split_at_mut(group);
+    let (largest, others) = others.split_at_mut(group);
+    *rest = others;
+    [logits, offsets, largest]
 }
 
 /// Bytes of what comes next that kernels have requested when they end; some have less.
@@ -136,9 +148,10 @@ const REQUESTED: usize = 8192;
 /// Bytes to request before the exponentials of a page of a head.
 const WHILE_EXP: usize = 1024;
 
-/// Scores the tokens of `all`, the reads of a chunk, and writes largest logit and sum of weights of each head to `partials`,
-/// not the accumulators. For [`gather_chunk`] `weights` becomes `[read]`, each with the weights `[group][tokens]` and their
-/// sums `[group]`. `upcoming` are pieces of memory that are read next; `scratch` has been prepared for `queries`.
+/// Scores the tokens of `all`, the reads of a chunk, and writes the largest logit of each head to `partials`, nothing else of
+/// them. For [`gather_chunk`] `weights` becomes `[read]`, each with the logits `[group][tokens]` but for what all tokens of
+/// a head have alike, and that `[group]`, among others. `upcoming` are pieces of memory that are read next; `scratch` has been prepared
+/// for `queries`.
 ///
 /// # Panics
 /// When `weights` is shorter than [`weights_len`].
@@ -153,46 +166,42 @@ pub(crate) fn score_chunk(
 ) {
     let (d, kernels) = (kv.head_dim(), kv.kernels());
     let group = queries.len() / d;
-    // The accumulators are left to `gather_chunk`.
     for partial in partials.chunks_exact_mut(stride(d)) {
-        (partial[0], partial[1]) = (f32::NEG_INFINITY, 0.0);
+        partial[0] = f32::NEG_INFINITY;
     }
-    let mut rest = &mut *weights;
+    let mut rest = weights;
     for (i, read) in all.iter().enumerate() {
-        let (logits, others) = rest.split_at_mut(group * read.len());
-        // Until sums of weights stand here.
-        let (offsets, others) = others.split_at_mut(group);
-        rest = others;
+        let [logits, offsets, largest] = split(&mut rest, group, read.len());
         let next = all.get(i + 1).map(|next| next.parts(false));
         let upcoming = request(kernels, next.as_ref().map_or(upcoming, |next| next));
-        read.score_apart(queries, upcoming, scratch, offsets, logits);
-        let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact(read.len()));
-        for ((partial, logits), offset) in heads.zip(offsets) {
+        read.score_apart(queries, upcoming, scratch, (logits, largest, offsets));
+        let heads = partials.chunks_exact_mut(stride(d)).zip(&*offsets).zip(&*largest);
+        for ((partial, offset), largest) in heads {
             // Rounding keeps the order, so this is the largest of the sums.
-            partial[0] = partial[0].max(kernels.max(logits) + *offset);
-        }
-    }
-    let mut ahead = upcoming.first().and_then(|first| first.get(REQUESTED..)).unwrap_or_default();
-    let mut rest = weights;
-    for read in all {
-        let (logits, others) = rest.split_at_mut(group * read.len());
-        let (masses, others) = others.split_at_mut(group);
-        rest = others;
-        let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact_mut(read.len()));
-        for ((partial, logits), mass) in heads.zip(masses) {
-            // Exponentials read nothing: memory goes on with what comes next.
-            let some = ahead.len().min(WHILE_EXP);
-            kernels.request(&ahead[..some]);
-            ahead = &ahead[some..];
-            *mass = kernels.exp_sum_offset(logits, *mass, partial[0]);
-            partial[1] += *mass;
+            partial[0] = partial[0].max(largest + offset);
         }
     }
 }
 
-/// The pieces of memory of a run, the largest first; there are no more than these.
-pub(crate) fn parts_of<'a>(mut parts: impl Iterator<Item = &'a [u8]>) -> [&'a [u8]; 4] {
-    std::array::from_fn(|_| parts.next().unwrap_or_default())
+/// Turns what [`score_chunk`] left for a read, `logits` `[group][tokens]` and `offsets` `[group]`, into weights and their
+/// sums, which are added to `partials`. `ahead` is requested meanwhile: exponentials read nothing from memory.
+fn weigh(
+    kernels: &Kernels,
+    logits: &mut [f32],
+    offsets: &mut [f32],
+    mut ahead: &[u8],
+    d: usize,
+    partials: &mut [f32],
+) {
+    let tokens = logits.len() / offsets.len();
+    let heads = partials.chunks_exact_mut(stride(d)).zip(logits.chunks_exact_mut(tokens));
+    for ((partial, logits), offset) in heads.zip(offsets) {
+        let some = ahead.len().min(WHILE_EXP);
+        kernels.request(&ahead[..some]);
+        ahead = &ahead[some..];
+        *offset = kernels.exp_sum_offset(logits, *offset, partial[0]);
+        partial[1] += *offset;
+    }
 }
 
 /// Largest piece of memory that is requested whole: the scales of a run, which are read before its rows.
@@ -207,28 +216,35 @@ pub(super) fn request<'a>(kernels: &Kernels, upcoming: &[&'a [u8]]) -> &'a [u8] 
     first
 }
 
-/// Adds the values of `all`, weighted by what [`score_chunk`] left, to the accumulators of `partials`. `sums` grows as
-/// needed and keeps nothing. `upcoming` are pieces of memory that are read next.
+/// Makes weights of what [`score_chunk`] left, and writes their sums and the values of `all` under them to `partials`: just
+/// before they are used, so that a first-level cache has them. `sums` grows as needed and keeps nothing. `upcoming` are
+/// pieces of memory that are read next.
 pub(crate) fn gather_chunk(
     kv: &KvHead,
     all: &[Read<'_>],
     upcoming: &[&[u8]],
-    weights: &[f32],
+    weights: &mut [f32],
     scratch: &mut KvScratch,
     sums: &mut Vec<f32>,
     partials: &mut [f32],
 ) {
-    let d = kv.head_dim();
+    let (d, kernels) = (kv.head_dim(), kv.kernels());
     let group = partials.len() / stride(d);
+    for partial in partials.chunks_exact_mut(stride(d)) {
+        partial[1] = 0.0;
+    }
     sums.clear();
     sums.resize(group * d, 0.0);
     let mut rest = weights;
+    // Of the first values the kernel of the keys has requested less.
+    let mut requested = REQUESTED;
     for (i, read) in all.iter().enumerate() {
-        let (weights, others) = rest.split_at(group * read.len());
-        let (masses, others) = others.split_at(group);
-        rest = others;
+        let [weights, masses, _] = split(&mut rest, group, read.len());
+        let [codes, ..] = read.parts(true);
+        weigh(kernels, weights, masses, codes.get(requested..).unwrap_or_default(), d, partials);
+        requested = 2 * REQUESTED;
         let next = all.get(i + 1).map(|next| next.parts(true));
-        let upcoming = request(kv.kernels(), next.as_ref().map_or(upcoming, |next| next));
+        let upcoming = request(kernels, next.as_ref().map_or(upcoming, |next| next));
         read.accumulate(weights, Some(masses), upcoming, scratch, sums);
     }
     for (partial, acc) in partials.chunks_exact_mut(stride(d)).zip(sums.chunks_exact(d)) {
@@ -240,25 +256,28 @@ pub(crate) fn gather_chunk(
 const NEAR: usize = 4;
 
 /// As [`gather_chunk`], but of the values whose weight is above the floor of their head for some head. `floors` has one a
-/// head, in terms of the weights that [`score_chunk`] left. Returns the bytes of values read.
+/// head, in terms of weights over the largest one of the chunk. Returns the bytes of values read.
 pub(crate) fn gather_above(
     kv: &KvHead,
     all: &[Read<'_>],
     floors: &[f32],
-    weights: &[f32],
+    weights: &mut [f32],
     scratch: &mut KvScratch,
     sums: &mut Vec<f32>,
     partials: &mut [f32],
 ) -> usize {
     let (d, kernels) = (kv.head_dim(), kv.kernels());
     let group = partials.len() / stride(d);
+    for partial in partials.chunks_exact_mut(stride(d)) {
+        partial[1] = 0.0;
+    }
     sums.clear();
     sums.resize(group * d, 0.0);
     let (mut kept, mut tokens, mut some, mut bytes) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let mut rest = weights;
     for read in all {
-        let (weights, others) = rest.split_at(group * read.len());
-        rest = &others[group..];
+        let [weights, masses, _] = split(&mut rest, group, read.len());
+        weigh(kernels, weights, masses, &[], d, partials);
         let Read::Run(run, first) = read else {
             read.accumulate(weights, None, &[], scratch, sums);
             bytes += read.bytes()[1];

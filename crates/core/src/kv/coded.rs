@@ -113,6 +113,10 @@ impl<R: Rounding> Codec for Coded<R> {
         R::LARGEST
     }
 
+    fn rounds_weights(&self) -> bool {
+        true
+    }
+
     fn encode(&self, kernels: &Kernels, rows: &[f32], head_dim: usize, page: &mut [u8], first: usize) {
         let (shape, count) = (Self::shape(head_dim), Self::scales_a_row(head_dim));
         let row_bytes = shape.row_bytes();
@@ -168,6 +172,21 @@ impl<R: Rounding> KeyCodec for Coded<R> {
         let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
         let scales = Self::scales(&scratch.floats);
         kernels.code_scores(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
+    }
+
+    fn scores_and_largest(
+        &self,
+        kernels: &Kernels,
+        _: &[f32],
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
+        out: (&mut [f32], &mut [f32]),
+    ) {
+        let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
+        Self::widen(kernels, scales, &mut scratch.floats);
+        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
+        let scales = Self::scales(&scratch.floats);
+        kernels.code_scores_and_largest(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
     }
 
     fn upper(&self) -> Option<&'static dyn UpperKeys> {

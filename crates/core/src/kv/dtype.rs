@@ -6,9 +6,9 @@ use super::side::{EXACT, exact_row_bytes};
 use super::{Codec, KV_FORMATS, KeyCodec, PAGE_TOKENS, ValueCodec};
 use crate::error::{Error, Result};
 
-/// First tokens of a centred side that are kept exactly: they hold attention sinks, whose rows are unlike any other, and
-/// the mean of the first page comes from them.
-const CENTRED_FIRST: usize = 32;
+/// First tokens, which hold attention sinks, whose rows are unlike any other: they are a run of their own, and a centred side
+/// keeps them exactly; the mean of its first page comes from them.
+pub(super) const FIRST: usize = 32;
 
 /// A number format for cached rows, as [`KV_FORMATS`] lists it.
 pub struct KvFormat {
@@ -85,7 +85,7 @@ impl SideDtype {
 
     /// First tokens that are kept exactly.
     pub fn exact_first(&self) -> usize {
-        if self.centre { CENTRED_FIRST } else { 0 }
+        if self.centre { FIRST } else { 0 }
     }
 
     /// Newest tokens that there is room to keep exactly: what is not settled, and as many as a page more, so that a

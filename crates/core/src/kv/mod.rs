@@ -146,6 +146,12 @@ pub trait Codec: Send + Sync {
         0
     }
 
+    /// Whether the weights of a run of rows are rounded in steps of its largest weight: then the first tokens of a sequence,
+    /// which attract most weight whatever their values, are a run of their own.
+    fn rounds_weights(&self) -> bool {
+        false
+    }
+
     /// Encodes `rows`, `[n][head_dim]`, into `page` from row `first` on; `first` and `n` are multiples of
     /// [`Codec::group`]. The bytes depend on nothing but the rows of their group.
     fn encode(&self, kernels: &Kernels, rows: &[f32], head_dim: usize, page: &mut [u8], first: usize);
@@ -175,6 +181,21 @@ pub trait KeyCodec: Codec {
         scratch: &mut KvScratch,
         out: &mut [f32],
     );
+
+    /// As [`KeyCodec::scores`]; `largest` `[group]` becomes the largest of each head.
+    fn scores_and_largest(
+        &self,
+        kernels: &Kernels,
+        queries: &[f32],
+        rows: &Rows<'_>,
+        scratch: &mut KvScratch,
+        (out, largest): (&mut [f32], &mut [f32]),
+    ) {
+        self.scores(kernels, queries, rows, scratch, out);
+        for (largest, scores) in largest.iter_mut().zip(out.chunks_exact(rows.range.len())) {
+            *largest = kernels.max(scores);
+        }
+    }
 
     /// What reads the upper part of the codes alone, where that is fewer bytes.
     fn upper(&self) -> Option<&'static dyn UpperKeys> {

@@ -30,38 +30,38 @@ impl<'a> KvRun<'a> {
         self.tokens
     }
 
-    /// The stored bytes of the keys, in pieces: the largest first.
-    pub fn key_parts(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.head.sides()[0].parts(&self.keys)
+    /// The stored bytes of the keys, in pieces: the largest first, and empty ones last.
+    pub fn key_parts(&self) -> [&'a [u8]; 4] {
+        self.keys.parts
     }
 
-    /// The stored bytes of the values, in pieces: the largest first.
-    pub fn value_parts(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.head.sides()[1].parts(&self.values)
+    /// The stored bytes of the values, in pieces: the largest first, and empty ones last.
+    pub fn value_parts(&self) -> [&'a [u8]; 4] {
+        self.values.parts
     }
 
     /// Dot products of `queries` `[group][head_dim]`, those of the last [`KvHead::prepare`], with the keys: `out` is
     /// `[group][tokens]`. The bytes `upcoming`, which are read next, are requested from memory in time.
     pub fn scores(&self, queries: &[f32], upcoming: &[u8], scratch: &mut KvScratch, out: &mut [f32]) {
         #[cfg(test)]
-        self.head.observe_bytes(self.key_parts().map(<[u8]>::len).sum());
+        self.head.observe_bytes(self.key_parts().iter().map(|part| part.len()).sum());
         let keys = self.head.sides()[0];
         keys.scores(self.head.kernels(), queries, &self.keys, upcoming, scratch, out);
     }
 
-    /// As [`KvRun::scores`], less `offsets` `[group]`, which are the same for all tokens: the mean of centred keys.
+    /// As [`KvRun::scores`], less `offsets` `[group]`, which are the same for all tokens: the mean of centred keys. `largest`
+    /// `[group]` become the largest of `out`.
     pub fn scores_apart(
         &self,
         queries: &[f32],
         upcoming: &[u8],
         scratch: &mut KvScratch,
-        offsets: &mut [f32],
-        out: &mut [f32],
+        (out, largest, offsets): (&mut [f32], &mut [f32], &mut [f32]),
     ) {
         #[cfg(test)]
-        self.head.observe_bytes(self.key_parts().map(<[u8]>::len).sum());
+        self.head.observe_bytes(self.key_parts().iter().map(|part| part.len()).sum());
         let (keys, kernels) = (self.head.sides()[0], self.head.kernels());
-        keys.scores_less_mean(kernels, queries, &self.keys, upcoming, scratch, out);
+        keys.scores_less_mean(kernels, queries, &self.keys, upcoming, scratch, (out, largest));
         keys.scores_of_mean(kernels, queries, &self.keys, scratch, offsets);
     }
 
@@ -77,7 +77,7 @@ impl<'a> KvRun<'a> {
         acc: &mut [f32],
     ) {
         #[cfg(test)]
-        self.head.observe_bytes(self.value_parts().map(<[u8]>::len).sum());
+        self.head.observe_bytes(self.value_parts().iter().map(|part| part.len()).sum());
         let values = self.head.sides()[1];
         values.accumulate(self.head.kernels(), (weights, masses), &self.values, upcoming, scratch, acc);
     }

@@ -78,8 +78,8 @@ pub fn exp(x: f32) -> f32 {
     let n = x.mul_add(std::f32::consts::LOG2_E, magic) - magic;
     let r = n.mul_add(-0.693_359_4, x);
     let r = n.mul_add(2.121_944_4e-4, r);
-    let mut p = 1.987_569_1e-4f32;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    let mut p = 8.312_510_3e-3f32;
+    for c in [4.189_024_5e-2, 1.666_711_6e-1, 4.999_923e-1] {
         p = p.mul_add(r, c);
     }
     let y = p.mul_add(r * r, r + 1.0);

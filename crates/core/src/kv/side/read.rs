@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use longbit_kernels::Kernels;
 
+use super::super::dtype::FIRST;
 use super::super::{Codec, KeyCodec, KvScratch, PAGE_TOKENS, Rows, ValueCodec};
 use super::centre::widen;
 use super::{EXACT, Side};
@@ -12,16 +13,42 @@ use super::{EXACT, Side};
 #[derive(Clone, Debug)]
 pub(in crate::kv) struct Place<'a> {
     exact: bool,
-    rows: Rows<'a>,
+    page: &'a [u8],
+    /// Rows of the page.
+    rows: Range<usize>,
     /// The mean that was taken off, bfloat16.
     mean: Option<&'a [u16]>,
+    /// The bytes that reading the rows touches, the largest piece first and empty ones last.
+    pub(in crate::kv) parts: [&'a [u8]; 4],
+}
+
+impl<'a> Place<'a> {
+    /// Rows without a mean.
+    fn new(codec: &dyn Codec, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> Self {
+        let mut parts = [&page[..0]; 4];
+        let some = codec.parts(page, rows.clone(), head_dim).into_iter().filter(|part| !part.is_empty());
+        parts.iter_mut().zip(some).for_each(|(to, part)| *to = part);
+        Place { exact: false, page, rows, mean: None, parts }
+    }
+
+    fn less(mut self, mean: &'a [u16]) -> Self {
+        self.mean = Some(mean);
+        if let Some(free) = self.parts.iter_mut().find(|part| part.is_empty()) {
+            *free = bytemuck::cast_slice(mean);
+        }
+        self
+    }
+
+    fn rows(&self, head_dim: usize, upcoming: &'a [u8]) -> Rows<'a> {
+        Rows { page: self.page, range: self.rows.clone(), head_dim, upcoming }
+    }
 }
 
 impl Side {
     /// Where the run that begins at `start` ends at the latest, as far as this side is concerned.
     pub(in crate::kv) fn cut(&self, start: usize) -> usize {
         let mut end = (start / PAGE_TOKENS + 1) * PAGE_TOKENS;
-        let first = self.dtype.exact_first();
+        let first = if self.codec().rounds_weights() { FIRST } else { self.dtype.exact_first() };
         if start < first {
             end = end.min(first);
         } else if start < self.settled {
@@ -40,10 +67,9 @@ impl Side {
     /// Where the rows of `run` lie, which ends no later than [`Side::cut`] says.
     pub(in crate::kv) fn place(&self, run: &Range<usize>) -> Place<'_> {
         debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
-        let exact = |row: usize| Place {
-            exact: true,
-            rows: self.rows(&self.memory.exact, row..row + run.len()),
-            mean: None,
+        let exact = |row: usize| {
+            let place = Place::new(&EXACT, &self.memory.exact, row..row + run.len(), self.head_dim);
+            Place { exact: true, ..place }
         };
         if run.start < self.dtype.exact_first() {
             exact(run.start)
@@ -52,11 +78,8 @@ impl Side {
         } else {
             let page = run.start / PAGE_TOKENS;
             let row = run.start % PAGE_TOKENS;
-            Place {
-                exact: false,
-                rows: self.rows(self.encoded(page), row..row + run.len()),
-                mean: self.dtype.centre().then(|| self.mean(page)),
-            }
+            let place = Place::new(self.codec(), self.encoded(page), row..row + run.len(), self.head_dim);
+            if self.dtype.centre() { place.less(self.mean(page)) } else { place }
         }
     }
 
@@ -72,7 +95,7 @@ impl Side {
             let (rows, rest) = out.split_at_mut(run.len() * d);
             let place = self.place(&run);
             let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
-            codec.decode(kernels, &place.rows, rows);
+            codec.decode(kernels, &place.rows(d, &[]), rows);
             if let Some(mean) = place.mean {
                 for row in rows.chunks_exact_mut(d) {
                     row.iter_mut().zip(mean).for_each(|(x, &m)| *x += widen(m));
@@ -80,13 +103,6 @@ impl Side {
             }
             (start, out) = (run.end, rest);
         }
-    }
-
-    /// The bytes that reading rows touches.
-    pub(in crate::kv) fn parts<'a>(&self, place: &Place<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
-        let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
-        let parts = codec.parts(place.rows.page, place.rows.range.clone(), self.head_dim);
-        parts.into_iter().chain(place.mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
     }
 
     /// See [`crate::kv::KvHead::scores`].
@@ -99,11 +115,16 @@ impl Side {
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
-        self.scores_less_mean(kernels, queries, place, upcoming, scratch, out);
+        let rows = place.rows(self.head_dim, upcoming);
+        self.key_codec(place).scores(kernels, queries, &rows, scratch, out);
         self.add_mean(kernels, queries, place, scratch, out);
     }
 
-    /// As [`Side::scores`], without what the mean of the page was taken off for.
+    fn key_codec(&self, place: &Place<'_>) -> &'static dyn KeyCodec {
+        if place.exact { &EXACT } else { self.dtype.key_codec() }
+    }
+
+    /// As [`Side::scores`], without what the mean of the page was taken off for, and the largest for each query.
     pub(in crate::kv) fn scores_less_mean(
         &self,
         kernels: &Kernels,
@@ -111,10 +132,10 @@ impl Side {
         place: &Place<'_>,
         upcoming: &[u8],
         scratch: &mut KvScratch,
-        out: &mut [f32],
+        out: (&mut [f32], &mut [f32]),
     ) {
-        let codec: &dyn KeyCodec = if place.exact { &EXACT } else { self.dtype.key_codec() };
-        codec.scores(kernels, queries, &Rows { upcoming, ..place.rows.clone() }, scratch, out);
+        let rows = place.rows(self.head_dim, upcoming);
+        self.key_codec(place).scores_and_largest(kernels, queries, &rows, scratch, out);
     }
 
     /// What [`Side::scores_less_mean`] leaves out for each query.
@@ -154,13 +175,12 @@ impl Side {
 
     /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
     pub(in crate::kv) fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        let Place { exact, rows, mean } = self.place(run);
-        let parts = match self.dtype.key_codec().upper() {
-            Some(upper) if !exact => upper.parts(rows.page, rows.range, self.head_dim),
-            _ if exact => EXACT.parts(rows.page, rows.range, self.head_dim),
-            _ => self.codec().parts(rows.page, rows.range, self.head_dim),
-        };
-        parts.into_iter().chain(mean.map(bytemuck::cast_slice)).filter(|part| !part.is_empty())
+        let mut place = self.place(run);
+        if let (false, Some(upper)) = (place.exact, self.dtype.key_codec().upper()) {
+            let [a, b, c] = upper.parts(place.page, place.rows, self.head_dim);
+            place.parts = [a, b, c, place.mean.map_or(&[], bytemuck::cast_slice)];
+        }
+        place.parts.into_iter().filter(|part| !part.is_empty())
     }
 
     /// See [`crate::kv::KvHead::upper_scores`].
@@ -179,7 +199,7 @@ impl Side {
             steps.fill(0.0);
             return self.scores(kernels, queries, &place, upcoming, scratch, out);
         };
-        upper.scores(kernels, queries, &Rows { upcoming, ..place.rows.clone() }, scratch, steps, out);
+        upper.scores(kernels, queries, &place.rows(self.head_dim, upcoming), scratch, steps, out);
         self.add_mean(kernels, queries, &place, scratch, out);
     }
 
@@ -194,11 +214,11 @@ impl Side {
         acc: &mut [f32],
     ) {
         let codec: &dyn ValueCodec = if place.exact { &EXACT } else { self.dtype.value_codec() };
-        codec.accumulate(kernels, weights, &Rows { upcoming, ..place.rows.clone() }, scratch, acc);
+        codec.accumulate(kernels, weights, &place.rows(self.head_dim, upcoming), scratch, acc);
         let Some(mean) = place.mean else { return };
         scratch.mean.resize(self.head_dim, 0.0);
         kernels.bf16_to_f32(mean, &mut scratch.mean);
-        let each = weights.chunks_exact(place.rows.range.len());
+        let each = weights.chunks_exact(place.rows.len());
         for (h, (weights, acc)) in each.zip(acc.chunks_exact_mut(self.head_dim)).enumerate() {
             let mass = masses.map_or_else(|| kernels.sum(weights), |masses| masses[h]);
             kernels.scale_add(acc, 1.0, &scratch.mean, mass);

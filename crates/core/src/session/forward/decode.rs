@@ -217,12 +217,12 @@ impl Pass<'_> {
                 score_chunk(queries, &kv, task, &upcoming, &mut p.kv, weights, &mut partials);
                 weights = &mut weights[weights_len(task, group)..];
             }
-            let mut weights = &p.weights[..];
+            let mut weights = &mut p.weights[..];
             for (i, task) in all.iter().enumerate() {
                 let upcoming = if i + 1 < all.len() { first(i + 1, true) } else { after.unwrap_or([&[]; 4]) };
                 let mut partials = s.partials.write(base + slot + i);
                 gather_chunk(&kv, task, &upcoming, weights, &mut p.kv, &mut p.attend, &mut partials);
-                weights = &weights[weights_len(task, group)..];
+                weights = &mut weights[weights_len(task, group)..];
             }
             bytes += all.iter().flatten().map(|read| read.bytes().iter().sum::<usize>()).sum::<usize>();
             slot = last;
@@ -294,7 +294,7 @@ impl Pass<'_> {
                 // In terms of the weights of this task, `exp(z - own)`.
                 *floor = below[kv_head] * kv.kernels().exp(*floor - own);
             }
-            let weights = &p.weights[room[i - mine.start]..];
+            let weights = &mut p.weights[room[i - mine.start]..];
             let mut partials = s.partials.write(base + i);
             let all: Vec<_> = reads(&kv, work.pieces(i)).collect();
             let read = gather_above(&kv, &all, &floors, weights, &mut p.kv, &mut p.attend, &mut partials);

@@ -79,7 +79,7 @@ impl Tile<'_> {
                 }
                 kv.prepare(query, &mut p.kv);
                 score_chunk(query, kv, &all, &[], &mut p.kv, &mut p.weights, part);
-                gather_chunk(kv, &all, &[], &p.weights, &mut p.kv, &mut p.attend, part);
+                gather_chunk(kv, &all, &[], &mut p.weights, &mut p.kv, &mut p.attend, part);
                 let running = &mut running[j * slot..(j + 1) * slot];
                 partial::merge(kernels, running, part, d, &mut p.factors);
             }

@@ -91,13 +91,14 @@ impl Weights {
 /// as the step of the rounded weights.
 pub(super) type Steps = ([[f32; 4]; HEADS], [[f32; 4]; HEADS]);
 
-/// From the largest weights to [`Steps`].
+/// From the largest weight of each head and the largest scale of each block to [`Steps`].
 #[inline(always)]
-pub(super) fn steps(largest: [[f32; 4]; HEADS]) -> Steps {
+pub(super) fn steps(weights: [f32; HEADS], scales: [f32; 4]) -> Steps {
     let mut out = ([[0.0; 4]; HEADS], [[0.0; 4]; HEADS]);
     for h in 0..HEADS {
         for b in 0..4 {
-            let m = if largest[h][b] > SMALLEST { largest[h][b] } else { SMALLEST };
+            let m = weights[h] * scales[b];
+            let m = if m > SMALLEST { m } else { SMALLEST };
             (out.0[h][b], out.1[h][b]) = (LARGEST / m, m / LARGEST);
         }
     }
@@ -162,6 +163,16 @@ fn larger(lanes: &mut [f32; 16], u: &[f32; 16]) {
     }
 }
 
+/// The largest magnitude.
+#[inline(always)]
+fn most(x: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for t in (0..x.len()).step_by(16) {
+        larger(&mut lanes, &sixteen(x, t));
+    }
+    lanes.into_iter().fold(0.0, |m, x| if x > m { x } else { m })
+}
+
 /// Rows `t` to `t + 16` of what has `n` rows, zeros behind them.
 #[inline(always)]
 fn sixteen(x: &[f32], t: usize) -> [f32; 16] {
@@ -208,35 +219,24 @@ impl<const PLANES: bool> Portable<PLANES> {
 impl<const PLANES: bool> Prepare for Portable<PLANES> {
     #[inline(always)]
     unsafe fn largest<const H: usize>(factors: &Factors<'_>) -> Steps {
-        let (n, mut largest, mut lanes) = (factors.n, [[0.0f32; 4]; HEADS], [[0.0f32; 16]; H]);
-        if let Scales::Block(scales) = factors.scales {
-            for t in (0..n).step_by(4) {
-                let scales = factors.of_blocks(scales, t);
-                for h in 0..H {
-                    larger(&mut lanes[h], &Self::of_blocks(factors, &scales, h, t));
-                }
-            }
-        } else {
-            for t in (0..n).step_by(16) {
-                for h in 0..H {
-                    larger(&mut lanes[h], &Self::of_rows(factors, h, t));
-                }
-            }
-        }
+        let (n, mut weights, mut scales) = (factors.n, [0.0; HEADS], [1.0; 4]);
         for h in 0..H {
-            for l in 0..16 {
-                let b = l / 4;
-                largest[h][b] = if lanes[h][l] > largest[h][b] { lanes[h][l] } else { largest[h][b] };
-            }
-            if !matches!(factors.scales, Scales::Block(_)) {
-                let mut all = largest[h][0];
-                for b in 1..4 {
-                    all = if largest[h][b] > all { largest[h][b] } else { all };
+            weights[h] = most(&factors.weights[h * n..(h + 1) * n]);
+        }
+        match factors.scales {
+            Scales::One => {}
+            Scales::Row(all) => scales = [most(all); 4],
+            Scales::Block(all) => {
+                let mut lanes = [0.0f32; 16];
+                for t in (0..n).step_by(4) {
+                    larger(&mut lanes, &factors.of_blocks(all, t));
                 }
-                largest[h] = [all; 4];
+                for (scale, lanes) in scales.iter_mut().zip(lanes.as_chunks::<4>().0) {
+                    *scale = lanes.iter().fold(0.0, |m, &x| if x > m { x } else { m });
+                }
             }
         }
-        steps(largest)
+        steps(weights, scales)
     }
 
     #[inline(always)]

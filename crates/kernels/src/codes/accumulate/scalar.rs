@@ -20,13 +20,19 @@ pub(crate) fn accumulate(
         Scales::Row(scales) => weights[h * n + t] * scales[t],
         Scales::Block(scales) => weights[h * n + t] * scales[t * blocks + b],
     };
-    let mut largest = vec![SMALLEST; heads * blocks];
-    for (i, m) in largest.iter_mut().enumerate() {
-        for t in 0..n {
-            let u = weight(i / blocks, t, i % blocks).abs();
-            *m = if u > *m { u } else { *m };
-        }
-    }
+    let most = |x: &mut dyn Iterator<Item = f32>| x.fold(0.0, |m, x| if x.abs() > m { x.abs() } else { m });
+    let largest: Vec<f32> = (0..heads * blocks)
+        .map(|i| {
+            let weight = most(&mut weights[i / blocks * n..][..n].iter().copied());
+            let m = weight
+                * match scales {
+                    Scales::One => 1.0,
+                    Scales::Row(scales) => most(&mut scales.iter().copied()),
+                    Scales::Block(scales) => most(&mut scales[i % blocks..].iter().step_by(blocks).copied()),
+                };
+            if m > SMALLEST { m } else { SMALLEST }
+        })
+        .collect();
     let mut codes = vec![0i8; shape.dims];
     let mut sums = vec![0i32; heads * shape.dims];
     for t in 0..n {

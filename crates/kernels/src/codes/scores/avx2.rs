@@ -48,8 +48,8 @@ impl Dots for Wide {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn scores(work: Work<'_>, out: &mut [f32]) {
-    token_by_token::<Wide>(work, out);
+fn scores(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
+    token_by_token::<Wide>(work, out, largest);
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -64,8 +64,8 @@ pub(crate) mod bw {
     pub(crate) static TABLE: ScoreTable = ScoreTable { wide: true, quantize, scores };
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    fn scores(work: Work<'_>, out: &mut [f32]) {
-        token_by_token::<Wide>(work, out);
+    fn scores(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
+        token_by_token::<Wide>(work, out, largest);
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]

@@ -45,8 +45,9 @@ pub(crate) struct ScoreTable {
     pub(crate) wide: bool,
     /// Fills the queries, whose buffers have their sizes.
     pub(crate) quantize: unsafe fn(&[f32], &mut QueryCodes),
-    /// Writes the scores `[heads][n]`.
-    pub(crate) scores: unsafe fn(Work<'_>, &mut [f32]),
+    /// Writes the scores `[heads][n]`, and raises what is in the second slice to the largest score of each head, unless it
+    /// is empty.
+    pub(crate) scores: unsafe fn(Work<'_>, &mut [f32], &mut [f32]),
 }
 
 impl Kernels {
@@ -62,6 +63,37 @@ impl Kernels {
         scales: Scales<'_>,
         out: &mut [f32],
     ) {
+        self.scores_and_largest(shape, query, rows, scales, (out, &mut []));
+    }
+
+    /// As [`Kernels::code_scores`]; `largest` becomes [`Kernels::max`] of the scores of each head, which costs next to nothing
+    /// here.
+    ///
+    /// # Panics
+    /// As there, or `largest` has not one number a head.
+    pub fn code_scores_and_largest(
+        &self,
+        shape: CodeShape,
+        query: &QueryCodes,
+        rows: Rows<'_>,
+        scales: Scales<'_>,
+        (out, largest): (&mut [f32], &mut [f32]),
+    ) {
+        assert_eq!(largest.len(), query.heads, "code_scores: the largest of {} heads", query.heads);
+        largest.fill(f32::NEG_INFINITY);
+        self.scores_and_largest(shape, query, rows, scales, (out, &mut *largest));
+        // One zero of two, as `max` has it.
+        largest.iter_mut().for_each(|x| *x += 0.0);
+    }
+
+    fn scores_and_largest(
+        &self,
+        shape: CodeShape,
+        query: &QueryCodes,
+        rows: Rows<'_>,
+        scales: Scales<'_>,
+        (out, largest): (&mut [f32], &mut [f32]),
+    ) {
         let n = shape.count(rows, "code_scores");
         assert!(shape.dims <= MOST_DIMS, "code_scores: rows of {} numbers", shape.dims);
         assert_eq!(query.dims, shape.dims, "code_scores: queries for {shape:?}");
@@ -76,7 +108,7 @@ impl Kernels {
             return;
         }
         // SAFETY: this table was handed out against proof of its instruction set, and the lengths agree.
-        unsafe { (self.code_scores.scores)(Work { shape, rows, scales, query, n }, out) }
+        unsafe { (self.code_scores.scores)(Work { shape, rows, scales, query, n }, out, largest) }
     }
 }
 

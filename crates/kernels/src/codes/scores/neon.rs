@@ -52,8 +52,8 @@ impl Dots for Neon {
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn scores(work: Work<'_>, out: &mut [f32]) {
-    token_by_token::<Neon>(work, out);
+fn scores(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
+    token_by_token::<Neon>(work, out, largest);
 }
 
 #[target_feature(enable = "neon,dotprod")]

@@ -20,9 +20,9 @@ pub(super) trait Dots {
     fn products(query: &QueryCodes, at: usize, codes: &[u8; SEGMENT]) -> [[i32; 4]; HEADS];
 }
 
-/// The scores, token by token.
+/// The scores, token by token, as [`ScoreTable::scores`].
 #[inline(always)]
-pub(super) fn token_by_token<D: Dots>(work: Work<'_>, out: &mut [f32]) {
+pub(super) fn token_by_token<D: Dots>(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
     let (shape, query) = (work.shape, work.query);
     let segments = query.row_segments();
     let mut codes = [[0u8; SEGMENT]; MOST_SEGMENTS];
@@ -41,6 +41,9 @@ pub(super) fn token_by_token<D: Dots>(work: Work<'_>, out: &mut [f32]) {
             let scores = finish(&work, t, steps, &sums[..segments]);
             for (h, score) in scores.into_iter().enumerate().take(query.heads - group * HEADS) {
                 out[(group * HEADS + h) * work.n + t] = score;
+                if let Some(largest) = largest.get_mut(group * HEADS + h) {
+                    *largest = if score > *largest { score } else { *largest };
+                }
             }
         }
     }
@@ -77,6 +80,6 @@ impl Dots for Plain {
     }
 }
 
-fn scores(work: Work<'_>, out: &mut [f32]) {
-    token_by_token::<Plain>(work, out);
+fn scores(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
+    token_by_token::<Plain>(work, out, largest);
 }

@@ -29,26 +29,31 @@ const ROW: u8 = 1;
 const BLOCK: u8 = 2;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn scores(work: Work<'_>, out: &mut [f32]) {
+fn scores(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
     match work.query.bits {
-        QueryBits::Sixteen => with_bits::<true>(work, out),
-        QueryBits::Eight => with_bits::<false>(work, out),
+        QueryBits::Sixteen => with_bits::<true>(work, out, largest),
+        QueryBits::Eight => with_bits::<false>(work, out, largest),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn with_bits<const BOTH: bool>(work: Work<'_>, out: &mut [f32]) {
+fn with_bits<const BOTH: bool>(work: Work<'_>, out: &mut [f32], largest: &mut [f32]) {
     match work.scales {
-        Scales::One => with_scales::<BOTH, ONE>(work, &[], out),
-        Scales::Row(scales) => with_scales::<BOTH, ROW>(work, scales, out),
-        Scales::Block(scales) => with_scales::<BOTH, BLOCK>(work, scales, out),
+        Scales::One => with_scales::<BOTH, ONE>(work, &[], out, largest),
+        Scales::Row(scales) => with_scales::<BOTH, ROW>(work, scales, out, largest),
+        Scales::Block(scales) => with_scales::<BOTH, BLOCK>(work, scales, out, largest),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn with_scales<const BOTH: bool, const KIND: u8>(work: Work<'_>, scales: &[f32], out: &mut [f32]) {
+fn with_scales<const BOTH: bool, const KIND: u8>(
+    work: Work<'_>,
+    scales: &[f32],
+    out: &mut [f32],
+    largest: &mut [f32],
+) {
     let (n, blocks) = (work.n, work.shape.blocks());
     assert!(out.len() == work.query.heads * n);
     match KIND {
@@ -59,23 +64,28 @@ fn with_scales<const BOTH: bool, const KIND: u8>(work: Work<'_>, scales: &[f32],
     let whole = if work.shape.dims == SEGMENT { n / TOKENS * TOKENS } else { 0 };
     let origin = Reader::new(work.shape, work.rows).origin();
     match work.shape.bits {
-        CodeBits::Eight => segments_of_128::<BOTH, KIND, EIGHT>(work, scales, None, whole, out),
+        CodeBits::Eight => segments_of_128::<BOTH, KIND, EIGHT>(work, scales, None, whole, out, largest),
         CodeBits::Four if origin.is_some() => {
-            segments_of_128::<BOTH, KIND, { FOUR | BARE }>(work, scales, origin, whole, out)
+            segments_of_128::<BOTH, KIND, { FOUR | BARE }>(work, scales, origin, whole, out, largest)
         }
-        CodeBits::Four => segments_of_128::<BOTH, KIND, FOUR>(work, scales, None, whole, out),
+        CodeBits::Four => segments_of_128::<BOTH, KIND, FOUR>(work, scales, None, whole, out, largest),
         CodeBits::Three if origin.is_some() => {
-            segments_of_128::<BOTH, KIND, { THREE | BARE }>(work, scales, origin, whole, out)
+            segments_of_128::<BOTH, KIND, { THREE | BARE }>(work, scales, origin, whole, out, largest)
         }
-        CodeBits::Three => segments_of_128::<BOTH, KIND, THREE>(work, scales, None, whole, out),
+        CodeBits::Three => segments_of_128::<BOTH, KIND, THREE>(work, scales, None, whole, out, largest),
         CodeBits::Two if origin.is_some() => {
-            segments_of_128::<BOTH, KIND, { TWO | BARE }>(work, scales, origin, whole, out)
+            segments_of_128::<BOTH, KIND, { TWO | BARE }>(work, scales, origin, whole, out, largest)
         }
-        CodeBits::Two => segments_of_128::<BOTH, KIND, TWO>(work, scales, None, whole, out),
-        CodeBits::Planes => segments_of_128::<BOTH, KIND, PLANES>(work, scales, None, whole, out),
+        CodeBits::Two => segments_of_128::<BOTH, KIND, TWO>(work, scales, None, whole, out, largest),
+        CodeBits::Planes => segments_of_128::<BOTH, KIND, PLANES>(work, scales, None, whole, out, largest),
     }
     if whole < n {
         any::<BOTH, KIND>(work, scales, whole, out);
+        for (largest, scores) in largest.iter_mut().zip(out.chunks_exact(n)) {
+            for &score in &scores[whole..] {
+                *largest = if score > *largest { score } else { *largest };
+            }
+        }
     }
 }
 
@@ -87,6 +97,7 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
     origin: Option<i32>,
     end: usize,
     out: &mut [f32],
+    largest: &mut [f32],
 ) {
     let n = work.n;
     let reader = Reader::new(work.shape, work.rows);
@@ -95,6 +106,7 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
             let heads = HEADS.min(work.query.heads - group * HEADS);
             let step = steps(work.query, group);
             let query = Query::load::<BOTH>(segment, origin);
+            let mut most = _mm512_set1_ps(f32::NEG_INFINITY);
             for t in (first..end.min(first + CHUNK)).step_by(TOKENS) {
                 let (row, at) = (const { segment_bytes(BITS) }, t * const { segment_bytes(BITS) });
                 let later = work.rows.later(at + AHEAD);
@@ -123,7 +135,13 @@ fn segments_of_128<const BOTH: bool, const KIND: u8, const BITS: u8>(
                     };
                     let scores = finish::<KIND>(sum, step, scales.as_ptr().wrapping_add(t), TOKENS);
                     put(scores, out.as_mut_ptr().add(group * HEADS * n + t), n, heads, TOKENS);
+                    // The second operand stays where the first is no number.
+                    most = _mm512_max_ps(scores, most);
                 }
+            }
+            let most = largest_of_heads(most);
+            for (largest, most) in largest.iter_mut().skip(group * HEADS).zip(most) {
+                *largest = if most > *largest { most } else { *largest };
             }
         }
     }
@@ -251,6 +269,19 @@ unsafe fn put(scores: __m512, to: *mut f32, n: usize, heads: usize, left: usize)
             }
         }
     }
+}
+
+/// The largest of the four lanes of each head.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn largest_of_heads(scores: __m512) -> [f32; HEADS] {
+    let two = _mm512_max_ps(scores, _mm512_permute_ps::<0b01_00_11_10>(scores));
+    let one = _mm512_max_ps(two, _mm512_permute_ps::<0b10_11_00_01>(two));
+    let mut heads = [0.0; HEADS];
+    let four = _mm512_maskz_compress_ps(0x1111, one);
+    // SAFETY: four places.
+    unsafe { _mm_storeu_ps(heads.as_mut_ptr(), _mm512_castps512_ps128(four)) };
+    heads
 }
 
 /// Up to four scales, once for each head, and zeros.
