@@ -277,12 +277,12 @@ impl KvHead {
 
     /// The stored bytes of the keys of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn key_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        self.keys.place(run).parts.into_iter().filter(|part| !part.is_empty())
+        self.keys.place(run).parts().into_iter().filter(|part| !part.is_empty())
     }
 
     /// The stored bytes of the values of `run`, one of [`KvHead::runs`], in pieces: the largest first.
     pub fn value_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
-        self.values.place(run).parts.into_iter().filter(|part| !part.is_empty())
+        self.values.place(run).parts().into_iter().filter(|part| !part.is_empty())
     }
 
     /// Rows that a method attends itself, while they are watched.

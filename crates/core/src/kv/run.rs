@@ -9,7 +9,6 @@ use super::{KvHead, KvScratch};
 #[derive(Clone)]
 pub struct KvRun<'a> {
     head: &'a KvHead,
-    tokens: usize,
     keys: Place<'a>,
     values: Place<'a>,
 }
@@ -18,7 +17,7 @@ impl KvHead {
     /// Finds the rows of `tokens`, one of [`KvHead::runs`].
     pub fn run(&self, tokens: &Range<usize>) -> KvRun<'_> {
         let [keys, values] = self.sides().map(|side| side.place(tokens));
-        KvRun { head: self, tokens: tokens.len(), keys, values }
+        KvRun { head: self, keys, values }
     }
 }
 
@@ -27,17 +26,17 @@ impl KvHead {
 impl<'a> KvRun<'a> {
     /// Tokens.
     pub fn len(&self) -> usize {
-        self.tokens
+        self.keys.len()
     }
 
-    /// The stored bytes of the keys, in pieces: the largest first, and empty ones last.
+    /// The stored bytes of the keys, in pieces: the largest first; some are empty.
     pub fn key_parts(&self) -> [&'a [u8]; 4] {
-        self.keys.parts
+        self.keys.parts()
     }
 
-    /// The stored bytes of the values, in pieces: the largest first, and empty ones last.
+    /// The stored bytes of the values, in pieces: the largest first; some are empty.
     pub fn value_parts(&self) -> [&'a [u8]; 4] {
-        self.values.parts
+        self.values.parts()
     }
 
     /// Dot products of `queries` `[group][head_dim]`, those of the last [`KvHead::prepare`], with the keys: `out` is

@@ -19,7 +19,7 @@ const ROUNDER: f32 = 12_582_912.0 + 127.0;
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Of `r^5` down to `r^2` (Remez): 1.1e-7 of `e^r` at the most.
-const POLYNOMIAL: [f32; 4] = [8.312_510_3e-3, 4.189_024_5e-2, 1.666_711_6e-1, 4.999_923e-1];
+const POLYNOMIAL: [f32; 4] = [8.312_51e-3, 4.189_024_5e-2, 1.666_711_6e-1, 4.999_923e-1];
 
 /// The exponential of each lane.
 #[inline(always)]

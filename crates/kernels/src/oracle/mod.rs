@@ -78,7 +78,7 @@ pub fn exp(x: f32) -> f32 {
     let n = x.mul_add(std::f32::consts::LOG2_E, magic) - magic;
     let r = n.mul_add(-0.693_359_4, x);
     let r = n.mul_add(2.121_944_4e-4, r);
-    let mut p = 8.312_510_3e-3f32;
+    let mut p = 8.312_51e-3_f32;
     for c in [4.189_024_5e-2, 1.666_711_6e-1, 4.999_923e-1] {
         p = p.mul_add(r, c);
     }

@@ -16,27 +16,28 @@ pub(in crate::kv) struct Place<'a> {
     page: &'a [u8],
     /// Rows of the page.
     rows: Range<usize>,
+    /// The bytes of them that are read, as [`Codec::parts`] has them.
+    parts: [&'a [u8]; 3],
     /// The mean that was taken off, bfloat16.
     mean: Option<&'a [u16]>,
-    /// The bytes that reading the rows touches, the largest piece first and empty ones last.
-    pub(in crate::kv) parts: [&'a [u8]; 4],
 }
 
 impl<'a> Place<'a> {
     /// Rows without a mean.
     fn new(codec: &dyn Codec, page: &'a [u8], rows: Range<usize>, head_dim: usize) -> Self {
-        let mut parts = [&page[..0]; 4];
-        let some = codec.parts(page, rows.clone(), head_dim).into_iter().filter(|part| !part.is_empty());
-        parts.iter_mut().zip(some).for_each(|(to, part)| *to = part);
-        Place { exact: false, page, rows, mean: None, parts }
+        let parts = codec.parts(page, rows.clone(), head_dim);
+        Place { exact: false, page, rows, parts, mean: None }
     }
 
-    fn less(mut self, mean: &'a [u16]) -> Self {
-        self.mean = Some(mean);
-        if let Some(free) = self.parts.iter_mut().find(|part| part.is_empty()) {
-            *free = bytemuck::cast_slice(mean);
-        }
-        self
+    /// Rows, at least one.
+    pub(in crate::kv) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The bytes that reading the rows touches, in pieces, the largest first; some are empty.
+    pub(in crate::kv) fn parts(&self) -> [&'a [u8]; 4] {
+        let [a, b, c] = self.parts;
+        [a, b, c, self.mean.map_or(&[], bytemuck::cast_slice)]
     }
 
     fn rows(&self, head_dim: usize, upcoming: &'a [u8]) -> Rows<'a> {
@@ -79,7 +80,7 @@ impl Side {
             let page = run.start / PAGE_TOKENS;
             let row = run.start % PAGE_TOKENS;
             let place = Place::new(self.codec(), self.encoded(page), row..row + run.len(), self.head_dim);
-            if self.dtype.centre() { place.less(self.mean(page)) } else { place }
+            Place { mean: self.dtype.centre().then(|| self.mean(page)), ..place }
         }
     }
 
@@ -177,10 +178,9 @@ impl Side {
     pub(in crate::kv) fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
         let mut place = self.place(run);
         if let (false, Some(upper)) = (place.exact, self.dtype.key_codec().upper()) {
-            let [a, b, c] = upper.parts(place.page, place.rows, self.head_dim);
-            place.parts = [a, b, c, place.mean.map_or(&[], bytemuck::cast_slice)];
+            place.parts = upper.parts(place.page, place.rows.clone(), self.head_dim);
         }
-        place.parts.into_iter().filter(|part| !part.is_empty())
+        place.parts().into_iter().filter(|part| !part.is_empty())
     }
 
     /// See [`crate::kv::KvHead::upper_scores`].

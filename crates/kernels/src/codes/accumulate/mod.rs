@@ -30,6 +30,8 @@ mod lanes;
 pub(crate) mod neon;
 mod pass;
 mod prepare;
+#[cfg(target_arch = "x86_64")]
+mod rounding;
 pub(crate) mod scalar;
 
 use super::{CodeShape, Rows, Scales};
