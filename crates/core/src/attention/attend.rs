@@ -150,8 +150,8 @@ const WHILE_EXP: usize = 1024;
 
 /// Scores the tokens of `all`, the reads of a chunk, and writes the largest logit of each head to `partials`, nothing else of
 /// them. For [`gather_chunk`] `weights` becomes `[read]`, each with the logits `[group][tokens]` but for what all tokens of
-/// a head have alike, and that `[group]`, among others. `upcoming` are pieces of memory that are read next; `scratch` has been prepared
-/// for `queries`.
+/// a head have alike, and that `[group]`, among others. `upcoming` are pieces of memory that are read next; `scratch` has
+/// been prepared for `queries`.
 ///
 /// # Panics
 /// When `weights` is shorter than [`weights_len`].

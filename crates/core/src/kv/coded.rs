@@ -81,6 +81,13 @@ impl<R: Rounding> Coded<R> {
         [slice_rows(page, 0, row, range), low, scales]
     }
 
+    /// Rows as kernels read them, their scales widened into `floats`.
+    fn stored<'a>(kernels: &Kernels, rows: &Rows<'a>, floats: &mut Vec<f32>) -> CodeRows<'a> {
+        let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
+        Self::widen(kernels, scales, floats);
+        CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming }
+    }
+
     /// The scales of rows, widened into `out`.
     fn widen(kernels: &Kernels, scales: &[u8], out: &mut Vec<f32>) {
         let bits: &[u16] = bytemuck::cast_slice(scales);
@@ -113,7 +120,7 @@ impl<R: Rounding> Codec for Coded<R> {
         R::LARGEST
     }
 
-    fn rounds_weights(&self) -> bool {
+    fn first_apart(&self) -> bool {
         true
     }
 
@@ -167,9 +174,7 @@ impl<R: Rounding> KeyCodec for Coded<R> {
         scratch: &mut KvScratch,
         out: &mut [f32],
     ) {
-        let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
-        Self::widen(kernels, scales, &mut scratch.floats);
-        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
+        let stored = Self::stored(kernels, rows, &mut scratch.floats);
         let scales = Self::scales(&scratch.floats);
         kernels.code_scores(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
     }
@@ -182,9 +187,7 @@ impl<R: Rounding> KeyCodec for Coded<R> {
         scratch: &mut KvScratch,
         out: (&mut [f32], &mut [f32]),
     ) {
-        let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
-        Self::widen(kernels, scales, &mut scratch.floats);
-        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
+        let stored = Self::stored(kernels, rows, &mut scratch.floats);
         let scales = Self::scales(&scratch.floats);
         kernels.code_scores_and_largest(Self::shape(rows.head_dim), &scratch.query, stored, scales, out);
     }
@@ -239,9 +242,7 @@ impl<R: Rounding> ValueCodec for Coded<R> {
         scratch: &mut KvScratch,
         acc: &mut [f32],
     ) {
-        let [codes, low, scales] = Self::split(rows.page, &rows.range, rows.head_dim);
-        Self::widen(kernels, scales, &mut scratch.floats);
-        let stored = CodeRows { codes, low, table: &R::TABLE, upcoming: rows.upcoming };
+        let stored = Self::stored(kernels, rows, &mut scratch.floats);
         let scales = Self::scales(&scratch.floats);
         kernels.code_accumulate(Self::shape(rows.head_dim), weights, stored, scales, acc);
     }

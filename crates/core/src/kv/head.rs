@@ -255,12 +255,14 @@ impl KvHead {
         self.dropped = len - rows;
     }
 
-    /// Splits `tokens` where pages end or rows lie elsewhere: the pieces that [`KvHead::scores`] and the others take.
+    /// Splits `tokens` where pages end, rows lie elsewhere, or the first of a sequence are kept apart: the pieces that
+    /// [`KvHead::scores`] and the others take.
     pub fn runs(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let mut start = tokens.start;
         std::iter::from_fn(move || {
             (start < tokens.end).then(|| {
-                let end = tokens.end.min(self.keys.cut(start)).min(self.values.cut(start));
+                let (keys, values) = (&self.keys, &self.values);
+                let end = tokens.end.min(keys.cut(start, values)).min(values.cut(start, keys));
                 let run = start..end;
                 start = end;
                 run

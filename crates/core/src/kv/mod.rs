@@ -146,9 +146,9 @@ pub trait Codec: Send + Sync {
         0
     }
 
-    /// Whether the weights of a run of rows are rounded in steps of its largest weight: then the first tokens of a sequence,
-    /// which attract most weight whatever their values, are a run of their own.
-    fn rounds_weights(&self) -> bool {
+    /// Whether the first tokens of a sequence, which attract most weight whatever their values, are best a run of their own:
+    /// where weights are rounded in steps of the largest of their run, and any row can begin one.
+    fn first_apart(&self) -> bool {
         false
     }
 

@@ -36,7 +36,7 @@ fn layout(codec: &dyn Codec, page: &[u8], head_dim: usize) -> Layout {
 impl Side {
     /// The tokens whose rows can be moved one by one.
     fn standing_alone(&self) -> Range<usize> {
-        if self.codec().group() == 1 { self.dtype().exact_first()..self.settled() } else { 0..0 }
+        if self.codec().group() == 1 { self.first()..self.settled() } else { 0..0 }
     }
 
     /// Copies the rows of `pieces` to the first slots of `page`. Rows that lie apart are not what the hardware expects next,

@@ -54,6 +54,22 @@ fn runs_end_at_pages_and_cover() {
 }
 
 #[test]
+fn the_first_tokens_are_a_run_where_weights_are_rounded() {
+    for (name, cut) in
+        [("bf16", false), ("q8_0", true), ("int8+plain", true), ("int8", true), ("kivi4", false)]
+            .into_iter()
+            .chain([("k=bf16,v=q4_0", true), ("int8-channel", false)])
+    {
+        let cache = cache(kv_dtype(name).unwrap(), 64, 1024);
+        cache.head_mut(0, 0).append(&rows(700, 64, 1), &rows(700, 64, 2)).unwrap();
+        let kv = cache.head(0, 0);
+        let ends: Vec<_> = kv.runs(3..100).map(|run| run.end).collect();
+        assert_eq!(ends.contains(&32), cut, "{name}: {ends:?}");
+        assert_eq!(ends.last(), Some(&100), "{name}: {ends:?}");
+    }
+}
+
+#[test]
 fn appending_in_pieces_gives_the_same_bytes() {
     let (n, d) = (800, 64);
     let (keys, values) = (rows(n, d, 3), rows(n, d, 4));

@@ -46,10 +46,23 @@ impl<'a> Place<'a> {
 }
 
 impl Side {
-    /// Where the run that begins at `start` ends at the latest, as far as this side is concerned.
-    pub(in crate::kv) fn cut(&self, start: usize) -> usize {
+    /// First tokens that are a run of their own.
+    pub(in crate::kv) fn first(&self) -> usize {
+        if self.codec().first_apart() { FIRST } else { self.dtype.exact_first() }
+    }
+
+    /// Where the run that begins at `start` ends at the latest, as far as this side is concerned, where it is read with
+    /// `other`.
+    pub(in crate::kv) fn cut(&self, start: usize, other: &Side) -> usize {
+        let end = self.together(start);
+        // Rows of the other side that are encoded together have scales together, to be read once.
+        if start < self.first() && other.codec().group() == 1 { end.min(self.first()) } else { end }
+    }
+
+    /// Where the rows from `start` on no longer lie in one place.
+    fn together(&self, start: usize) -> usize {
         let mut end = (start / PAGE_TOKENS + 1) * PAGE_TOKENS;
-        let first = if self.codec().rounds_weights() { FIRST } else { self.dtype.exact_first() };
+        let first = self.dtype.exact_first();
         if start < first {
             end = end.min(first);
         } else if start < self.settled {
@@ -67,7 +80,7 @@ impl Side {
 
     /// Where the rows of `run` lie, which ends no later than [`Side::cut`] says.
     pub(in crate::kv) fn place(&self, run: &Range<usize>) -> Place<'_> {
-        debug_assert!(run.end <= self.len && run.end <= self.cut(run.start), "{run:?}");
+        debug_assert!(run.end <= self.len && run.end <= self.together(run.start), "{run:?}");
         let exact = |row: usize| {
             let place = Place::new(&EXACT, &self.memory.exact, row..row + run.len(), self.head_dim);
             Place { exact: true, ..place }
@@ -92,7 +105,7 @@ impl Side {
     pub(in crate::kv) fn decode(&self, kernels: &Kernels, tokens: Range<usize>, out: &mut [f32]) {
         let (d, mut start, mut out) = (self.head_dim, tokens.start, out);
         while start < tokens.end {
-            let run = start..tokens.end.min(self.cut(start));
+            let run = start..tokens.end.min(self.together(start));
             let (rows, rest) = out.split_at_mut(run.len() * d);
             let place = self.place(&run);
             let codec: &dyn Codec = if place.exact { &EXACT } else { self.codec() };
@@ -174,7 +187,7 @@ impl Side {
         }
     }
 
-    /// As [`Side::parts`], of what [`Side::upper_scores`] reads.
+    /// The pieces of memory of what [`Side::upper_scores`] reads.
     pub(in crate::kv) fn upper_parts(&self, run: &Range<usize>) -> impl Iterator<Item = &[u8]> {
         let mut place = self.place(run);
         if let (false, Some(upper)) = (place.exact, self.dtype.key_codec().upper()) {

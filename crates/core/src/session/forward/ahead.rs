@@ -43,7 +43,8 @@ impl Pass<'_> {
         }
         for kv_head in worker.range(self.model.config.kv_heads) {
             let kv = self.cache.head(l, kv_head);
-            if let Some(run) = kv.runs(0..kv.len()).next() {
+            // The first tokens may be a run of their own.
+            for run in kv.runs(0..kv.len()).take(2) {
                 for part in kv.key_parts(&run).chain(kv.value_parts(&run)) {
                     self.kernels().request(&part[..part.len().min(ROWS)]);
                 }

@@ -50,8 +50,8 @@ pub(crate) type Accumulate = unsafe fn(CodeShape, &[f32], Rows<'_>, Scales<'_>, 
 
 impl Kernels {
     /// Adds rows of codes under the weights of `g` heads to their sums, as the module defines it: `weights` `[g][n]`, `acc`
-    /// `[g][shape.dims]`. Weights and scales are finite, and so are their products; where they are not, the sums of that
-    /// head mean nothing.
+    /// `[g][shape.dims]`. Weights and scales are finite, and so is the product of the largest ones; where they are not,
+    /// the sums of that head mean nothing.
     ///
     /// # Panics
     /// The lengths do not agree, `shape.dims` is not a multiple of 8, or there are more than [`MOST_ROWS`] rows.
